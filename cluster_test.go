@@ -1,0 +1,252 @@
+package quorate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+)
+
+// The tests' cluster: real members of this process on loopback, each with its own directory, listener and client.
+
+type testMember struct {
+	t      testing.TB
+	conf   Config
+	mu     sync.Mutex // guards the fields below
+	s      *Service   // nil while stopped
+	server *http.Server
+}
+
+// freeAddr reserves nothing: the listener that takes it follows at once, and tests run one after the other.
+func freeAddr(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func ctxFor(t testing.TB, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// eventually polls a condition and fails with its last state.
+func eventually(t testing.TB, limit time.Duration, what string, f func() error) {
+	t.Helper()
+	end := time.Now().Add(limit)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s: not within %v: %v", what, limit, err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// must fails the test at the caller's line.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// newMember is a member that is not started.
+func newMember(t testing.TB, join string) *testMember {
+	m := &testMember{t: t, conf: Config{Dir: filepath.Join(t.TempDir(), "data"), Addr: freeAddr(t), Join: join, Client: newClient(t), Logger: testLogger(t)}}
+	t.Cleanup(m.stop)
+	return m
+}
+
+func newClient(t testing.TB) *http.Client {
+	tr := http.DefaultTransport.(*http.Transport).Clone()
+	tr.MaxIdleConnsPerHost = 64
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr}
+}
+
+// start opens the member, and serves it as an application would.
+func (m *testMember) start() *Service {
+	m.t.Helper()
+	s, err := m.open()
+	if err != nil {
+		m.t.Fatalf("open %s: %v", m.conf.Addr, err)
+	}
+	return s
+}
+
+func (m *testMember) open() (*Service, error) {
+	s, err := Open(context.Background(), m.conf)
+	if err != nil {
+		return nil, err
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/raft/", s)
+	l, err := net.Listen("tcp", m.conf.Addr)
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	server := &http.Server{Handler: mux}
+	go server.Serve(l)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.s, m.server = s, server
+	return s, nil
+}
+
+// stop closes the member and its server.
+func (m *testMember) stop() {
+	m.mu.Lock()
+	s, server := m.s, m.server
+	m.s, m.server = nil, nil
+	m.mu.Unlock()
+	if s == nil {
+		return
+	}
+	if err := s.Close(); err != nil {
+		m.t.Errorf("close %s: %v", m.conf.Addr, err)
+	}
+	server.Close()
+}
+
+// cut closes the member's listener and connections: it can call others and nobody reaches it.
+func (m *testMember) cut() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.server.Close()
+}
+
+// heal serves a cut member again.
+func (m *testMember) heal() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	l, err := net.Listen("tcp", m.conf.Addr)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/raft/", m.s)
+	m.server = &http.Server{Handler: mux}
+	go m.server.Serve(l)
+}
+
+type testCluster []*testMember
+
+// newCluster starts n members, all of them voters when it returns.
+func newCluster(t testing.TB, n int, change ...func(*Config)) testCluster {
+	t.Helper()
+	var c testCluster
+	for i := range n {
+		join := ""
+		if i > 0 {
+			join = c[0].conf.Addr
+		}
+		m := newMember(t, join)
+		for _, f := range change {
+			f(&m.conf)
+		}
+		if i > 0 {
+			must(t, c[0].s.AddAllowedMember(ctxFor(t, 10*time.Second), m.conf.Addr))
+		}
+		m.start()
+		c = append(c, m)
+	}
+	c.awaitVoters(t, n)
+	return c
+}
+
+// awaitVoters waits until every running member knows n voters and would accept a write.
+func (c testCluster) awaitVoters(t testing.TB, n int) {
+	t.Helper()
+	for _, m := range c {
+		if m.s == nil {
+			continue
+		}
+		must(t, m.s.Ready(ctxFor(t, 20*time.Second)))
+		eventually(t, 20*time.Second, "voters at "+m.conf.Addr, func() error {
+			st := m.s.Status()
+			voters := 0
+			for _, v := range st.Members {
+				if v.Voter {
+					voters++
+				}
+			}
+			if voters != n {
+				return fmt.Errorf("%d voters, want %d: %+v", voters, n, st.Members)
+			}
+			return nil
+		})
+	}
+}
+
+// leader is the member that leads, when all running members agree on it.
+func (c testCluster) leader(t testing.TB) *testMember {
+	t.Helper()
+	var found *testMember
+	eventually(t, 20*time.Second, "a leader", func() error {
+		found = nil
+		id := ""
+		for _, m := range c {
+			if m.s == nil {
+				continue
+			}
+			st := m.s.Status()
+			if st.LeaderID == "" || id != "" && st.LeaderID != id {
+				return fmt.Errorf("%s takes %q for the leader, another one %q", m.conf.Addr, st.LeaderID, id)
+			}
+			if id = st.LeaderID; st.ID == id {
+				found = m
+			}
+		}
+		if found == nil {
+			return errors.New("the leader is not running")
+		}
+		return nil
+	})
+	return found
+}
+
+func (c testCluster) follower(t testing.TB) *testMember {
+	t.Helper()
+	l := c.leader(t)
+	for _, m := range c {
+		if m != l && m.s != nil {
+			return m
+		}
+	}
+	t.Fatal("no follower")
+	return nil
+}
+
+// awaitEqual waits until all running members hold the same state.
+func (c testCluster) awaitEqual(t testing.TB) {
+	t.Helper()
+	eventually(t, 20*time.Second, "equal states", func() error {
+		var first Status
+		for i, m := range c {
+			if m.s == nil {
+				continue
+			}
+			st := m.s.Status()
+			if first.ID == "" {
+				first = st
+			} else if st.AppliedIndex != first.AppliedIndex || st.Hash != first.Hash {
+				return fmt.Errorf("member %d has %s at %d, the first has %s at %d", i, st.Hash, st.AppliedIndex, first.Hash, first.AppliedIndex)
+			}
+		}
+		return nil
+	})
+}

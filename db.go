@@ -1,0 +1,628 @@
+// Package quorate is a durable, replicated, queryable key-value store inside your own processes: the configuration,
+// flags, leases and registry of a service, without a server to run beside it. One process is an embedded store; start the
+// next with the first one's address and they are a cluster. It needs neither CGO nor gRPC.
+//
+//	s, err := quorate.Start("10.0.0.1:7001", "/var/lib/app/quorate", "", nil, false)
+//	if err != nil { … }
+//	http.Handle("/raft/", s)
+//	go http.ListenAndServe(":7001", nil)
+//	err = s.Set(ctx, "flags/new-checkout", []byte("on"))
+//
+// # What an acknowledged write means
+//
+// Set, Insert and Delete return nil once the write is in the log on the disks of a majority of the members (with fsync),
+// and applied on the member that was called. Get is linearizable on every member: it sees every write that returned before
+// it was called, and no clock takes part in that. Stale reads this member's memory at once, without asking anybody.
+//
+// # What lies on disk
+//
+// The directory holds three entries: id (who this member is), snap (the state) and wal (the log). snap is an SQLite
+// database that anyone may read while the program runs:
+//
+//	sqlite3 -readonly /var/lib/app/quorate/snap 'select key, value, version from kv'
+//
+// The same file is the snapshot that a lagging member receives, and the backup.
+//
+// # What it is not for
+//
+// The whole state is on every member and every write passes through one leader: it is for megabytes to a few gigabytes of
+// what a service must agree on, not for its bulk data. Three or five members in one region; not a cache, not a queue, not a
+// way to share a disk between continents.
+//
+// # Reading the code
+//
+// One Set: db.go (the call) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and logstore.go (the log)
+// → fsm.go (apply) → sqlstore.go and memory.go (the rows). One Get: read.go (the round) → memory.go. The other rooms:
+// peer.go, transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is),
+// slog.go (what raft says).
+package quorate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// Errors are told apart with errors.Is. Every error of a write other than ErrUnsatisfied is exactly one of ErrNotApplied
+// and ErrUncertain, and may be one of the others too.
+var (
+	// ErrUnsatisfied: a precondition did not hold when the write's turn came. Nothing changed.
+	ErrUnsatisfied = errors.New("precondition not satisfied")
+
+	// ErrNotApplied: the write did not happen and will not. Retrying is safe.
+	ErrNotApplied = errors.New("not applied")
+	// ErrUncertain: the write may have happened or may still happen. Read before you retry, unless doing it twice is the
+	// same as once.
+	ErrUncertain = errors.New("may or may not be applied")
+
+	ErrNoLeader   = errors.New("no leader")                                // no majority of the voters can be reached; retrying is safe
+	ErrInvalid    = errors.New("invalid argument")                         // the call can never succeed as it is
+	ErrTooLarge   = errors.New("too large")                                // a *LimitError says what and by how much
+	ErrClosed     = errors.New("closed")                                   // Close was called
+	ErrRemoved    = errors.New("this member was removed from the cluster") // for good: its id never comes back
+	ErrNotAllowed = errors.New("address not allowed to join")              // call AddAllowedMember on an existing member first
+	ErrLocked     = errors.New("directory is in use")                      // by another Service, in this process or another
+	ErrFormat     = errors.New("unknown format")                           // written by a newer version, or by something else
+	ErrCorrupt    = errors.New("corrupt data")                             // the message names the file and the repair
+)
+
+// LimitError says which limit a call broke. It is ErrTooLarge.
+type LimitError struct {
+	What       string // "key", "value", …
+	Limit, Got int64  // bytes, or a count
+}
+
+func (e *LimitError) Error() string {
+	return fmt.Sprintf("%v: %s of %d, the limit is %d", ErrTooLarge, e.What, e.Got, e.Limit)
+}
+
+func (e *LimitError) Is(target error) bool { return target == ErrTooLarge }
+
+// Getter reads a key. The value is a copy and nil if the key is missing.
+type Getter interface {
+	Get(key string) (value []byte)
+}
+
+// Config says how to open a member. The zero value of every field but Dir works.
+type Config struct {
+	// Dir holds everything that this member keeps. Required; created with mode 0700. One Service at a time.
+	Dir string
+	// Addr is the host:port at which peers reach this member. Empty: one member, no network, nothing to serve. Such a
+	// directory can be opened with an Addr later and becomes the first member of a cluster.
+	Addr string
+	// Join is where an existing cluster answers: any member's address or URL, or a load balancer in front of them. Empty:
+	// begin a new cluster. Ignored once Dir holds state, so it can always be given.
+	Join string
+	// Client carries every request to a peer, and with it the TLS identity. nil is http.DefaultClient. It is used through a
+	// copy that has no Timeout and follows no redirect.
+	Client *http.Client
+	// TLS: peers are called with https, and callers without TLS are refused.
+	TLS bool
+	// Logger receives what an operator should know; nil is silent. Values never appear in it.
+	Logger *slog.Logger
+	// Timeout limits every call whose context has no deadline, and joining. 0 is one minute.
+	Timeout time.Duration
+	// MaxValue limits a value, in bytes. 0 is 1 MiB; at most 16 MiB.
+	MaxValue int
+	// Memory is how many bytes of state are also kept in memory, for reads. 0 is 64 MiB; negative is none. A state that is
+	// larger is read from SQLite.
+	Memory int64
+}
+
+// Service is one member: it holds the data and takes part in the cluster. All methods may be called concurrently, on every
+// member, leader or not.
+type Service struct {
+	conf  Config // with the defaults filled in
+	log   *slog.Logger
+	lock  *dirLock
+	ident identity
+	store *store
+	wal   *logStore
+	fsm   *fsm
+	peer  *peer
+	snaps *snapshotStore
+	batch *batcher
+	reads *rounds
+
+	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
+	faults   faults
+	changes  broadcast  // the leader, as this member knows it, or its state changed
+	members  peerTable  // what is known of the others beside the configuration
+	changing sync.Mutex // one change of the configuration at a time on this leader
+
+	ctx       context.Context // of everything that runs in the background; ends in Close
+	cancel    context.CancelFunc
+	running   sync.WaitGroup // every goroutine of this Service
+	closing   sync.Once
+	closed    chan struct{} // closed when Close has ended
+	closeErr  error
+	raftMu    sync.Mutex // held while raft is started, restarted or shut down
+	rebuildCh chan struct{}
+}
+
+// Start opens a member with the defaults: see Open and Config. laddr is Config.Addr, bootURL is Config.Join. The caller
+// registers the Service for the pattern "/raft/" and serves on laddr, before or after Start.
+func Start(laddr, dir, bootURL string, httpClient *http.Client, useTLS bool) (*Service, error) {
+	return Open(context.Background(), Config{Dir: dir, Addr: laddr, Join: bootURL, Client: httpClient, TLS: useTLS})
+}
+
+// Open opens a member and returns once it is bootstrapped, admitted or recovered; it is not yet Ready, and nothing needs to
+// listen on Addr yet. ctx limits joining only (Config.Timeout if it has no deadline), which is retried while nothing answers.
+//
+// Errors: ErrInvalid, ErrLocked, ErrNotAllowed (an existing member must call AddAllowedMember first), ErrRemoved, ErrFormat,
+// ErrCorrupt. Whatever the error, calling Open again is safe.
+func Open(ctx context.Context, c Config) (*Service, error) {
+	c, err := c.resolve()
+	if err != nil {
+		return nil, fmt.Errorf("quorate: %w", err)
+	}
+	s := &Service{conf: c, log: c.Logger, closed: make(chan struct{}), rebuildCh: make(chan struct{}, 1)}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.faults.log = c.Logger
+	if err := s.open(ctx); err != nil {
+		s.abandon()
+		return nil, fmt.Errorf("quorate: open %s: %w", c.Dir, err)
+	}
+	return s, nil
+}
+
+func (c Config) resolve() (Config, error) {
+	var err error
+	if c.Dir == "" {
+		return c, fmt.Errorf("%w: Dir is empty", ErrInvalid)
+	}
+	if c.Addr == "" && c.Join != "" {
+		return c, fmt.Errorf("%w: a member without Addr has no network and can't join %s: give the address at which peers reach it", ErrInvalid, c.Join)
+	}
+	if c.Addr != "" {
+		if c.Addr, err = canonicalAddr(c.Addr); err != nil {
+			return c, err
+		}
+	}
+	if c.Join != "" {
+		if c.Join, err = bootAddr(c.Join, c.TLS); err != nil {
+			return c, err
+		}
+	}
+	if c.MaxValue < 0 || c.MaxValue > maxValueEver {
+		return c, fmt.Errorf("%w: MaxValue %d, it can be at most %d", ErrInvalid, c.MaxValue, maxValueEver)
+	}
+	if c.Timeout < 0 {
+		return c, fmt.Errorf("%w: Timeout %v is negative", ErrInvalid, c.Timeout)
+	}
+	if c.MaxValue == 0 {
+		c.MaxValue = 1 << 20
+	}
+	if c.Timeout == 0 {
+		c.Timeout = time.Minute
+	}
+	if c.Memory == 0 {
+		c.Memory = 64 << 20
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.TLS && c.Addr != "" {
+		if err := checkCertificate(c.Client, c.Addr, c.Logger); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
+}
+
+// open takes the steps of Open in the order that a crash at any of them allows; what it has opened, abandon closes.
+func (s *Service) open(ctx context.Context) error {
+	var err error
+	if s.lock, err = lockDir(s.conf.Dir, s.conf.Addr); err != nil {
+		return err
+	}
+	if err := s.identify(); err != nil {
+		return err
+	}
+	s.startPeer()
+	if err := s.openState(ctx); err != nil {
+		return err
+	}
+	s.batch = newBatcher(s.ctx)
+	s.batch.propose, s.batch.begin, s.batch.changed, s.batch.applied = s.propose, s.begin, s.changes.wait, &s.fsm.applied
+	s.batch.noLead = func() bool { id, _ := s.leader(); return id == "" }
+	s.fsm.delivered = s.batch.deliver
+	s.reads = newRounds(s.ctx, s.readIndex)
+	if err := s.enter(ctx); err != nil {
+		return err
+	}
+	if err := s.startRaft(); err != nil {
+		return err
+	}
+	s.startBackground()
+	return nil
+}
+
+// startBackground starts every goroutine that lives as long as the Service; Close waits for all of them.
+func (s *Service) startBackground() {
+	for range slots {
+		s.running.Go(s.batch.carry)
+	}
+	s.running.Go(s.batch.keepSession)
+	s.running.Go(s.reads.carry)
+	s.running.Go(func() { s.store.maintain(s.ctx) })
+	s.running.Go(s.lead)
+	s.running.Go(s.announce)
+	s.running.Go(s.watchHealth)
+	s.running.Go(s.rebuildLoop)
+	s.running.Go(s.verifyLog)
+}
+
+func (s *Service) verifyLog() {
+	if err := s.wal.verify(s.ctx); err != nil && s.ctx.Err() == nil {
+		s.faults.set(faultLog, err)
+	}
+}
+
+// abandon closes what a failed open has opened.
+func (s *Service) abandon() {
+	s.cancel()
+	if s.peer != nil {
+		s.peer.close()
+	}
+	if s.wal != nil {
+		s.wal.close()
+	}
+	if s.store != nil {
+		s.store.close()
+	}
+	if s.lock != nil {
+		s.lock.unlock()
+	}
+}
+
+// Close ends this member's part: calls in flight return, a leader hands over first, the files are closed, and snap is a
+// plain database that can be copied. It takes under a second with a healthy majority and ten in the worst case. Calling it
+// again returns the same error. A closed directory can be opened again.
+func (s *Service) Close() error {
+	s.closing.Do(func() {
+		s.closeErr = s.close()
+		close(s.closed)
+	})
+	<-s.closed
+	return s.closeErr
+}
+
+func (s *Service) close() error {
+	s.faults.set(faultClosed, ErrClosed)
+	s.batch.refuse(ErrClosed)
+	s.drain(2 * time.Second)
+	s.handOver(2 * time.Second)
+	s.batch.stop(ErrClosed)
+	s.cancel()
+	close(s.fsm.closing)
+	err := s.stopRaft()
+	s.running.Wait()
+	return errors.Join(err, s.wal.close(), s.store.close(), s.lock.unlock())
+}
+
+// drain waits until the accepted writes have their answers.
+func (s *Service) drain(limit time.Duration) {
+	ctx, cancel := context.WithTimeout(s.ctx, limit)
+	defer cancel()
+	for !s.batch.empty() && s.faults.sticky() == nil {
+		wait, stop := context.WithTimeout(ctx, 5*time.Millisecond)
+		<-wait.Done()
+		stop()
+		if ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+// handOver lets another voter lead, so that the others need not wait for an election timeout.
+func (s *Service) handOver(limit time.Duration) {
+	r := s.raft.Load()
+	if r.State() != raft.Leader || len(voters(r.GetConfiguration().Configuration())) < 2 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, limit)
+	defer cancel()
+	await(ctx, r.LeadershipTransfer())
+}
+
+// stopRaft ends raft and everything that waits for it. A goroutine of raft that is parked in a store call because of a disk
+// fault is ended by closing the log under it.
+func (s *Service) stopRaft() error {
+	s.raftMu.Lock()
+	defer s.raftMu.Unlock()
+	ended := make(chan struct{})
+	future := s.raft.Load().Shutdown()
+	s.peer.close()
+	go func() {
+		future.Error()
+		close(ended)
+	}()
+	for _, limit := range []time.Duration{2 * time.Second, 3 * time.Second} {
+		select {
+		case <-ended:
+			return nil
+		case <-time.After(limit):
+			s.wal.close()
+		}
+	}
+	return errors.New("quorate: close: raft did not stop; its goroutines may remain")
+}
+
+// await waits for a raft future, but never longer than ctx: raft may leave a future unanswered when it shuts down.
+func await(ctx context.Context, f raft.Future) error {
+	done := make(chan error, 1)
+	go func() { done <- f.Error() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// limited gives a context without a deadline the configured one, and ends it when the Service closes.
+func (s *Service) limited(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, s.conf.Timeout)
+}
+
+// Set sets key to val (nil is the empty value). nil means: on the disks of a majority and applied here. Errors are
+// ErrNotApplied (retry as you like) or ErrUncertain (a retry sets it again, which may undo a later write of someone else).
+// Keys are 1 to 4096 bytes of UTF-8 without NUL, values at most Config.MaxValue bytes.
+func (s *Service) Set(ctx context.Context, key string, val []byte) error {
+	return s.write(ctx, op{kind: opSet, key: key, value: val})
+}
+
+// Insert sets key only if it has no value, and returns ErrUnsatisfied otherwise. A retry inside the library never meets
+// its own write. A retry by the caller after ErrUncertain can: then ErrUnsatisfied may mean that the first attempt won, and
+// the value tells (put something of your own into it).
+func (s *Service) Insert(ctx context.Context, key string, val []byte) error {
+	return s.write(ctx, op{kind: opIfNotExists, key: key}, op{kind: opSet, key: key, value: val})
+}
+
+// Delete deletes key. A missing key is no error. Errors and retries as for Set.
+func (s *Service) Delete(ctx context.Context, key string) error {
+	return s.write(ctx, op{kind: opDelete, key: key})
+}
+
+// AddAllowedMember allows the member that peers reach at addr (host:port) to join. Doing it again is no error, and neither
+// is a retry after any error.
+func (s *Service) AddAllowedMember(ctx context.Context, addr string) error {
+	addr, err := canonicalAddr(addr)
+	if err != nil {
+		return notApplied(err)
+	}
+	return s.write(ctx, op{kind: opAllow, key: addr})
+}
+
+// write is the one way into the log: it checks a transaction, submits it, and gives its verdict.
+func (s *Service) write(ctx context.Context, tx ...op) error {
+	if err := s.check(tx); err != nil {
+		return notApplied(err)
+	}
+	if err := s.faults.sticky(); err != nil {
+		return notApplied(err)
+	}
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	r, err := s.batch.submit(ctx, appendTransaction(nil, tx))
+	switch {
+	case err != nil:
+		return err
+	case r.status == txUnsatisfied:
+		return ErrUnsatisfied
+	}
+	return nil
+}
+
+// check applies the limits before the log, so that apply never meets what it would have to refuse.
+func (s *Service) check(tx transaction) error {
+	for _, o := range tx {
+		switch {
+		case len(o.key) > maxKey:
+			return &LimitError{What: "key bytes", Limit: maxKey, Got: int64(len(o.key))}
+		case !validKey(o.key):
+			return fmt.Errorf("%w: key %q: a key is valid UTF-8, not empty, and holds no NUL", ErrInvalid, o.key)
+		case len(o.value) > s.conf.MaxValue:
+			return &LimitError{What: "value bytes", Limit: int64(s.conf.MaxValue), Got: int64(len(o.value))}
+		}
+	}
+	return nil
+}
+
+// Get reads key, linearizably: it sees every write that returned anywhere before Get was called. A missing key is
+// (nil, nil); the value is a copy. It takes one round among the members, shared by all Gets that wait, and no write to the
+// log. Errors: ErrNoLeader while no majority answers, the context's error, ErrClosed, ErrRemoved, ErrCorrupt; a retry is safe.
+func (s *Service) Get(ctx context.Context, key string) ([]byte, error) {
+	if !validKey(key) {
+		return nil, s.check(transaction{{key: key}})
+	}
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	if err := s.catchUp(ctx); err != nil {
+		return nil, fmt.Errorf("get: %w", err)
+	}
+	r, ok, err := s.store.get(key)
+	if err != nil || !ok {
+		return nil, err
+	}
+	return append([]byte{}, r.value...), nil
+}
+
+// catchUp returns once this member has applied everything that was acknowledged before the call.
+func (s *Service) catchUp(ctx context.Context) error {
+	for backoff := time.Millisecond; ; backoff = min(2*backoff, 200*time.Millisecond) {
+		if err := s.unfit(); err != nil {
+			return err
+		}
+		changed := s.changes.wait()
+		index, err := s.reads.join(ctx)
+		if err == nil {
+			if err := s.fsm.applied.wait(ctx, index); err != nil {
+				return fmt.Errorf("waiting for index %d, this member is at %d: %w", index, s.fsm.applied.at(), err)
+			}
+			return s.verified(ctx)
+		}
+		select {
+		case <-changed:
+		case <-time.After(backoff):
+		case <-ctx.Done():
+			return errors.Join(err, context.Cause(ctx))
+		case <-s.ctx.Done():
+			return ErrClosed
+		}
+	}
+}
+
+// verified waits until the check of the file that began at Open has ended: until then a row that the disk has lost could be
+// taken for a missing key.
+func (s *Service) verified(ctx context.Context) error {
+	for {
+		ok, err := s.store.verified()
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("the check of snap that began at the start has not ended: %w", ctx.Err())
+		case <-s.ctx.Done():
+			return ErrClosed
+		}
+	}
+}
+
+// unfit says why this member may answer no Get, if so.
+func (s *Service) unfit() error {
+	return s.faults.first(faultClosed, faultRemoved, faultLog, faultApply, faultForeign, faultDiverged, faultState)
+}
+
+// Stale returns a view of this member's own copy: no network, no waiting, memory speed. It may be behind, without bound
+// while this member is cut off; a write that returned on this same member is in it. It works without a majority and after
+// removal. After Close, Get returns nil.
+func (s *Service) Stale() Getter { return stale{s} }
+
+type stale struct{ s *Service }
+
+func (g stale) Get(key string) []byte {
+	r, ok, err := g.s.store.get(key)
+	if err != nil || !ok {
+		return nil
+	}
+	return append([]byte{}, r.value...)
+}
+
+// Err returns a serious error that keeps this process from working now, or nil. It may recover by itself and be nil again,
+// except for ErrRemoved, ErrClosed and a failed disk. It costs one atomic load.
+func (s *Service) Err() error { return s.faults.err() }
+
+// Ready waits until a write would be accepted: a leader is known, a majority answers it, and this member can send to it.
+// When ctx ends it says what is missing, and wraps ctx.Err().
+func (s *Service) Ready(ctx context.Context) error {
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	missing := ""
+	for {
+		if err := s.faults.sticky(); err != nil {
+			return err
+		}
+		changed := s.changes.wait()
+		_, err := s.reads.join(ctx)
+		if err == nil && s.batch.open() && s.silent() == nil {
+			return nil
+		}
+		if found := s.diagnose(ctx); found != "" && (ctx.Err() == nil || missing == "") {
+			missing = found
+		}
+		select {
+		case <-changed:
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("not ready: %s: %w", missing, context.Cause(ctx))
+		}
+	}
+}
+
+// Backup writes one consistent copy of the state to w while writes go on: an SQLite file that sqlite3 opens and Restore
+// takes. It holds every write that returned before the call. revision is the newest revision in it. A retry must start
+// with an empty w.
+func (s *Service) Backup(ctx context.Context, w io.Writer) (revision uint64, err error) {
+	round, cancel := s.limited(ctx)
+	err = s.catchUp(round)
+	cancel()
+	if err != nil {
+		return 0, fmt.Errorf("backup: %w", err)
+	}
+	m, err := s.store.backup(w, ctx.Err)
+	if err != nil {
+		return 0, fmt.Errorf("backup: %w", err)
+	}
+	return m.revision, nil
+}
+
+// Restore makes dir a new cluster of one member out of a backup, or out of the snap of a closed member. Keys, values and
+// revisions are kept; cluster and member get new ids, so that members of the old cluster and this one never take each other
+// for their own. Open dir afterwards; other members join it with empty directories. What the old cluster acknowledged after
+// the backup was taken (or what this snap had not yet received) is lost. dir must be empty or missing.
+func Restore(dir, from string) error {
+	if err := restore(dir, from); err != nil {
+		return fmt.Errorf("quorate: restore %s from %s: %w", dir, from, err)
+	}
+	return nil
+}
+
+func restore(dir, from string) error {
+	if _, err := os.Stat(from); err != nil {
+		return err
+	}
+	lock, err := lockDir(dir, "")
+	if err != nil {
+		return err
+	}
+	defer lock.unlock()
+	for _, name := range []string{"id", "snap", filepath.Join("wal", "wal-meta.db")} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			return fmt.Errorf("%w: the directory holds a member already (%s is there): give an empty one", ErrInvalid, name)
+		}
+	}
+	ident := identity{id: newID(), cluster: newID(), intent: intentBootstrap}
+	temp := filepath.Join(dir, "snap.restore")
+	defer os.Remove(temp)
+	m, err := restoreInto(temp, from, func(m *meta) {
+		m.config = raft.EncodeConfiguration(raft.Configuration{Servers: []raft.Server{
+			{Suffrage: raft.Voter, ID: raft.ServerID(ident.id), Address: raft.ServerAddress(placeholderAddr(ident.id))}}})
+		m.configIndex, m.installed = m.applied, m.applied
+	})
+	if err != nil {
+		return err
+	}
+	if err := seedTerm(filepath.Join(dir, "wal"), m.term); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, filepath.Join(dir, "snap")); err != nil {
+		return err
+	}
+	return writeIdentity(dir, ident) // last, and synced: without it the directory is refused
+}
+
+// seedTerm lets raft go on in the term of the restored state: a smaller one would be older than the entries it holds.
+func seedTerm(dir string, term uint64) error {
+	l, err := openLog(logOptions{dir: dir, log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	return errors.Join(l.SetUint64([]byte("CurrentTerm"), term), l.close())
+}

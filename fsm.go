@@ -1,0 +1,834 @@
+package quorate
+
+// Raft's state machine: committed entries become transactions on the store, and the store's file is raft's snapshot. It
+// owns what an operation means. Control comes from raft (ApplyBatch, Snapshot, Restore on its one goroutine) and goes on
+// to sqlstore.go; answers go to the batcher through the delivered function. It knows nothing of the network and reads no
+// clock and no randomness: apply is a function of the rows and the entry.
+//
+// Invariants, cited by number where the code relies on them:
+//
+//	(1) A row and the index of the entry that caused it commit in one transaction.
+//	(2) Apply is a function of (rows, entry) and of nothing else, so all members that applied an index hold equal rows.
+//	(3) A storage error inside apply is never an answer to a caller: the transaction is tried again or the member stops.
+//	(4) Raft truncates its log only up to an index that a synced commit of the file covers.
+//	(5) The directory holds the old state or the new one at every instant; an install is one transaction.
+//	(6) A batch takes effect at most once, however often it is in the log.
+//	(7) Publish order: COMMIT, memory, applied index, answers. Whoever has its answer reads its effect.
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	maxSessions  = 256     // kept by the state; the one least recently used by log index goes first
+	markInterval = 1 << 10 // entries between two (sum, chain) marks that members compare
+)
+
+type fsm struct {
+	store *store
+	log   *slog.Logger
+
+	delivered func(session, seq uint64, o outcome) // an entry of some session was applied here
+	fault     func(error)                          // apply can't go on for now; nil: it does again
+	distrust  func(error)                          // the rows are not what was applied: rebuild
+	closing   chan struct{}                        // closed by Close: apply answers nothing any more
+
+	mu       sync.Mutex // held over a whole ApplyBatch, Restore or rebuild: one of them changes the state at a time
+	sessions map[uint64]*session
+	incoming *incoming // a received and verified snapshot that Restore will install; set by the sink
+
+	members atomic.Pointer[membership]
+	applied watermark
+	began   atomic.Int64 // unix nanoseconds on the monotonic clock when the apply in progress began; 0 = none
+	paused  atomic.Bool  // a rebuild is coming: apply waits for it, and that is no stall
+}
+
+// incoming is a snapshot file that was received whole and found right.
+type incoming struct {
+	path string
+	meta meta
+}
+
+// A session is the memory of one member incarnation's batches, so that a batch that is sent twice applies once.
+// Source: Ongaro, "Consensus: Bridging Theory and Practice", section 6.3, with gaps and any order allowed.
+type session struct {
+	nonce   [16]byte
+	acked   uint64 // the sender has the answers of every seq up to here
+	last    uint64 // index of the last entry that used it
+	results map[uint64]stored
+}
+
+// stored is the answer to one batch that its sender may still ask for.
+type stored struct {
+	sum     [8]byte
+	results []result
+}
+
+// membership is what apply has learned of who may take part. It is replaced, never changed.
+type membership struct {
+	config  raft.Configuration
+	index   uint64 // of the entry that set config
+	allowed map[string]bool
+	removed map[string]uint64
+}
+
+func newFSM(st *store, log *slog.Logger) (*fsm, error) {
+	f := &fsm{
+		store: st, log: log, closing: make(chan struct{}),
+		delivered: func(uint64, uint64, outcome) {}, fault: func(error) {}, distrust: func(error) {},
+	}
+	return f, f.reload()
+}
+
+// reload takes sessions and membership from the store, after an open or an install.
+func (f *fsm) reload() error {
+	rows, err := f.store.sessions()
+	if err != nil {
+		return err
+	}
+	f.sessions = make(map[uint64]*session, len(rows))
+	for _, r := range rows {
+		s, err := decodeSession(r)
+		if err != nil {
+			return err
+		}
+		f.sessions[r.id] = s
+	}
+	m := &membership{allowed: make(map[string]bool)}
+	list, err := f.store.allowed()
+	if err != nil {
+		return err
+	}
+	for _, addr := range list {
+		m.allowed[addr] = true
+	}
+	if m.removed, err = f.store.removed(); err != nil {
+		return err
+	}
+	meta := f.store.meta()
+	m.index = meta.configIndex
+	if len(meta.config) > 0 {
+		m.config = raft.DecodeConfiguration(meta.config)
+	}
+	f.members.Store(m)
+	f.applied.advance(meta.applied)
+	return nil
+}
+
+// Apply exists for the interface; raft calls ApplyBatch.
+func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
+
+// ApplyBatch applies committed entries in one transaction (1). Each answer is an outcome, or nil when the member is
+// closing or the entry was part of the state already: then nothing is known here, and the sender asks again.
+func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	f.began.Store(monotonic())
+	defer f.began.Store(0)
+	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		answers, err := f.tryApply(logs)
+		if err == nil {
+			return answers
+		}
+		if !f.recovers(err, wait) {
+			return make([]any, len(logs))
+		}
+	}
+}
+
+// recovers waits until an apply that failed may be tried again; false when the member closes first.
+func (f *fsm) recovers(err error, wait time.Duration) bool {
+	switch {
+	case errors.Is(err, errForeign), errors.Is(err, ErrCorrupt) && !errors.Is(err, errReplay):
+		f.paused.Store(true)
+		f.distrust(err)
+	case isFull(err):
+		f.fault(fmt.Errorf("apply waits for disk space: %w", err))
+	default:
+		f.fault(fmt.Errorf("apply stopped, restart this member once the disk is whole: %w", err))
+		<-f.closing
+		return false
+	}
+	select {
+	case <-f.closing:
+		return false
+	case <-time.After(wait):
+		return true
+	}
+}
+
+// errReplay: two batches with one number and different contents. No repair can be right, so the member stops.
+var errReplay = errors.New("two different batches have the same session and sequence number")
+
+func (f *fsm) tryApply(logs []*raft.Log) ([]any, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	select {
+	case <-f.closing:
+		return make([]any, len(logs)), nil
+	default:
+	}
+	tx, err := f.store.begin()
+	if err != nil {
+		return nil, err
+	}
+	a := applying{fsm: f, tx: tx, touched: make(map[uint64]*session)}
+	answers := make([]any, len(logs))
+	for i, l := range logs {
+		if l.Index <= tx.meta.applied {
+			continue // raft replays what the file holds already
+		}
+		o, err := a.entry(l)
+		if err != nil {
+			tx.rollback()
+			return nil, fmt.Errorf("apply entry %d: %w", l.Index, err)
+		}
+		answers[i] = o
+	}
+	if err := a.writeSessions(); err != nil {
+		tx.rollback()
+		return nil, err
+	}
+	if err := tx.commit(); err != nil {
+		return nil, err
+	}
+	f.fault(nil)
+	a.publish()
+	for _, d := range a.deliveries {
+		f.delivered(d.session, d.seq, d.outcome)
+	}
+	return answers, nil
+}
+
+// applying is one ApplyBatch under way: what it changed beside the rows, published after the commit.
+type applying struct {
+	fsm        *fsm
+	tx         *storeTx
+	touched    map[uint64]*session // by id; nil = deleted
+	members    *membership         // nil = unchanged
+	deliveries []delivery
+}
+
+type delivery struct {
+	session, seq uint64
+	outcome      outcome
+}
+
+// publish makes the committed state visible (7); the store has published rows and meta.
+func (a *applying) publish() {
+	for id, s := range a.touched {
+		if s == nil {
+			delete(a.fsm.sessions, id)
+		} else {
+			a.fsm.sessions[id] = s
+		}
+	}
+	if a.members != nil {
+		a.fsm.members.Store(a.members)
+	}
+	a.fsm.applied.advance(a.fsm.store.meta().applied)
+}
+
+func (a *applying) entry(l *raft.Log) (outcome, error) {
+	if err := a.mark(l.Index); err != nil {
+		return outcome{}, err
+	}
+	o := outcome{kind: outcomeDone, index: l.Index}
+	var err error
+	switch l.Type {
+	case raft.LogCommand:
+		o, err = a.command(l)
+	case raft.LogConfiguration:
+		err = a.configuration(l)
+	}
+	if err != nil {
+		return outcome{}, err
+	}
+	m := &a.tx.meta
+	m.applied, m.term = l.Index, l.Term
+	m.chain = nextChain(m.chain, l, o)
+	return o, nil
+}
+
+// nextChain covers everything that the entries have ever done, the answers included, so that two members whose history
+// differs anywhere differ here.
+func nextChain(chain [32]byte, l *raft.Log, o outcome) [32]byte {
+	data := sha256.Sum256(l.Data)
+	b := make([]byte, 0, 128)
+	b = append(b, chain[:]...)
+	b = binary.AppendUvarint(b, l.Index)
+	b = append(b, byte(l.Type))
+	b = append(b, data[:]...)
+	b = append(b, encodeOutcome(o)...)
+	return sha256.Sum256(b)
+}
+
+// mark records sum and chain of the last entry at or below each multiple of markInterval, before the next one changes them.
+func (a *applying) mark(next uint64) error {
+	m := &a.tx.meta
+	boundary := (next - 1) / markInterval * markInterval
+	if m.applied == 0 || boundary < m.applied || boundary == 0 {
+		return nil
+	}
+	return a.tx.mark(mark{boundary: boundary, applied: m.applied, kvSum: m.kvSum, chain: m.chain})
+}
+
+func (a *applying) command(l *raft.Log) (outcome, error) {
+	o := outcome{kind: outcomeInvalid, index: l.Index}
+	e, err := decodeEntry(l.Data)
+	if err != nil {
+		return o, nil // the same on every member (2)
+	}
+	switch e.kind {
+	case entryBatch:
+		return a.batch(l.Index, e.batch)
+	case entryOpen:
+		return a.open(l.Index, e.nonce)
+	case entryTermStart:
+		o.kind = outcomeDone
+	case entryRaise:
+		if e.raise > a.tx.meta.format && e.raise <= entryFormat {
+			a.tx.meta.format = e.raise
+		}
+		o.kind = outcomeDone
+	}
+	return o, nil
+}
+
+// open begins a session; its number is the index of this entry. The same nonce again is a resent request.
+func (a *applying) open(index uint64, nonce [16]byte) (outcome, error) {
+	o := outcome{kind: outcomeDone, index: index}
+	var oldest uint64
+	live := 0
+	for id, s := range a.allSessions() {
+		if s.nonce == nonce {
+			o.session = id
+			return o, nil
+		}
+		live++
+		if oldest == 0 || s.last < a.session(oldest).last {
+			oldest = id
+		}
+	}
+	if live >= maxSessions {
+		a.touched[oldest] = nil
+	}
+	a.touched[index] = &session{nonce: nonce, last: index, results: make(map[uint64]stored)}
+	o.session = index
+	return o, nil
+}
+
+// allSessions is the view of this transaction.
+func (a *applying) allSessions() map[uint64]*session {
+	all := make(map[uint64]*session, len(a.fsm.sessions)+1)
+	for id := range a.fsm.sessions {
+		if s := a.session(id); s != nil {
+			all[id] = s
+		}
+	}
+	for id, s := range a.touched {
+		if s != nil {
+			all[id] = s
+		}
+	}
+	return all
+}
+
+// session is the session as this transaction sees it, nil if there is none.
+func (a *applying) session(id uint64) *session {
+	if s, ok := a.touched[id]; ok {
+		return s
+	}
+	return a.fsm.sessions[id]
+}
+
+// touch is session, for writing.
+func (a *applying) touch(id uint64) *session {
+	if s, ok := a.touched[id]; ok {
+		return s
+	}
+	s := a.fsm.sessions[id]
+	if s == nil {
+		return nil
+	}
+	c := &session{nonce: s.nonce, acked: s.acked, last: s.last, results: make(map[uint64]stored, len(s.results)+1)}
+	for seq, r := range s.results {
+		c.results[seq] = r
+	}
+	a.touched[id] = c
+	return c
+}
+
+// batch applies the transactions of one batch once (6).
+func (a *applying) batch(index uint64, b batch) (outcome, error) {
+	o := outcome{kind: outcomeGone, index: index, session: b.session}
+	defer func() { a.deliveries = append(a.deliveries, delivery{b.session, b.seq, o}) }()
+	s := a.touch(b.session)
+	if s == nil {
+		return o, nil
+	}
+	s.last = index
+	if b.acked > s.acked {
+		s.acked = b.acked
+		for seq := range s.results {
+			if seq <= s.acked {
+				delete(s.results, seq)
+			}
+		}
+	}
+	if b.seq <= s.acked {
+		o.kind = outcomeStale
+		return o, nil
+	}
+	o.kind = outcomeDone
+	if was, ok := s.results[b.seq]; ok {
+		if was.sum != b.sum {
+			return o, fmt.Errorf("%w: %w %d/%d", ErrCorrupt, errReplay, b.session, b.seq)
+		}
+		o.results = was.results
+		return o, nil
+	}
+	o.results = make([]result, len(b.txs))
+	for i, tx := range b.txs {
+		r, err := a.transaction(tx)
+		if err != nil {
+			return o, err
+		}
+		o.results[i] = r
+	}
+	s.results[b.seq] = stored{sum: b.sum, results: o.results}
+	return o, nil
+}
+
+// transaction checks every condition against the state before it, and then carries out every effect.
+func (a *applying) transaction(tx transaction) (result, error) {
+	for i, o := range tx {
+		if !o.kind.condition() {
+			continue
+		}
+		old, ok, err := a.tx.row(o.key)
+		if err != nil {
+			return result{}, err
+		}
+		if !holds(o, old, ok) {
+			return result{status: txUnsatisfied, revision: a.tx.meta.revision, at: uint64(i), have: old.version}, nil
+		}
+	}
+	for _, o := range tx {
+		if err := a.effect(o); err != nil {
+			return result{}, err
+		}
+	}
+	return result{revision: a.tx.meta.revision}, nil
+}
+
+// holds tells whether a condition is true of the row, which is zero if it is absent (!ok).
+func holds(o op, r row, ok bool) bool {
+	switch o.kind {
+	case opIfExists:
+		return ok
+	case opIfNotExists:
+		return !ok
+	case opIfValue:
+		return ok && bytes.Equal(r.value, o.value)
+	case opIfNotValue:
+		return !ok || !bytes.Equal(r.value, o.value)
+	case opIfVersion:
+		return r.version == o.version
+	default: // opIfNotVersion; decodeEntry lets no other through
+		return r.version != o.version
+	}
+}
+
+func (a *applying) effect(o op) error {
+	switch o.kind {
+	case opSet:
+		old, ok, err := a.tx.row(o.key)
+		if err != nil {
+			return err
+		}
+		a.tx.meta.revision++
+		r := row{value: append([]byte{}, o.value...), version: a.tx.meta.revision, created: old.created}
+		if !ok {
+			r.created = r.version
+		}
+		return a.tx.set(o.key, r)
+	case opDelete:
+		existed, err := a.tx.delete(o.key)
+		if existed {
+			a.tx.meta.revision++
+		}
+		return err
+	case opAllow:
+		m := a.changeMembers()
+		m.allowed[o.key] = true
+		return a.tx.allow(o.key)
+	case opDisallow:
+		m := a.changeMembers()
+		delete(m.allowed, o.key)
+		return a.tx.disallow(o.key)
+	}
+	return nil
+}
+
+func (a *applying) changeMembers() *membership {
+	if a.members == nil {
+		old := a.fsm.members.Load()
+		m := &membership{config: old.config, index: old.index,
+			allowed: make(map[string]bool, len(old.allowed)+1), removed: make(map[string]uint64, len(old.removed)+1)}
+		for addr := range old.allowed {
+			m.allowed[addr] = true
+		}
+		for id, at := range old.removed {
+			m.removed[id] = at
+		}
+		a.members = m
+	}
+	return a.members
+}
+
+// configuration applies a change of membership: whoever left is recorded, so that the door can tell it, and an address
+// that came in is allowed, so that its machine can be replaced.
+func (a *applying) configuration(l *raft.Log) error {
+	m := a.changeMembers()
+	was, is := make(map[raft.ServerID]bool), make(map[raft.ServerID]bool)
+	wasAddr := make(map[raft.ServerAddress]bool)
+	for _, s := range m.config.Servers {
+		was[s.ID], wasAddr[s.Address] = true, true
+	}
+	m.config, m.index = raft.DecodeConfiguration(l.Data), l.Index
+	for _, s := range m.config.Servers {
+		is[s.ID] = true
+		if addr := string(s.Address); !wasAddr[s.Address] && !placeholder(addr) && !m.allowed[addr] {
+			m.allowed[addr] = true
+			if err := a.tx.allow(addr); err != nil {
+				return err
+			}
+		}
+	}
+	for id := range was {
+		if !is[id] {
+			m.removed[string(id)] = l.Index
+			if err := a.tx.remove(string(id), l.Index); err != nil {
+				return err
+			}
+		}
+	}
+	a.tx.meta.config, a.tx.meta.configIndex = bytes.Clone(l.Data), l.Index
+	return nil
+}
+
+func (a *applying) writeSessions() error {
+	for id, s := range a.touched {
+		var err error
+		if s == nil {
+			err = a.tx.deleteSession(id)
+		} else {
+			err = a.tx.putSession(encodeSession(id, s))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// The results column of a session: { seq sum[8] results } in ascending order of seq, so that equal sessions are equal bytes.
+func encodeSession(id uint64, s *session) sessionRow {
+	r := sessionRow{id: id, nonce: s.nonce, acked: s.acked, last: s.last}
+	for _, seq := range slices.Sorted(maps.Keys(s.results)) {
+		v := s.results[seq]
+		r.results = binary.AppendUvarint(r.results, seq)
+		r.results = append(r.results, v.sum[:]...)
+		r.results = appendResults(r.results, v.results)
+	}
+	return r
+}
+
+func decodeSession(row sessionRow) (*session, error) {
+	s := &session{nonce: row.nonce, acked: row.acked, last: row.last, results: make(map[uint64]stored)}
+	r := reader{b: row.results}
+	for len(r.b) > 0 {
+		seq := r.uint()
+		var v stored
+		copy(v.sum[:], r.raw(8, 8))
+		v.results = r.results()
+		if r.bad {
+			return nil, fmt.Errorf("%w: session %d in snap can't be read", ErrCorrupt, row.id)
+		}
+		s.results[seq] = v
+	}
+	return s, nil
+}
+
+// Snapshot costs nothing: the file is the snapshot. What makes it one is Persist's barrier.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) { return fsmSnapshot{f}, nil }
+
+type fsmSnapshot struct{ fsm *fsm }
+
+// Persist makes the file durable up to at least the index that raft asked for, after which raft truncates its log (4).
+func (s fsmSnapshot) Persist(sink raft.SnapshotSink) error {
+	local, ok := sink.(*snapshotSink)
+	if !ok {
+		return fmt.Errorf("snapshot sink %T is not ours", sink)
+	}
+	// Raft's index may be that of a no-op, which never reaches apply. Cutting the log there would leave a gap behind the
+	// index that the file holds, and the next start would rightly refuse it. The term's first command comes at once.
+	if at := s.fsm.store.meta().applied; at < local.index {
+		return fmt.Errorf("the newest entry, %d, is raft's own and the state ends at %d: the next attempt will do", local.index, at)
+	}
+	if err := s.fsm.store.barrier(); err != nil {
+		s.fsm.fault(fmt.Errorf("sync the state before the log is truncated: %w", err))
+		return err
+	}
+	local.persisted = true
+	return sink.Close()
+}
+
+func (fsmSnapshot) Release() {}
+
+// Restore installs the snapshot that the sink has received and verified. A snapshot that is not ahead of the state
+// installs nothing: raft must not go back behind what was applied.
+func (f *fsm) Restore(source io.ReadCloser) error {
+	defer source.Close()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	in := f.incoming
+	f.incoming = nil
+	if in == nil {
+		return errors.New("restore: no snapshot was received")
+	}
+	defer os.Remove(in.path)
+	if in.meta.applied <= f.store.meta().applied {
+		return nil
+	}
+	return f.installLocked(in)
+}
+
+// installLocked replaces the state by that of a verified file (5). f.mu is held.
+func (f *fsm) installLocked(in *incoming) error {
+	m := in.meta
+	if err := f.store.install(in.path, m.applied, m.term, m.config, m.configIndex); err != nil {
+		if isIO(err) {
+			f.fault(fmt.Errorf("install a snapshot: %w", err))
+		}
+		return fmt.Errorf("install snapshot at index %d: %w", m.applied, err)
+	}
+	f.log.Info("installed a snapshot", "index", m.applied, "revision", m.revision)
+	return f.reload()
+}
+
+// stalled is how long the apply in progress has been running; a rebuild that it waits for does not count.
+func (f *fsm) stalled() time.Duration {
+	began := f.began.Load()
+	if began == 0 || f.paused.Load() {
+		return 0
+	}
+	return time.Duration(monotonic() - began)
+}
+
+var epoch = time.Now()
+
+// monotonic is a reading of the monotonic clock, for ages only: no decision here reads the wall clock.
+func monotonic() int64 { return int64(time.Since(epoch)) + 1 }
+
+// snapshotStore is raft's view of the file: there is one snapshot and it is the state as it is now.
+type snapshotStore struct {
+	fsm  *fsm
+	path string // where a snapshot that is being received lies
+}
+
+const (
+	snapshotState    = "state"
+	snapshotIncoming = "incoming"
+)
+
+func snapshotMeta(id string, m meta, size int64) *raft.SnapshotMeta {
+	sm := &raft.SnapshotMeta{Version: 1, ID: id, Index: m.applied, Term: m.term, ConfigurationIndex: m.configIndex, Size: size}
+	if len(m.config) > 0 {
+		sm.Configuration = raft.DecodeConfiguration(m.config)
+	}
+	return sm
+}
+
+func (s *snapshotStore) List() ([]*raft.SnapshotMeta, error) {
+	m := s.fsm.store.meta()
+	if m.applied == 0 {
+		return nil, nil
+	}
+	return []*raft.SnapshotMeta{snapshotMeta(snapshotState, m, 0)}, nil
+}
+
+// Open returns the state as a consistent stream; index, term and configuration are read inside the same read transaction.
+// For a snapshot that was just received there is no stream: Restore takes the file.
+func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	if id == snapshotIncoming {
+		s.fsm.mu.Lock()
+		defer s.fsm.mu.Unlock()
+		if s.fsm.incoming == nil {
+			return nil, nil, errors.New("no snapshot was received")
+		}
+		return snapshotMeta(id, s.fsm.incoming.meta, 0), io.NopCloser(bytes.NewReader(nil)), nil
+	}
+	if s.fsm.paused.Load() {
+		return nil, nil, errors.New("this member's state is being rebuilt and is not sent to others")
+	}
+	c, err := s.fsm.store.copy()
+	if err != nil {
+		return nil, nil, err
+	}
+	return snapshotMeta(id, c.meta, c.size), c, nil
+}
+
+func (s *snapshotStore) Create(_ raft.SnapshotVersion, index, term uint64, _ raft.Configuration, _ uint64, _ raft.Transport) (raft.SnapshotSink, error) {
+	return &snapshotSink{store: s, index: index, term: term}, nil
+}
+
+// A snapshotSink either is persisted (a local snapshot, no bytes) or receives a stream into a file beside the state.
+type snapshotSink struct {
+	store       *snapshotStore
+	index, term uint64
+	persisted   bool
+	pipe        *io.PipeWriter
+	received    chan error // of the receiving goroutine
+	meta        meta
+	closed      bool
+}
+
+func (s *snapshotSink) ID() string {
+	if s.pipe != nil {
+		return snapshotIncoming
+	}
+	return snapshotState
+}
+
+func (s *snapshotSink) Write(p []byte) (int, error) {
+	if s.pipe == nil {
+		r, w := io.Pipe()
+		s.pipe, s.received = w, make(chan error, 1)
+		go func() {
+			m, err := receive(s.store.path, r, -1)
+			s.meta = m
+			r.CloseWithError(errors.Join(err, io.ErrClosedPipe))
+			s.received <- err
+		}()
+	}
+	return s.pipe.Write(p)
+}
+
+// Close of a sink that got neither Persist nor a whole stream is an error, for raft would go on as if it had the data.
+func (s *snapshotSink) Close() error {
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	if s.persisted {
+		return nil
+	}
+	if s.pipe == nil {
+		return errors.New("snapshot sink closed without a snapshot")
+	}
+	s.pipe.Close()
+	if err := <-s.received; err != nil {
+		return err
+	}
+	if s.meta.applied != s.index || s.meta.term != s.term {
+		os.Remove(s.store.path)
+		return fmt.Errorf("%w: snapshot says index %d of term %d and holds %d of %d", ErrCorrupt, s.index, s.term, s.meta.applied, s.meta.term)
+	}
+	s.store.fsm.mu.Lock()
+	s.store.fsm.incoming = &incoming{path: s.store.path, meta: s.meta}
+	s.store.fsm.mu.Unlock()
+	return nil
+}
+
+func (s *snapshotSink) Cancel() error {
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	if s.pipe != nil {
+		s.pipe.CloseWithError(errors.New("snapshot cancelled"))
+		if err := <-s.received; err == nil {
+			os.Remove(s.store.path)
+		}
+	}
+	return nil
+}
+
+// A watermark is an index that only grows, and can be waited for.
+type watermark struct {
+	mu      sync.Mutex // guards the fields below
+	index   uint64
+	waiters map[uint64][]chan struct{} // by the index that they wait for
+}
+
+func (w *watermark) at() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.index
+}
+
+func (w *watermark) advance(index uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if index <= w.index {
+		return
+	}
+	w.index = index
+	for at, chans := range w.waiters {
+		if at <= index {
+			delete(w.waiters, at)
+			for _, c := range chans {
+				close(c)
+			}
+		}
+	}
+}
+
+func (w *watermark) wait(ctx context.Context, index uint64) error {
+	w.mu.Lock()
+	if index <= w.index {
+		w.mu.Unlock()
+		return nil
+	}
+	c := make(chan struct{})
+	if w.waiters == nil {
+		w.waiters = make(map[uint64][]chan struct{})
+	}
+	w.waiters[index] = append(w.waiters[index], c)
+	w.mu.Unlock()
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		list := w.waiters[index]
+		for i := range list {
+			if list[i] == c {
+				list = append(list[:i], list[i+1:]...)
+				break
+			}
+		}
+		if len(list) == 0 {
+			delete(w.waiters, index)
+		} else {
+			w.waiters[index] = list
+		}
+		return ctx.Err()
+	}
+}

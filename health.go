@@ -1,0 +1,438 @@
+package quorate
+
+// What is wrong with this member now: the faults that Err shows, how they are found, and how a state that has left the
+// path of the others is rebuilt. It owns the faults, the check that runs every second, and the rebuild. It never decides on
+// membership. The rooms report to it; it restarts what can be restarted.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	stallLimit    = 5 * time.Second // of one store or apply call; after it this member lets another lead
+	checkInterval = time.Second
+	strangerAge   = 15 * time.Second // how long a call from another cluster is remembered
+)
+
+// The kinds of fault, the gravest first: Err shows the first that is there.
+type faultKind int
+
+const (
+	faultClosed faultKind = iota // sticky, as the next three are
+	faultRemoved
+	faultLog // EIO in the log; ENOSPC passes
+	faultApply
+	faultState    // snap is damaged
+	faultForeign  // another program wrote to snap
+	faultDiverged // a quorum agrees on another state
+	faultStall
+	faultStranger
+	faultKinds
+)
+
+type faults struct {
+	log *slog.Logger
+
+	mu   sync.Mutex // guards list and the store of top
+	list [faultKinds]error
+	top  atomic.Pointer[error]
+	some atomic.Int32 // how many there are: apply clears its own after every commit, and that must cost nothing
+}
+
+// set reports a fault, or with nil that it is over.
+func (f *faults) set(k faultKind, err error) {
+	if err == nil && f.some.Load() == 0 {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	was := f.list[k]
+	f.list[k] = err
+	switch {
+	case err != nil && was == nil:
+		f.some.Add(1)
+		if k != faultClosed {
+			f.log.Error("this member can't work", "fault", err)
+		}
+	case err == nil && was != nil:
+		f.some.Add(-1)
+		f.log.Info("this member has recovered", "fault", was)
+	}
+	f.top.Store(nil)
+	for _, err := range f.list {
+		if err != nil {
+			f.top.Store(&err)
+			return
+		}
+	}
+}
+
+func (f *faults) err() error {
+	if top := f.top.Load(); top != nil {
+		return *top
+	}
+	return nil
+}
+
+// first is the first of these kinds that is there.
+func (f *faults) first(kinds ...faultKind) error {
+	if f.some.Load() == 0 {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, k := range kinds {
+		if f.list[k] != nil {
+			return f.list[k]
+		}
+	}
+	return nil
+}
+
+// sticky is a fault that no waiting mends, so that a write is refused at once.
+func (f *faults) sticky() error {
+	err := f.first(faultClosed, faultRemoved, faultLog, faultApply, faultState)
+	if err != nil && isFull(err) {
+		return nil
+	}
+	return err
+}
+
+// silent says why this member must not act as a member: its disk has failed or hangs. It then neither sends nor answers
+// what others would take for a sign of life, so that they elect somebody whose disk works.
+func (s *Service) silent() error {
+	if err := s.wal.failed(); err != nil && !isFull(err) {
+		return err
+	}
+	if err := s.faults.first(faultApply); err != nil && !isFull(err) {
+		return err
+	}
+	if d := max(s.wal.busy(), s.fsm.stalled()); d > stallLimit {
+		return fmt.Errorf("the disk has not answered for %v", d.Round(time.Second))
+	}
+	return nil
+}
+
+// watchHealth looks once a second at what nothing else reports.
+func (s *Service) watchHealth() {
+	tick := time.NewTicker(checkInterval)
+	defer tick.Stop()
+	behind, cut := 0, s.wal.bytes()
+	for n := 0; ; n++ {
+		select {
+		case <-tick.C:
+		case <-s.ctx.Done():
+			return
+		}
+		s.checkStall()
+		s.checkFile()
+		s.checkRemoved()
+		s.tuneLog()
+		if size := s.wal.bytes(); size > cut+snapshotBytes || size < cut {
+			if size > cut {
+				s.running.Go(func() { await(s.ctx, s.raft.Load().Snapshot()) })
+			}
+			cut = size
+		}
+		if n%5 == 4 {
+			s.compareStates()
+		}
+		// An install that passed this member's uncommitted entries leaves raft with a last index that is in no store: every
+		// append is refused and the snapshot comes again and again.
+		if behind++; !s.raftLost() {
+			behind = 0
+		} else if behind >= 3 {
+			behind = 0
+			s.restartRaft("its last log index is beyond the log")
+		}
+	}
+}
+
+func (s *Service) checkStall() {
+	var err error
+	if d := max(s.wal.busy(), s.fsm.stalled()); d > stallLimit {
+		err = fmt.Errorf("a call to the disk has not returned for %v: this member answers nothing until it does", d.Round(time.Second))
+	}
+	s.faults.set(faultStall, err)
+	s.faults.set(faultStranger, s.members.stranger(s.ident.cluster))
+}
+
+// checkFile finds what another program, or the disk, did to snap.
+func (s *Service) checkFile() {
+	if changed, err := s.store.foreign(); err == nil && changed {
+		s.distrust(errForeign)
+	}
+	if _, err := s.store.verified(); err != nil {
+		s.distrust(err)
+	}
+}
+
+func (s *Service) raftLost() bool {
+	r := s.raft.Load()
+	if s.wal.busy() > 0 || s.wal.failed() != nil || r.State() != raft.Follower {
+		return false
+	}
+	last, _ := s.wal.last()
+	return r.LastIndex() > max(last, s.fsm.applied.at())
+}
+
+// checkRemoved: a removed member is not told; raft just goes quiet. So when nobody leads, the others are asked, and only the
+// applied list of a member of this cluster counts, never this member's own log, which may be older than itself.
+func (s *Service) checkRemoved() {
+	if id, _ := s.leader(); id != "" || s.faults.first(faultRemoved) != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, checkInterval)
+	defer cancel()
+	for _, m := range s.others() {
+		_, err := s.peer.status(ctx, baseURL(s.addressOf(m), s.conf.TLS))
+		var r *refusal
+		if errors.As(err, &r) && r.Code == codeRemoved {
+			s.faults.set(faultRemoved, ErrRemoved)
+			s.batch.stop(ErrRemoved)
+			await(ctx, s.raft.Load().Shutdown())
+			s.changes.notify()
+			return
+		}
+	}
+}
+
+// tuneLog keeps the tail of the log within bytes, whatever the size of its entries, and keeps all of it while a snapshot is
+// being sent, for the receiver needs what comes after.
+func (s *Service) tuneLog() {
+	r := s.raft.Load()
+	first, last := s.wal.bounds()
+	if last == 0 || r == nil {
+		return
+	}
+	keep := uint64(trailingLogs)
+	if size := s.wal.bytes(); size > trailingBytes {
+		keep = max(trailingMin, min(keep, uint64(trailingBytes/(size/int64(last-first+1)+1))))
+	}
+	if s.members.sending() {
+		keep = 1 << 40
+	}
+	c := r.ReloadableConfig()
+	if c.TrailingLogs != keep {
+		c.TrailingLogs = keep
+		if err := r.ReloadConfig(c); err != nil {
+			s.log.Error("set how much of the log is kept", "error", err)
+		}
+	}
+}
+
+// compareStates fetches the others' (sum, chain) marks. The members hardly ever stand at one index, so each keeps the values at
+// every markInterval entries. This member has diverged if a quorum of voters agrees on another value than its own.
+func (s *Service) compareStates() {
+	own, err := s.store.marks()
+	if err != nil || len(own) == 0 || s.store.meta().applied == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, checkInterval)
+	defer cancel()
+	var mu sync.Mutex
+	votes := make(map[uint64]map[string]int) // boundary → value → voters
+	var wg sync.WaitGroup
+	all := voters(s.fsm.members.Load().config)
+	for _, m := range all {
+		if string(m.ID) == s.ident.id {
+			continue
+		}
+		wg.Go(func() {
+			a, err := s.peer.status(ctx, baseURL(s.addressOf(m), s.conf.TLS))
+			if err != nil || a.ID != string(m.ID) || a.Cluster != s.ident.cluster {
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for _, k := range a.Marks {
+				if votes[k.Boundary] == nil {
+					votes[k.Boundary] = make(map[string]int)
+				}
+				votes[k.Boundary][k.value()]++
+			}
+		})
+	}
+	wg.Wait()
+	quorum := len(all)/2 + 1
+	for _, k := range own {
+		for value, n := range votes[k.boundary] {
+			mine := k.answer().value()
+			if value == mine {
+				continue
+			}
+			if n >= quorum {
+				s.faults.set(faultDiverged, fmt.Errorf("%w: the state at index %d differs from the one that %d of %d voters hold: it is "+
+					"being rebuilt from the leader", ErrCorrupt, k.applied, n, len(all)))
+				s.wantRebuild()
+				return
+			}
+			s.log.Error("a member's state differs at an index, and no quorum agrees on either", "index", k.applied)
+		}
+	}
+}
+
+func (k mark) answer() markAnswer {
+	return markAnswer{Boundary: k.boundary, Applied: k.applied, Sum: k.kvSum, Chain: fmt.Sprintf("%x", k.chain)}
+}
+
+func (k markAnswer) value() string { return fmt.Sprintf("%d %x %s", k.Applied, k.Sum, k.Chain) }
+
+// distrust stops this member's answers, because its state is not what it applied, and wakes the rebuild. It is called from
+// apply and must not block.
+func (s *Service) distrust(err error) {
+	if s.faults.first(faultForeign, faultDiverged, faultState) == nil {
+		if errors.Is(err, errForeign) {
+			s.faults.set(faultForeign, fmt.Errorf("%w: another program wrote to %s: this member serves nothing until its state is "+
+				"rebuilt from the leader; use sqlite3 -readonly", ErrCorrupt, s.path("snap")))
+		} else {
+			s.faults.set(faultState, err)
+		}
+	}
+	s.wantRebuild()
+}
+
+func (s *Service) wantRebuild() {
+	select {
+	case s.rebuildCh <- struct{}{}:
+	default:
+	}
+}
+
+// rebuildLoop replaces a state that can't be trusted by the leader's, while raft keeps running: id, log and votes stay, so this
+// member's promises hold and the quorum does not shrink.
+func (s *Service) rebuildLoop() {
+	for {
+		select {
+		case <-s.rebuildCh:
+		case <-s.ctx.Done():
+			return
+		}
+		s.fsm.paused.Store(true)
+		for backoff := 100 * time.Millisecond; ; backoff = min(2*backoff, 5*time.Second) {
+			err := s.rebuild()
+			if err == nil {
+				break
+			}
+			s.log.Warn("the state is not rebuilt yet", "error", err)
+			select {
+			case <-time.After(backoff):
+			case <-s.ctx.Done():
+				return
+			}
+		}
+		s.fsm.paused.Store(false)
+		for _, k := range []faultKind{faultForeign, faultDiverged, faultState} {
+			s.faults.set(k, nil)
+		}
+		select { // what was asked meanwhile was about the old state
+		case <-s.rebuildCh:
+		default:
+		}
+	}
+}
+
+func (s *Service) rebuild() error {
+	r := s.raft.Load()
+	c := r.GetConfiguration().Configuration()
+	if v := voters(c); len(v) == 1 && string(v[0].ID) == s.ident.id {
+		return s.forgive()
+	}
+	if r.State() == raft.Leader {
+		ctx, cancel := context.WithTimeout(s.ctx, 2*time.Second)
+		defer cancel()
+		await(ctx, r.LeadershipTransfer())
+		return errors.New("this member led; another one must")
+	}
+	id, addr := s.leader()
+	if id == "" || id == s.ident.id {
+		return ErrNoLeader
+	}
+	in, err := s.receiveState(s.ctx, id, addr, s.path("snap.rebuild"))
+	if err != nil {
+		return err
+	}
+	defer os.Remove(in.path)
+	s.fsm.mu.Lock()
+	defer s.fsm.mu.Unlock()
+	if at := s.store.meta().applied; in.meta.applied < at {
+		return fmt.Errorf("the leader's state ends at %d and this member had applied %d", in.meta.applied, at)
+	}
+	return s.fsm.installLocked(in)
+}
+
+// forgive: alone there is nobody to rebuild from. A foreign write is taken for what the operator wanted, with a loud word; a
+// damaged row is not, for nobody knows what it was.
+func (s *Service) forgive() error {
+	if err := s.faults.first(faultState); err != nil {
+		return fmt.Errorf("no other member has the state: restore a backup: %w", err)
+	}
+	s.fsm.mu.Lock()
+	defer s.fsm.mu.Unlock()
+	s.log.Error("another program wrote to snap; this is the only member, so its contents are taken as they are", "file", s.path("snap"))
+	if err := s.store.forgive(); err != nil {
+		return err
+	}
+	return s.fsm.reload()
+}
+
+// diagnose says in words why no write would be accepted now.
+func (s *Service) diagnose(ctx context.Context) string {
+	if err := s.faults.err(); err != nil {
+		return err.Error()
+	}
+	c := s.raft.Load().GetConfiguration().Configuration()
+	all := voters(c)
+	if len(all) == 0 {
+		return "the leader has not sent this member anything yet"
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	trouble := make([]string, len(all))
+	var wg sync.WaitGroup
+	for i, m := range all {
+		if string(m.ID) == s.ident.id {
+			continue
+		}
+		wg.Go(func() {
+			base := baseURL(s.addressOf(m), s.conf.TLS)
+			a, err := s.peer.status(ctx, base)
+			switch {
+			case err != nil:
+				trouble[i] = fmt.Sprintf("%s at %s %v", shortID(string(m.ID)), s.addressOf(m), err)
+			case a.ID != string(m.ID):
+				trouble[i] = fmt.Sprintf("%s at %s is now %s", shortID(string(m.ID)), s.addressOf(m), shortID(a.ID))
+			case !a.Healthy:
+				trouble[i] = fmt.Sprintf("%s at %s has a fault of its own", shortID(string(m.ID)), s.addressOf(m))
+			}
+		})
+	}
+	wg.Wait()
+	reach, words := len(all), []string(nil)
+	for _, t := range trouble {
+		if t != "" {
+			reach--
+			words = append(words, t)
+		}
+	}
+	head := fmt.Sprintf("%d of %d voters reachable, need %d", reach, len(all), len(all)/2+1)
+	if id, addr := s.leader(); id == "" {
+		words = append(words, "no leader is elected")
+	} else if len(words) == 0 {
+		words = append(words, "waiting for the leader at "+addr)
+	}
+	return head + ": " + strings.Join(words, "; ")
+}
+
+// shortID is enough of an id for a person to tell members apart.
+func shortID(id string) string { return id[:min(8, len(id))] }

@@ -1,0 +1,517 @@
+package quorate
+
+// Who this member is: the id file, the lock on its directory, its address in canonical form and the certificate that must
+// be valid for it. It never touches the log, SQLite or the network. Open comes here first: lock, then identity; nothing
+// else is opened before both stand. peer.go brings every address through canonicalAddr, so that equal addresses are equal strings.
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/gofrs/flock"
+)
+
+// An intent says how a member came to be. It is on disk before the first contact, so that a joiner that is killed half-way
+// joins again and never bootstraps a second cluster.
+type intent string
+
+const (
+	intentBootstrap intent = "bootstrap"
+	intentJoin      intent = "join"
+)
+
+// identityFormat is the newest id file that this code reads and the one that it writes.
+const identityFormat = 1
+
+type identity struct {
+	id      string // 32 lower-case hex digits; never reused: a wiped directory gets a new one
+	cluster string // likewise; "" until a joiner was admitted
+	intent  intent
+}
+
+// newID returns 128 random bits as 32 hex digits.
+func newID() string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails: the process ends if the system has no randomness
+	return hex.EncodeToString(b[:])
+}
+
+func validID(s string) bool {
+	return len(s) == 32 && strings.Trim(s, "0123456789abcdef") == ""
+}
+
+func (id identity) valid() bool {
+	return validID(id.id) && (id.cluster == "" || validID(id.cluster)) && (id.intent == intentBootstrap || id.intent == intentJoin)
+}
+
+// encodeIdentity gives the id file, for people too:
+//
+//	quorate member 1
+//	id 5f0c…
+//	cluster 91ab…           or - while it is not known
+//	intent bootstrap        or join
+//	sum 1c9e0f66a2b7d310    the first 16 digits of: head -n -1 id | sha256sum
+//
+// The first line and the last keep this form in every format: a flipped bit in the format's number is damage, not news.
+func encodeIdentity(id identity) []byte {
+	cluster := id.cluster
+	if cluster == "" {
+		cluster = "-"
+	}
+	body := fmt.Sprintf("quorate member %d\nid %s\ncluster %s\nintent %s\n", identityFormat, id.id, cluster, id.intent)
+	return []byte(body + "sum " + identitySum(body) + "\n")
+}
+
+func identitySum(body string) string {
+	sum := sha256.Sum256([]byte(body))
+	return hex.EncodeToString(sum[:8])
+}
+
+// decodeIdentity accepts exactly what encodeIdentity writes; the comparison at its end makes up for a lenient Sscanf.
+func decodeIdentity(data []byte) (identity, error) {
+	text := string(data)
+	at := strings.LastIndex(text, "sum ")
+	if at < 0 || text[at:] != "sum "+identitySum(text[:at])+"\n" {
+		return identity{}, fmt.Errorf("%w: the checksum does not match", ErrCorrupt)
+	}
+	var format uint64
+	if _, err := fmt.Sscanf(text, "quorate member %d\n", &format); err != nil {
+		return identity{}, fmt.Errorf("%w: not an id file of quorate", ErrCorrupt)
+	}
+	if format > identityFormat {
+		return identity{}, fmt.Errorf("%w: id file of format %d, and this build reads up to %d", ErrFormat, format, identityFormat)
+	}
+	var id identity
+	_, err := fmt.Sscanf(text[:at], "quorate member 1\nid %s\ncluster %s\nintent %s\n", &id.id, &id.cluster, &id.intent)
+	if id.cluster == "-" {
+		id.cluster = ""
+	}
+	if err != nil || !id.valid() || string(encodeIdentity(id)) != text {
+		return identity{}, fmt.Errorf("%w: not the lines of an id file", ErrCorrupt)
+	}
+	return id, nil
+}
+
+// readIdentity returns false if dir holds no id file. A damaged one is an error and never a reason for a fresh identity:
+// the member may have voted under the old one.
+func readIdentity(dir string) (identity, bool, error) {
+	path := filepath.Join(dir, "id")
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return identity{}, false, nil
+	}
+	if err != nil {
+		return identity{}, false, fmt.Errorf("member id: %w", err)
+	}
+	id, err := decodeIdentity(data)
+	if errors.Is(err, ErrCorrupt) {
+		return identity{}, false, fmt.Errorf("%s: %w; put back a copy of this file, or remove this member from the cluster, "+
+			"empty its directory and let it join anew", path, err)
+	}
+	if err != nil {
+		return identity{}, false, fmt.Errorf("%s: %w", path, err)
+	}
+	return id, true, nil
+}
+
+// writeIdentity replaces the id file: afterwards, and after a crash at any step, it holds the old identity or the new one.
+// The directory must be locked. After an error of the last step either may be there; the caller stops in any case.
+func writeIdentity(dir string, id identity) error {
+	if !id.valid() {
+		return fmt.Errorf("write member id: %w: id %q, cluster %q, intent %q", ErrInvalid, id.id, id.cluster, id.intent)
+	}
+	if err := writeTemp(idTemp(dir), encodeIdentity(id)); err != nil {
+		return fmt.Errorf("write member id: %w", err)
+	}
+	if err := os.Rename(idTemp(dir), filepath.Join(dir, "id")); err != nil {
+		_ = os.Remove(idTemp(dir))
+		return fmt.Errorf("write member id: %w", err)
+	}
+	if err := syncDir(dir); err != nil {
+		return fmt.Errorf("write member id: %w", err)
+	}
+	return nil
+}
+
+// idTemp lies beside the id file, not in wal, which may be a disk of its own: a rename does not cross disks.
+func idTemp(dir string) string { return filepath.Join(dir, "id.tmp") }
+
+// writeTemp makes a new file with this content and syncs it, or leaves none. It removes what a crash left of an earlier try.
+func writeTemp(path string, data []byte) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err != nil {
+		_ = os.Remove(path)
+	}
+	return err
+}
+
+// syncDir makes names in dir durable: a rename alone could be undone by a power cut. Windows has no such call.
+func syncDir(dir string) error {
+	if runtime.GOOS == "windows" {
+		return nil
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// A dirLock keeps every other Service, of this process or another, out of a directory. The system drops it with the process.
+type dirLock struct {
+	flock  *flock.Flock
+	holder string // path of the file that tells others who holds the lock
+
+	once sync.Once // guards err: a second unlock must not touch what a new holder has
+	err  error
+}
+
+// lockDir makes dir and dir/wal where they are missing and locks them for this member, or returns ErrLocked at once, naming
+// the holder. It finds out here that dir is no directory or cannot be written; then nothing that it made is left.
+func lockDir(dir, addr string) (*dirLock, error) {
+	if dir == "" {
+		return nil, fmt.Errorf("%w: the data directory has no name", ErrInvalid)
+	}
+	wal := filepath.Join(dir, "wal")
+	made, err := makeDirs(wal)
+	if err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	// Read and write: NFS locks exclusively only a file that is open for writing.
+	l := &dirLock{
+		flock:  flock.New(filepath.Join(wal, "lock"), flock.SetFlag(os.O_CREATE|os.O_RDWR)),
+		holder: filepath.Join(wal, "holder"),
+	}
+	free, err := l.flock.TryLock()
+	if err != nil {
+		removeDirs(made)
+		return nil, fmt.Errorf("lock data directory: %w", err)
+	}
+	if !free {
+		return nil, fmt.Errorf("%w: %s is held by %s", ErrLocked, dir, readHolder(l.holder))
+	}
+	if err := l.settle(dir, addr); err != nil {
+		err = errors.Join(err, l.unlock())
+		removeDirs(made)
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	return l, nil
+}
+
+// settle writes to both directories: it leaves the holder's name, removes what a killed writeIdentity left, and finds out
+// that a directory cannot be written while nothing depends on it yet.
+func (l *dirLock) settle(dir, addr string) error {
+	if err := writeTemp(idTemp(dir), nil); err != nil {
+		return err
+	}
+	if err := os.Remove(idTemp(dir)); err != nil {
+		return err
+	}
+	return os.WriteFile(l.holder, fmt.Appendf(nil, "%d %s\n", os.Getpid(), addr), 0o600)
+}
+
+// unlock may be called again. The lock file stays: removing it would let two processes lock two files of the same name.
+func (l *dirLock) unlock() error {
+	l.once.Do(func() {
+		_ = os.Remove(l.holder) // only a message, and Windows refuses while someone reads it
+		if err := l.flock.Unlock(); err != nil {
+			l.err = fmt.Errorf("unlock data directory: %w", err)
+		}
+	})
+	return l.err
+}
+
+// readHolder says who holds the lock, for a person. The file is apart from the lock, which Windows would not let us read.
+// Just after the lock changed hands it can be missing, or name a holder that was killed.
+func readHolder(path string) string {
+	var pid int
+	var addr string
+	data, _ := os.ReadFile(path)
+	if n, _ := fmt.Sscan(string(data), &pid, &addr); n == 0 {
+		return "another member"
+	}
+	who := fmt.Sprintf("process %d", pid)
+	if pid == os.Getpid() {
+		who = fmt.Sprintf("this process (%d)", pid)
+	}
+	if addr != "" {
+		who += ", member " + addr
+	}
+	return who
+}
+
+// makeDirs makes path and its missing parents, durably, and returns those that it made, outermost first; after an error none.
+func makeDirs(path string) (made []string, err error) {
+	fi, err := os.Stat(path)
+	if err == nil && !fi.IsDir() {
+		return nil, fmt.Errorf("%w: %s is a file, not a directory", ErrInvalid, path)
+	}
+	if err == nil {
+		return nil, nil
+	}
+	parent := filepath.Dir(path)
+	if parent != path { // first, so that the error names the file that is in the way
+		var parentErr error
+		if made, parentErr = makeDirs(parent); parentErr != nil {
+			return nil, parentErr
+		}
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	err = os.Mkdir(path, 0o700)
+	if errors.Is(err, fs.ErrExist) { // someone else was faster, or it is a link to nowhere
+		if _, err = os.Stat(path); err == nil {
+			return made, nil
+		}
+	}
+	if err == nil {
+		made = append(made, path)
+		err = syncDir(parent)
+	}
+	if err != nil {
+		removeDirs(made)
+		return nil, err
+	}
+	return made, nil
+}
+
+// removeDirs takes back what makeDirs made, as far as it is still empty.
+func removeDirs(made []string) {
+	for i := len(made) - 1; i >= 0; i-- {
+		_ = os.Remove(made[i])
+	}
+}
+
+// canonicalAddr returns the one form of host:port in which addresses are compared, stored and dialled: host in lower case
+// without a trailing dot, an IP address as netip prints it (IPv6 in brackets, an embedded IPv4 as IPv4), the port in decimal.
+// What no peer could dial is ErrInvalid.
+func canonicalAddr(addr string) (string, error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		if strings.Count(addr, ":") > 1 && !strings.HasPrefix(addr, "[") {
+			return "", fmt.Errorf("%w: address %q: an IPv6 address stands in brackets, as in [2001:db8::1]:7000", ErrInvalid, addr)
+		}
+		return "", fmt.Errorf("%w: address %q: give host and port, as in db1.example:7000", ErrInvalid, addr)
+	}
+	if host, err = canonicalHost(host); err != nil {
+		return "", fmt.Errorf("%w: address %q: %w", ErrInvalid, addr, err)
+	}
+	if port, err = canonicalPort(port); err != nil {
+		return "", fmt.Errorf("%w: address %q: %w", ErrInvalid, addr, err)
+	}
+	return net.JoinHostPort(host, port), nil
+}
+
+// canonicalPort takes numbers only: a service's name means what the machine at hand says that it means.
+func canonicalPort(port string) (string, error) {
+	n, err := strconv.ParseUint(port, 10, 16)
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("the port must be a number from 1 to 65535, not %q", port)
+	case n == 0:
+		return "", errors.New("a peer cannot reach port 0: listen first, then give the port that was chosen")
+	}
+	return strconv.FormatUint(n, 10), nil
+}
+
+// canonicalHost returns host without brackets.
+func canonicalHost(host string) (string, error) {
+	if host == "" {
+		return "", errors.New("no host: give the name or the IP address at which peers reach this member")
+	}
+	if ip, err := netip.ParseAddr(host); err == nil {
+		return canonicalIP(ip.Unmap())
+	}
+	name := strings.ToLower(strings.TrimSuffix(host, "."))
+	if !validHostname(name) {
+		return "", fmt.Errorf("%q is neither an IP address nor a host name (letters, digits, - and _ between dots)", host)
+	}
+	return name, nil
+}
+
+func canonicalIP(ip netip.Addr) (string, error) {
+	switch {
+	case ip.WithZone("").IsUnspecified():
+		return "", fmt.Errorf("a peer cannot reach %s: give the address at which other members reach this one; "+
+			"the listener itself may well listen on %[1]s", ip)
+	case ip.Zone() != "":
+		return "", fmt.Errorf("the zone of %s means something on one machine only: give a name or an address without one", ip)
+	case ip.IsMulticast() || ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return "", fmt.Errorf("%s is not the address of one member", ip)
+	}
+	return ip.String(), nil
+}
+
+// validHostname wants lower case. A last label that starts with a digit and is a number is refused: resolvers read 127.1,
+// 010.0.0.1 and 0x7f.1 as IPv4 addresses, each in its own way, and one of those is the wildcard.
+func validHostname(name string) bool {
+	if len(name) > 253 {
+		return false
+	}
+	labels := strings.Split(name, ".")
+	for _, label := range labels {
+		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
+			return false
+		}
+	}
+	last := labels[len(labels)-1]
+	decimal := strings.Trim(last, "0123456789") == ""
+	hexadecimal := strings.HasPrefix(last, "0x") && strings.Trim(last[2:], "0123456789abcdef") == ""
+	return !decimal && !hexadecimal
+}
+
+// baseURL is where a peer's /raft/ begins, less the path. addr is canonical.
+func baseURL(addr string, useTLS bool) string {
+	if useTLS {
+		return "https://" + addr
+	}
+	return "http://" + addr
+}
+
+// bootAddr turns a bootURL into a base URL, scheme://host or scheme://host:port. A scheme that is given stays: a balancer in
+// front of the cluster may end TLS, or begin it. Without one, host and port are needed, and useTLS decides.
+func bootAddr(bootURL string, useTLS bool) (string, error) {
+	bad := func(why any) (string, error) {
+		return "", fmt.Errorf("%w: boot URL %q: %v; give a member's host:port, or the http or https URL of a balancer", ErrInvalid, bootURL, why)
+	}
+	text, plain := bootURL, !strings.Contains(bootURL, "://")
+	if plain {
+		text = baseURL(bootURL, useTLS)
+	}
+	u, err := url.Parse(text)
+	switch {
+	case err != nil:
+		var inner *url.Error // whose text repeats the URL, and a password with it
+		if errors.As(err, &inner) {
+			err = inner.Err
+		}
+		return "", fmt.Errorf("%w: boot URL: %v; give a member's host:port, or the http or https URL of a balancer", ErrInvalid, err)
+	case u.User != nil:
+		return "", fmt.Errorf("%w: boot URL of host %q: a name or password has no place in it; the client can carry them", ErrInvalid, u.Host)
+	case u.Scheme != "http" && u.Scheme != "https":
+		return bad("the scheme must be http or https")
+	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
+		return bad("it must not have a query or a fragment")
+	case strings.Trim(u.Path, "/") != "" && strings.Trim(u.Path, "/") != "raft":
+		return bad("members answer at /raft/ and under no other path")
+	case plain && u.Port() == "":
+		return bad("no port")
+	}
+	host, err := canonicalHost(u.Hostname())
+	if err != nil {
+		return bad(err)
+	}
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	if u.Port() == "" {
+		return u.Scheme + "://" + host, nil
+	}
+	port, err := canonicalPort(u.Port())
+	if err != nil {
+		return bad(err)
+	}
+	return u.Scheme + "://" + host + ":" + port, nil
+}
+
+// checkCertificate refuses a client whose own certificate is not valid for addr's host: a member uses one certificate as
+// client and as server, so its peers, which dial addr, would refuse it one by one and later. addr is canonical. A transport
+// that is not net/http's cannot be looked into: log says so once. Without an address there are no peers and nothing to check.
+func checkCertificate(client *http.Client, addr string, log *slog.Logger) error {
+	if addr == "" {
+		return nil
+	}
+	transport := http.DefaultTransport
+	if client != nil && client.Transport != nil {
+		transport = client.Transport
+	}
+	t, ok := transport.(*http.Transport)
+	if !ok {
+		if log != nil {
+			log.Warn("certificate not checked: the client's transport is not an *http.Transport", "transport", fmt.Sprintf("%T", transport))
+		}
+		return nil
+	}
+	leaf, err := clientCertificate(t.TLSClientConfig)
+	if err != nil {
+		return fmt.Errorf("%w: the client's certificate: %w", ErrInvalid, err)
+	}
+	if leaf == nil {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	if leaf.VerifyHostname(host) != nil {
+		return fmt.Errorf("%w: the client's certificate is valid for %s, not for %s, the host of this member's address; "+
+			"a member uses one certificate as client and as server", ErrInvalid, certificateNames(leaf), host)
+	}
+	return nil
+}
+
+// clientCertificate returns the certificate that a handshake would send, nil if there is none.
+func clientCertificate(c *tls.Config) (*x509.Certificate, error) {
+	var cert tls.Certificate
+	switch {
+	case c == nil:
+	case c.GetClientCertificate != nil: // takes precedence in crypto/tls too
+		got, err := c.GetClientCertificate(&tls.CertificateRequestInfo{
+			Version: tls.VersionTLS13,
+			SignatureSchemes: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256, tls.ECDSAWithP384AndSHA384,
+				tls.ECDSAWithP521AndSHA512, tls.Ed25519, tls.PSSWithSHA256, tls.PSSWithSHA384, tls.PSSWithSHA512},
+		})
+		if err != nil {
+			return nil, err
+		}
+		if got != nil {
+			cert = *got
+		}
+	case len(c.Certificates) > 0:
+		cert = c.Certificates[0]
+	}
+	if cert.Leaf != nil || len(cert.Certificate) == 0 {
+		return cert.Leaf, nil
+	}
+	return x509.ParseCertificate(cert.Certificate[0])
+}
+
+func certificateNames(c *x509.Certificate) string {
+	names := append([]string(nil), c.DNSNames...)
+	for _, ip := range c.IPAddresses {
+		names = append(names, ip.String())
+	}
+	if len(names) == 0 {
+		return fmt.Sprintf("no host (its common name %q does not count)", c.Subject.CommonName)
+	}
+	return strings.Join(names, ", ")
+}

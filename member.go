@@ -1,0 +1,815 @@
+package quorate
+
+// Who takes part: joining, promotion, removal and new addresses, as the leader decides them and as a member asks for them,
+// and what is known of the others beside raft's configuration. It owns every change of the configuration, and the functions
+// that the peer protocol calls on this member. It never touches SQL or the bytes of a message.
+//
+// One rule stands above the others: a change that adds or removes a voter is proposed only while every voter that counts
+// answers in this term and has the whole log, the last such change included. Otherwise two of three voters can end without
+// a leader for ever, each refusing what the other one has (seen: a member promoted while another was cut off).
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	promoteInterval = 100 * time.Millisecond
+	promoteLag      = 64 // entries that a voter, or who is to become one, may be behind: one append
+	probeTimeout    = time.Second
+)
+
+// peerTable is what this member knows of the others beside the configuration. It is a hint and never a proof.
+type peerTable struct {
+	mu        sync.Mutex // guards the fields below
+	heard     map[string]time.Time
+	announced map[string]string // by id: an address newer than the configuration's
+	sends     int               // snapshots being sent
+	strange   struct {
+		at              time.Time
+		cluster, sender string
+	}
+}
+
+func (t *peerTable) contact(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.heard == nil {
+		t.heard = make(map[string]time.Time)
+	}
+	t.heard[id] = time.Now()
+}
+
+// sinceHeard is negative if nothing was heard.
+func (t *peerTable) sinceHeard(id string) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if at, ok := t.heard[id]; ok {
+		return max(time.Since(at), 1)
+	}
+	return -1
+}
+
+func (t *peerTable) announce(id, addr string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.announced == nil {
+		t.announced = make(map[string]string)
+	}
+	t.announced[id] = addr
+}
+
+func (t *peerTable) announcedAddr(id string) string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.announced[id]
+}
+
+func (t *peerTable) snapshots(delta int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sends += delta
+}
+
+func (t *peerTable) sending() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.sends > 0
+}
+
+func (t *peerTable) noteStranger(cluster, sender string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.strange.at, t.strange.cluster, t.strange.sender = time.Now(), cluster, sender
+}
+
+// stranger is the fault of a member whose directory was emptied: the old cluster still calls its address.
+func (t *peerTable) stranger(own string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.strange.cluster == "" || t.strange.cluster == own || time.Since(t.strange.at) > strangerAge {
+		return nil
+	}
+	return fmt.Errorf("members of cluster %s (%s) know this address as one of theirs, and this directory belongs to cluster %s: "+
+		"if its contents were lost, empty the directory and start with a bootURL", t.strange.cluster, t.strange.sender, own)
+}
+
+// startPeer makes the protocol's side of this member; its functions answer 503 until raft runs.
+func (s *Service) startPeer() {
+	raftNow := func() *raft.Raft { return s.raft.Load() }
+	s.peer = newPeer(peerHost{
+		self:       func() (string, string, string) { return s.ident.id, s.ident.cluster, s.conf.Addr },
+		ready:      func() bool { return raftNow() != nil },
+		server:     s.server,
+		announced:  s.members.announcedAddr,
+		removed:    func(id string) bool { return s.fsm.members.Load().removed[id] != 0 },
+		silent:     s.silent,
+		leading:    s.leading,
+		leader:     s.leader,
+		term:       func() uint64 { return raftNow().CurrentTerm() },
+		hasLeader:  func() bool { id, _ := s.leader(); return id != "" },
+		lastEntry:  s.lastEntry,
+		applied:    func() uint64 { return s.store.meta().applied },
+		termAt:     func(index uint64) (uint64, bool) { return s.wal.termAt(index) },
+		checkEntry: checkEntry,
+		stranger:   func(cluster, from, fromAddr, target string) { s.members.noteStranger(cluster, fromAddr) },
+		contact:    s.members.contact,
+		propose:    s.servePropose,
+		readIndex:  s.serveReadIndex,
+		join:       s.serveJoin,
+		remove:     s.serveRemove,
+		status:     s.statusAnswer,
+		state:      s.serveState,
+		snapshots:  s.members.snapshots,
+	}, peerClient(s.conf.Client), s.conf.TLS, s.log)
+}
+
+// ServeHTTP answers the other members at /raft/. Register the Service for the pattern "/raft/" on a server that listens on
+// Addr. Without client certificates it belongs on a trusted network.
+func (s *Service) ServeHTTP(w http.ResponseWriter, req *http.Request) { s.peer.ServeHTTP(w, req) }
+
+func (s *Service) server(id string) (addr string, known, voter bool) {
+	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
+		if string(m.ID) == id {
+			return string(m.Address), true, m.Suffrage == raft.Voter
+		}
+	}
+	return "", false, false
+}
+
+func (s *Service) addressOf(m raft.Server) string {
+	if addr := s.members.announcedAddr(string(m.ID)); addr != "" {
+		return addr
+	}
+	return string(m.Address)
+}
+
+// others are the members of the configuration that raft uses now, without this one.
+func (s *Service) others() []raft.Server {
+	var list []raft.Server
+	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
+		if string(m.ID) != s.ident.id && !placeholder(string(m.Address)) {
+			list = append(list, m)
+		}
+	}
+	return list
+}
+
+func (s *Service) leading(term uint64) bool {
+	r := s.raft.Load()
+	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
+}
+
+// leader is whom this member takes for the leader; both are empty if it knows none.
+func (s *Service) leader() (id, addr string) {
+	r := s.raft.Load()
+	if r == nil || s.faults.first(faultRemoved) != nil {
+		return "", ""
+	}
+	a, i := r.LeaderWithID()
+	if other := s.members.announcedAddr(string(i)); other != "" {
+		return string(i), other
+	}
+	return string(i), string(a)
+}
+
+func (s *Service) lastEntry() (index, term uint64) {
+	index, term = s.wal.last()
+	if m := s.store.meta(); m.applied > index {
+		return m.applied, m.term
+	}
+	return index, term
+}
+
+// begin hands an entry to raft if this member leads; the function that it returns waits for the outcome.
+func (s *Service) begin(data []byte) func() (outcome, bool, error) {
+	r := s.raft.Load()
+	if r.State() != raft.Leader {
+		return nil
+	}
+	future := r.Apply(data, 50*time.Millisecond)
+	return func() (outcome, bool, error) {
+		switch err := future.Error(); {
+		case err == nil:
+			o, ok := future.Response().(outcome)
+			if !ok { // this member is closing, or had the entry's effect already
+				return outcome{}, true, errors.New("no answer from apply")
+			}
+			return o, true, nil
+		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress), errors.Is(err, raft.ErrEnqueueTimeout):
+			return outcome{}, false, err
+		case isFull(err): // the log has taken it out again
+			return outcome{}, false, err
+		default:
+			return outcome{}, true, err
+		}
+	}
+}
+
+// propose sends an entry towards the log, here or on the leader.
+func (s *Service) propose(ctx context.Context, data []byte) (outcome, bool, error) {
+	if wait := s.begin(data); wait != nil {
+		return wait()
+	}
+	id, addr := s.leader()
+	if id == "" || id == s.ident.id {
+		return outcome{}, false, ErrNoLeader
+	}
+	answer, sent, err := s.peer.propose(ctx, id, addr, data)
+	if err != nil {
+		return outcome{}, sent, err
+	}
+	o, err := decodeOutcome(answer)
+	return o, true, err
+}
+
+// servePropose takes a batch that another member has forwarded. It is never forwarded again.
+func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error) {
+	if e, err := decodeEntry(data); err != nil || e.kind != entryBatch && e.kind != entryOpen {
+		return nil, refuse(http.StatusBadRequest, codeBadRequest, "not a batch that this version reads")
+	}
+	wait := s.begin(data)
+	if wait == nil {
+		return nil, s.notLeader()
+	}
+	type answer struct {
+		o    outcome
+		sent bool
+		err  error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		o, sent, err := wait()
+		done <- answer{o, sent, err}
+	}()
+	select {
+	case a := <-done:
+		switch {
+		case a.err == nil:
+			return encodeOutcome(a.o), nil
+		case !a.sent && !errors.Is(a.err, raft.ErrEnqueueTimeout) && !isFull(a.err):
+			return nil, s.notLeader()
+		case !a.sent:
+			return nil, refuse(http.StatusServiceUnavailable, codeNotApplied, "%v", a.err)
+		}
+		return nil, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-s.ctx.Done():
+		return nil, ErrClosed
+	}
+}
+
+// notLeader names the leader, unless that is this member itself: then there is none yet.
+func (s *Service) notLeader() error {
+	r := refuse(http.StatusMisdirectedRequest, codeNotLeader, "this member does not lead")
+	if id, addr := s.leader(); id != s.ident.id {
+		r.LeaderID, r.LeaderAddr = id, addr
+	}
+	return r
+}
+
+// serveReadIndex is a round for another member; it shares this leader's own rounds.
+func (s *Service) serveReadIndex(ctx context.Context) (uint64, error) {
+	if s.raft.Load().State() != raft.Leader {
+		return 0, s.notLeader()
+	}
+	index, err := s.reads.join(ctx)
+	if err != nil {
+		return 0, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+	}
+	return index, nil
+}
+
+// serveState streams the whole state to a member that must rebuild its own: from a leader that a quorum has just confirmed.
+func (s *Service) serveState(ctx context.Context, w io.Writer) error {
+	if err := s.unfit(); err != nil {
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+	}
+	index, err := s.serveReadIndex(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.fsm.applied.wait(ctx, index); err != nil {
+		return err
+	}
+	c, err := s.store.copy()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = io.Copy(w, c)
+	return err
+}
+
+// lead does a leader's duties as long as this member is one.
+func (s *Service) lead() {
+	for s.ctx.Err() == nil {
+		changed := s.changes.wait()
+		if r := s.raft.Load(); r.State() == raft.Leader {
+			s.leadTerm(r.CurrentTerm())
+		}
+		select {
+		case <-changed:
+		case <-s.ctx.Done():
+		}
+	}
+}
+
+func (s *Service) leadTerm(term uint64) {
+	s.beginTerm(term)
+	tick := time.NewTicker(promoteInterval)
+	defer tick.Stop()
+	for s.leading(term) {
+		if err := s.promote(); err != nil {
+			s.log.Debug("no promotion yet", "error", err)
+		}
+		s.ownAddress()
+		select {
+		case <-tick.C:
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+// beginTerm makes the term's first entry that apply sees; reads wait for it.
+func (s *Service) beginTerm(term uint64) {
+	for s.leading(term) && s.store.meta().term != term && s.ctx.Err() == nil {
+		if wait := s.begin(encodeTermStart()); wait != nil {
+			if _, _, err := wait(); err == nil {
+				return
+			}
+		}
+		select {
+		case <-time.After(resendMin):
+		case <-s.ctx.Done():
+		}
+	}
+}
+
+// ownAddress puts this leader's address into the configuration if it came back at another one, or has one at last.
+func (s *Service) ownAddress() {
+	addr, _, _ := s.server(s.ident.id)
+	if s.conf.Addr == "" || addr == s.conf.Addr {
+		return
+	}
+	if !placeholder(addr) && len(s.others()) > 0 && !s.fsm.members.Load().allowed[s.conf.Addr] {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second)
+	defer cancel()
+	s.setServer(ctx, s.ident.id, s.conf.Addr)
+}
+
+// setServer adds a non-voter, or changes the address of a member of any kind.
+func (s *Service) setServer(ctx context.Context, id, addr string) error {
+	r := s.raft.Load()
+	index := r.GetConfiguration().Index()
+	return await(ctx, r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(addr), index, 0))
+}
+
+// promote makes the first non-voter that is ready a voter.
+func (s *Service) promote() error {
+	r := s.raft.Load()
+	f := r.GetConfiguration()
+	for _, m := range f.Configuration().Servers {
+		if m.Suffrage == raft.Voter {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
+		err := s.mayPromote(ctx, m, f)
+		cancel()
+		if err != nil {
+			return err
+		}
+		s.changing.Lock()
+		ctx, cancel = context.WithTimeout(s.ctx, 5*time.Second)
+		err = await(ctx, r.AddVoter(m.ID, m.Address, f.Index(), 0))
+		cancel()
+		s.changing.Unlock()
+		if err == nil {
+			s.log.Info("a member is a voter now", "id", m.ID, "address", m.Address)
+		}
+		return err
+	}
+	return nil
+}
+
+// mayPromote: the candidate and every voter answer, at their addresses, in this term, with the whole log.
+func (s *Service) mayPromote(ctx context.Context, m raft.Server, f raft.ConfigurationFuture) error {
+	if at := s.store.meta().applied; at < f.Index() {
+		return fmt.Errorf("the last change of the configuration, %d, is not applied here yet", f.Index())
+	}
+	all := append(voters(f.Configuration()), m)
+	for i, err := range s.probe(ctx, all, f.Index()) {
+		if err != nil {
+			return fmt.Errorf("%s at %s: %w", shortID(string(all[i].ID)), all[i].Address, err)
+		}
+	}
+	return nil
+}
+
+// probe asks each member whether it keeps up with this leader: the same id at that address, this term, and the log up to
+// promoteLag entries, at least up to the last change of the configuration.
+func (s *Service) probe(ctx context.Context, list []raft.Server, configIndex uint64) []error {
+	r := s.raft.Load()
+	errs := make([]error, len(list))
+	var wg sync.WaitGroup
+	for i, m := range list {
+		if string(m.ID) == s.ident.id {
+			continue
+		}
+		wg.Go(func() {
+			a, err := s.peer.status(ctx, baseURL(string(m.Address), s.conf.TLS))
+			last, _ := s.wal.last()
+			switch {
+			case err != nil:
+				errs[i] = err
+			case a.ID != string(m.ID) || a.Cluster != s.ident.cluster:
+				errs[i] = fmt.Errorf("%s answers there", shortID(a.ID))
+			case a.Term != r.CurrentTerm():
+				errs[i] = fmt.Errorf("it is in term %d, the leader in %d", a.Term, r.CurrentTerm())
+			case a.LastIndex < configIndex || a.LastIndex+promoteLag < last:
+				errs[i] = fmt.Errorf("its log ends at %d, the leader's at %d", a.LastIndex, last)
+			case !a.Healthy:
+				errs[i] = errors.New("it reports a fault")
+			}
+		})
+	}
+	wg.Wait()
+	return errs
+}
+
+// serveJoin admits a new member, or takes the new address of an old one. Only the leader decides; any member notes an
+// announced address, so that a majority that moved can find each other and elect one.
+func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, error) {
+	addr, err := canonicalAddr(req.Addr)
+	if err != nil {
+		return joinAnswer{}, refuse(http.StatusBadRequest, codeBadRequest, "%v", err)
+	}
+	if !validID(req.ID) {
+		return joinAnswer{}, refuse(http.StatusBadRequest, codeBadRequest, "malformed id")
+	}
+	if s.raft.Load().State() != raft.Leader {
+		if _, known, _ := s.server(req.ID); req.Announce && known && s.fsm.members.Load().allowed[addr] {
+			s.members.announce(req.ID, addr)
+		}
+		return joinAnswer{}, s.notLeader()
+	}
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	// A permission that was acknowledged anywhere before this request came is applied here after this.
+	index, err := s.reads.join(ctx)
+	if err == nil {
+		err = s.fsm.applied.wait(ctx, index)
+	}
+	if err != nil {
+		return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+	}
+	m := s.fsm.members.Load()
+	current, _, _ := s.server(req.ID)
+	switch format := s.store.meta().format; {
+	case m.removed[req.ID] != 0:
+		return joinAnswer{}, refuse(http.StatusGone, codeRemoved, "this id was removed from the cluster")
+	case req.Format < format:
+		return joinAnswer{}, refuse(http.StatusPreconditionFailed, codeProtocol, "the cluster writes entries of format %d and the joining "+
+			"member reads up to %d: upgrade it", format, req.Format)
+	case current != addr && !m.allowed[addr]:
+		return joinAnswer{}, refuse(http.StatusForbidden, codeNotAllowed, "%s is not on the list", addr)
+	}
+	if current != addr {
+		if err := s.replaceAt(ctx, addr, req.ID); err != nil {
+			return joinAnswer{}, err
+		}
+		if err := s.setServer(ctx, req.ID, addr); err != nil {
+			return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "change of the configuration: %v", err)
+		}
+		s.log.Info("a member joined or moved", "id", req.ID, "address", addr)
+	}
+	a := joinAnswer{Cluster: s.ident.cluster, LeaderID: s.ident.id, LeaderAddr: s.conf.Addr}
+	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
+		a.Members = append(a.Members, memberAddr{ID: string(m.ID), Addr: string(m.Address), Voter: m.Suffrage == raft.Voter})
+	}
+	return a, nil
+}
+
+// replaceAt takes out the member that had this address before, whose directory was lost. It stays if it still answers there.
+func (s *Service) replaceAt(ctx context.Context, addr, id string) error {
+	f := s.raft.Load().GetConfiguration()
+	for _, m := range f.Configuration().Servers {
+		if string(m.Address) != addr || string(m.ID) == id {
+			continue
+		}
+		probe, cancel := context.WithTimeout(ctx, probeTimeout)
+		a, err := s.peer.status(probe, baseURL(addr, s.conf.TLS))
+		cancel()
+		if err == nil && a.ID == string(m.ID) {
+			return refuse(http.StatusConflict, codeConflict, "member %s answers at %s: stop it, or remove it first", m.ID, addr)
+		}
+		if err := s.removeServer(ctx, m, f); err != nil {
+			return refuse(http.StatusServiceUnavailable, codeNotReady, "the member that was at %s before can't be taken out now: %v", addr, err)
+		}
+		s.log.Info("a member was replaced", "old id", m.ID, "new id", id, "address", addr)
+	}
+	return nil
+}
+
+// RemoveMember takes the member at addr (host:port) out of the cluster, dead or alive, and its address off the list of those
+// that may join; or only the latter, if nobody has joined from there. The removed member's Err is then ErrRemoved, and its
+// data stays readable through Stale. It is refused while the voters that would remain and answer are no majority. Errors are
+// ErrNotApplied or ErrUncertain; a retry is safe. It works on every member, also to remove itself.
+func (s *Service) RemoveMember(ctx context.Context, addr string) error {
+	addr, err := canonicalAddr(addr)
+	if err != nil {
+		return notApplied(err)
+	}
+	if err := s.faults.sticky(); err != nil {
+		return notApplied(err)
+	}
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	sent := false
+	for backoff := resendMin; ; backoff = min(2*backoff, resendMax) {
+		changed := s.changes.wait()
+		err := s.askToRemove(ctx, addr)
+		var r *refusal
+		switch definite := errors.As(err, &r); {
+		case err == nil:
+			return nil
+		case definite && r.Code == codeConflict:
+			return notApplied(fmt.Errorf("%w: %s", ErrInvalid, r.Message))
+		case !definite && !errors.Is(err, ErrNoLeader):
+			sent = true
+		}
+		select {
+		case <-changed:
+			continue
+		case <-time.After(backoff):
+			continue
+		case <-s.ctx.Done():
+			err = errors.Join(ErrClosed, err)
+		case <-ctx.Done():
+			err = errors.Join(context.Cause(ctx), err)
+		}
+		if sent {
+			return fmt.Errorf("%w: %w", ErrUncertain, err)
+		}
+		return notApplied(err)
+	}
+}
+
+func (s *Service) askToRemove(ctx context.Context, addr string) error {
+	switch id, leaderAddr := s.leader(); id {
+	case "":
+		return ErrNoLeader
+	case s.ident.id:
+		return s.serveRemove(ctx, addr)
+	default:
+		return s.peer.remove(ctx, id, leaderAddr, addr)
+	}
+}
+
+// serveRemove removes on the leader: first the permission, so that the member can't come back in between, then the member.
+func (s *Service) serveRemove(ctx context.Context, addr string) error {
+	r := s.raft.Load()
+	if r.State() != raft.Leader {
+		return s.notLeader()
+	}
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	if _, err := s.reads.join(ctx); err != nil {
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+	}
+	f := r.GetConfiguration()
+	var target *raft.Server
+	for _, m := range f.Configuration().Servers {
+		if string(m.Address) == addr {
+			target = &m
+		}
+	}
+	if target != nil {
+		if err := s.mayRemove(ctx, *target, f); err != nil {
+			return err
+		}
+		if string(target.ID) == s.ident.id {
+			await(ctx, r.LeadershipTransfer()) // whoever leads then removes this member
+			return refuse(http.StatusMisdirectedRequest, codeNotLeader, "the leader hands over before it is removed")
+		}
+	}
+	if err := s.write(ctx, op{kind: opDisallow, key: addr}); err != nil {
+		return err
+	}
+	if target == nil {
+		return nil
+	}
+	return await(ctx, r.RemoveServer(target.ID, f.Index(), 0))
+}
+
+// mayRemove: those that answer and keep up, the target apart, are a majority of the voters with it and of those without it.
+func (s *Service) mayRemove(ctx context.Context, target raft.Server, f raft.ConfigurationFuture) error {
+	all := voters(f.Configuration())
+	if len(all) == 1 && all[0].ID == target.ID {
+		return refuse(http.StatusConflict, codeConflict, "%s is the only voter", target.Address)
+	}
+	if target.Suffrage != raft.Voter {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	live, rest := 0, 0
+	var dead []string
+	for i, err := range s.probe(ctx, all, f.Index()) {
+		if all[i].ID == target.ID {
+			if err == nil {
+				live++
+			}
+			continue
+		}
+		if rest++; err == nil {
+			live++
+		} else {
+			dead = append(dead, fmt.Sprintf("%s: %v", all[i].Address, err))
+		}
+	}
+	liveRest := rest - len(dead)
+	if liveRest < rest/2+1 || live < len(all)/2+1 {
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "without %s %d of %d voters would answer, need %d (%s)",
+			target.Address, liveRest, rest, rest/2+1, strings.Join(dead, "; "))
+	}
+	return nil
+}
+
+func (s *Service) removeServer(ctx context.Context, m raft.Server, f raft.ConfigurationFuture) error {
+	if err := s.mayRemove(ctx, m, f); err != nil {
+		return err
+	}
+	return await(ctx, s.raft.Load().RemoveServer(m.ID, f.Index(), 0))
+}
+
+// announce tells the others this member's address until the configuration has it. After that it ends: an address changes
+// only with a restart.
+func (s *Service) announce() {
+	if s.conf.Addr == "" {
+		return
+	}
+	for backoff := 100 * time.Millisecond; ; backoff = min(2*backoff, 5*time.Second) {
+		addr, known, _ := s.server(s.ident.id)
+		if known && addr == s.conf.Addr || s.faults.first(faultRemoved) != nil {
+			return
+		}
+		for _, m := range s.others() {
+			if !known {
+				break // a joiner that has heard nothing yet
+			}
+			ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
+			_, err := s.peer.join(ctx, baseURL(s.addressOf(m), s.conf.TLS), string(m.ID),
+				joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: entryFormat, Announce: true})
+			cancel()
+			if err != nil {
+				s.log.Debug("announce this member's address", "to", m.Address, "answer", err)
+			}
+		}
+		select {
+		case <-time.After(backoff):
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+// Role is what a member is at the moment.
+type Role int
+
+const (
+	Follower Role = iota
+	Candidate
+	Leader
+	NonVoter // admitted, not yet promoted
+	Removed
+	Closed
+)
+
+func (r Role) String() string {
+	if names := [...]string{"follower", "candidate", "leader", "non-voter", "removed", "closed"}; r >= 0 && int(r) < len(names) {
+		return names[r]
+	}
+	return fmt.Sprintf("Role(%d)", int(r))
+}
+
+// Status is what this member knows, without asking anybody.
+type Status struct {
+	ID, Addr, Cluster    string
+	Role                 Role
+	LeaderID, LeaderAddr string // empty: no leader is known
+
+	Term, LastIndex, CommitIndex uint64
+	AppliedIndex, Revision       uint64
+
+	// Hash is of the state at AppliedIndex, read together with it: members with the same AppliedIndex have the same Hash.
+	Hash string
+
+	Verified      bool // the check of snap that began at Open has ended well
+	MemoryDropped bool // the state has outgrown Config.Memory, and reads go to SQLite
+
+	Members []Member
+}
+
+// Member is one member of the configuration.
+type Member struct {
+	ID, Addr string
+	Voter    bool
+	Heard    time.Duration // since it was last heard from; 0 = this member itself, negative = not known here
+}
+
+// Status never blocks and uses no network.
+func (s *Service) Status() Status {
+	m := s.store.meta()
+	r := s.raft.Load()
+	st := Status{ID: s.ident.id, Addr: s.conf.Addr, Cluster: s.ident.cluster, Role: s.role(),
+		Term: r.CurrentTerm(), LastIndex: r.LastIndex(), CommitIndex: r.CommitIndex(),
+		AppliedIndex: m.applied, Revision: m.revision, Hash: m.stateHash()}
+	st.LeaderID, st.LeaderAddr = s.leader()
+	st.Verified, _ = s.store.verified()
+	_, st.MemoryDropped = s.store.memoryState()
+	for _, v := range r.GetConfiguration().Configuration().Servers {
+		member := Member{ID: string(v.ID), Addr: string(v.Address), Voter: v.Suffrage == raft.Voter}
+		if member.ID != s.ident.id {
+			member.Heard = s.members.sinceHeard(member.ID)
+		}
+		st.Members = append(st.Members, member)
+	}
+	return st
+}
+
+func (s *Service) role() Role {
+	switch {
+	case s.faults.first(faultClosed) != nil:
+		return Closed
+	case s.faults.first(faultRemoved) != nil:
+		return Removed
+	}
+	switch s.raft.Load().State() {
+	case raft.Leader:
+		return Leader
+	case raft.Candidate:
+		return Candidate
+	}
+	if _, known, voter := s.server(s.ident.id); known && voter {
+		return Follower
+	}
+	return NonVoter
+}
+
+// stateHash is the state's: the sum over the rows and the chain over all that was ever applied.
+func (m meta) stateHash() string { return fmt.Sprintf("%016x%x", m.kvSum, m.chain[:8]) }
+
+// statusAnswer is what GET /raft/status tells: no keys and no values.
+func (s *Service) statusAnswer() statusAnswer {
+	st := s.Status()
+	last, _ := s.lastEntry()
+	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last,
+		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: entryFormat, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
+		Healthy: s.Err() == nil}
+	for _, m := range st.Members {
+		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter})
+	}
+	if marks, err := s.store.marks(); err == nil && s.unfit() == nil {
+		for _, k := range marks {
+			a.Marks = append(a.Marks, k.answer())
+		}
+	}
+	return a
+}
+
+// broadcast wakes everybody who waits, once a turn.
+type broadcast struct {
+	mu sync.Mutex // guards ch
+	ch chan struct{}
+}
+
+func (b *broadcast) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch == nil {
+		b.ch = make(chan struct{})
+	}
+	return b.ch
+}
+
+func (b *broadcast) notify() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch != nil {
+		close(b.ch)
+		b.ch = nil
+	}
+}

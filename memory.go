@@ -1,0 +1,252 @@
+package quorate
+
+// The ordered copy of all committed rows that answers reads without SQLite. It holds every key or is not used at all, so
+// that a key it does not have is a key that does not exist. It owns the copy and the scan's place in the key space, and
+// knows no SQL: sqlstore.go hands it the rows that the scan reads and the changes of every commit, in commit order.
+
+import (
+	"log/slog"
+	"sync"
+	"sync/atomic"
+
+	"github.com/tidwall/btree"
+)
+
+// itemOverhead is what an entry costs beside its bytes: the item, two headers and its share of a tree node.
+const itemOverhead = 96
+
+// An item is a row as it was committed. It never changes: a new version of the row is a new item.
+type item struct {
+	row
+	hash uint64 // of the row, so that replacing it needs no read
+}
+
+func (i *item) hashOrZero() uint64 {
+	if i == nil {
+		return 0
+	}
+	return i.hash
+}
+
+// A change is what one commit did to a key; nil means that there is no such row.
+type change struct {
+	key      string
+	was, now *item
+}
+
+type memoryState int32
+
+const (
+	memoryLoading memoryState = iota // not used for reads
+	memoryWhole
+	memoryDropped // over the budget, until the next load
+)
+
+// The scan reads the rows in key order, a chunk at a time, each chunk in a snapshot of its own, taken while nothing was
+// between commit and publish. Rows up to cursor are covered: a change to one is followed at once; a change above it
+// will be read by the scan; one that comes while its chunk is being read waits in pending. So no snapshot is held for
+// longer than a chunk, and at the end the covered sum is that of all rows as of the last publish.
+type memory struct {
+	budget int64 // bytes; negative: no rows are kept, only the sum is followed
+	log    *slog.Logger
+
+	state atomic.Int32 // a memoryState; changes only under mu
+
+	mu      sync.RWMutex // guards the fields below; never held across I/O
+	tree    *btree.Map[string, *item]
+	size    int64 // of the tree, with overhead
+	load    int   // number of the current load: a chunk of an earlier one is thrown away
+	cursor  string
+	ended   bool // everything is covered
+	sum     uint64
+	keys    uint64
+	reading bool     // a chunk is being read
+	pending []change // changes above cursor since the chunk's snapshot
+}
+
+func newMemory(budget int64, log *slog.Logger) *memory {
+	m := &memory{budget: budget, log: log}
+	m.reset(0)
+	return m
+}
+
+// reset forgets everything and starts a new load of rows that take about the given bytes.
+func (m *memory) reset(estimate int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.load++
+	m.cursor, m.ended, m.sum, m.keys, m.size = "", false, 0, 0, 0
+	m.reading, m.pending = false, nil
+	m.tree = btree.NewMap[string, *item](0)
+	m.state.Store(int32(memoryLoading))
+	if m.budget < 0 {
+		m.tree = nil
+	} else if estimate > m.budget {
+		m.dropLocked(estimate)
+	}
+}
+
+// empty makes the copy whole without a scan: there are no rows.
+func (m *memory) empty() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.ended = true
+	if m.tree != nil {
+		m.state.Store(int32(memoryWhole))
+	}
+}
+
+func (m *memory) whole() bool   { return memoryState(m.state.Load()) == memoryWhole }
+func (m *memory) dropped() bool { return memoryState(m.state.Load()) == memoryDropped }
+
+// keeps tells whether rows that are committed now will be held, or may be.
+func (m *memory) keeps() bool { return m.budget >= 0 && !m.dropped() }
+
+// get allocates nothing; the value is shared and must not be changed. ok means little unless whole.
+func (m *memory) get(key string) (r row, ok, whole bool) {
+	it, whole := m.item(key)
+	if it == nil {
+		return row{}, false, whole
+	}
+	return it.row, true, whole
+}
+
+// item asks for the state first, so that a reader of a copy that is not whole never waits for the scan's merge.
+func (m *memory) item(key string) (it *item, whole bool) {
+	if !m.whole() {
+		return nil, false
+	}
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if !m.whole() {
+		return nil, false
+	}
+	it, _ = m.tree.Get(key)
+	return it, true
+}
+
+// publish takes over the changes of one commit, all or none to any reader.
+func (m *memory) publish(changes []change) {
+	if len(changes) == 0 {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, c := range changes {
+		switch {
+		case m.ended || c.key <= m.cursor:
+			m.applyLocked(c)
+		case m.reading:
+			m.pending = append(m.pending, c)
+		}
+	}
+	m.checkBudgetLocked()
+}
+
+func (m *memory) applyLocked(c change) {
+	m.sum += c.now.hashOrZero() - c.was.hashOrZero()
+	if c.was == nil {
+		m.keys++
+	}
+	if c.now == nil {
+		m.keys--
+	}
+	if c.was == nil && c.now == nil { // set and deleted by one transaction
+		return
+	}
+	if m.tree == nil {
+		return
+	}
+	var old *item
+	if c.now != nil {
+		old, _ = m.tree.Set(c.key, c.now)
+		m.size += itemSize(c.key, c.now)
+	} else {
+		old, _ = m.tree.Delete(c.key)
+	}
+	if old != nil {
+		m.size -= itemSize(c.key, old)
+	}
+}
+
+func itemSize(key string, it *item) int64 {
+	return int64(len(key)) + int64(len(it.value)) + itemOverhead
+}
+
+func (m *memory) checkBudgetLocked() {
+	if m.tree != nil && m.size > m.budget {
+		m.dropLocked(m.size)
+	}
+}
+
+// dropLocked goes on following the sum: the scan verifies the file with or without a copy.
+func (m *memory) dropLocked(size int64) {
+	m.state.Store(int32(memoryDropped))
+	m.tree = nil
+	m.log.Info("rows are read from SQLite: they do not fit in memory", "bytes", size, "budget", m.budget)
+}
+
+// beginChunk is called while nothing is between commit and publish, just before the chunk's snapshot is taken.
+func (m *memory) beginChunk() (load int, cursor string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reading, m.pending = true, nil
+	return m.load, m.cursor
+}
+
+// A keyed is an item under its key, as the scan reads it.
+type keyed struct {
+	key string
+	*item
+}
+
+// endChunk merges what was read with what was committed meanwhile; a chunk of an earlier load is thrown away. After the
+// last one everything is covered.
+func (m *memory) endChunk(load int, rows []keyed, last bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if load != m.load {
+		return
+	}
+	for _, r := range rows {
+		m.applyLocked(change{key: r.key, now: r.item})
+	}
+	if len(rows) > 0 {
+		m.cursor = rows[len(rows)-1].key
+	}
+	m.ended = last
+	for _, c := range m.pending {
+		if m.ended || c.key <= m.cursor {
+			m.applyLocked(c)
+		}
+	}
+	m.reading, m.pending = false, nil
+	m.checkBudgetLocked()
+}
+
+// cancelChunk: the chunk could not be read. It tells whether that matters, for the chunk is one of the current load.
+func (m *memory) cancelChunk(load int) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if load != m.load {
+		return false
+	}
+	m.reading, m.pending = false, nil
+	return true
+}
+
+// covered returns the sum and the number of all rows, once a scan has ended.
+func (m *memory) covered() (sum, keys uint64, ended bool) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.sum, m.keys, m.ended
+}
+
+// trust makes the copy answer reads: the scan has ended and its sum is right.
+func (m *memory) trust() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ended && m.tree != nil {
+		m.state.Store(int32(memoryWhole))
+	}
+}

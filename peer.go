@@ -1,0 +1,649 @@
+package quorate
+
+// How members talk: the handler under /raft/ with the checks at its door, and the calls of ours to other members. It never
+// touches SQL or raft's log and does not know what a key means: what a route does beyond the checks comes from the Service
+// as the functions of a peerHost. Requests come from net/http into ServeHTTP and go on to those functions, or to raft by
+// way of transport.go. The bytes are frame.go's.
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	bodyTimeout  = 10 * time.Second // for a small body to come in, and for an answer to go out
+	stallTimeout = 30 * time.Second // for a snapshot or a state to make any progress
+)
+
+// peerHost is what the Service gives to the peer. All functions may be called at any time, from any goroutine.
+type peerHost struct {
+	self       func() (id, cluster, addr string) // cluster is "" until admitted
+	ready      func() bool                       // raft exists; until then every route answers 503
+	server     func(id string) (addr string, known, voter bool)
+	announced  func(id string) string // the address announced since, which overrides the configured one
+	removed    func(id string) bool
+	silent     func() error // why this member must be silent: its disk is stalled or has failed
+	leading    func(term uint64) bool
+	leader     func() (id, addr string)
+	term       func() uint64
+	hasLeader  func() bool
+	lastEntry  func() (index, term uint64)
+	applied    func() uint64
+	termAt     func(index uint64) (uint64, bool)
+	checkEntry func(*raft.Log) error
+	stranger   func(cluster, from, fromAddr, target string)
+	contact    func(id string)
+
+	propose   func(ctx context.Context, data []byte) ([]byte, error)
+	readIndex func(ctx context.Context) (uint64, error)
+	join      func(ctx context.Context, r joinRequest) (joinAnswer, error)
+	remove    func(ctx context.Context, addr string) error
+	status    func() statusAnswer
+	state     func(ctx context.Context, w io.Writer) error
+	snapshots func(delta int)
+}
+
+type peer struct {
+	host   peerHost
+	client *http.Client
+	traced bool // the client tells httptrace when it has a connection
+	useTLS bool
+	log    *slog.Logger
+	routes map[string]*route
+
+	ctx    context.Context // ends with close, and with it every call, every held append and every waiting handler
+	cancel context.CancelFunc
+
+	mu      sync.Mutex // held by the replacement of current, so that there is one newest
+	current atomic.Pointer[transport]
+}
+
+// newPeer copies the client: a Timeout of the caller's would end snapshots, and a redirect could lead to a non-member.
+func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) *peer {
+	if client == nil {
+		client = http.DefaultClient
+	}
+	own := *client
+	own.Timeout = 0
+	own.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	_, standard := own.Transport.(*http.Transport)
+	p := &peer{
+		host:   host,
+		client: &own,
+		traced: standard || own.Transport == nil,
+		useTLS: useTLS,
+		log:    log,
+	}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.routes = p.makeRoutes()
+	return p
+}
+
+// close is idempotent and waits for nobody.
+func (p *peer) close() { p.cancel() }
+
+// A route is one path below /raft/. The gates bound how many requests of it are worked on at a time, and with that the
+// memory and the goroutines that strangers can make this member spend.
+type route struct {
+	method string
+	member bool // the sender must be in our configuration
+	bare   bool // the headers may be missing
+	gate   chan struct{}
+	large  chan struct{} // instead of gate, for bodies above maxSmallBody
+	serve  func(ctx context.Context, x *exchange) error
+}
+
+func (p *peer) makeRoutes() map[string]*route {
+	gate := func(n int) chan struct{} { return make(chan struct{}, n) }
+	post := func(n int, serve func(context.Context, *exchange) error) *route {
+		return &route{method: http.MethodPost, gate: gate(n), serve: serve}
+	}
+	routes := map[string]*route{
+		"append":     post(64, p.serveAppend),
+		"vote":       post(16, p.serveVote),
+		"prevote":    post(16, p.servePreVote),
+		"timeoutnow": post(4, p.serveTimeoutNow),
+		"snapshot":   post(1, p.serveSnapshot),
+		"propose":    post(256, p.servePropose),
+		"readindex":  post(1024, p.serveReadIndex),
+		"term":       post(1024, p.serveTerm),
+		"join":       post(16, p.serveJoin),
+		"remove":     post(16, p.serveRemove),
+		"status":     {method: http.MethodGet, gate: gate(64), serve: p.serveStatus, bare: true},
+		"state":      {method: http.MethodGet, gate: gate(2), serve: p.serveState, member: true},
+	}
+	routes["append"].large = gate(8) // apart from the small ones, so that a follower's catching up delays no heartbeat
+	routes["propose"].large = gate(32)
+	for _, name := range []string{"propose", "readindex", "remove"} {
+		routes[name].member = true
+	}
+	return routes
+}
+
+func (r *route) enter(x *exchange) (leave func(), err error) {
+	gate := r.gate
+	if r.large != nil && (x.req.ContentLength < 0 || x.req.ContentLength > maxSmallBody) {
+		gate = r.large
+	}
+	select {
+	case gate <- struct{}{}:
+		return func() { <-gate }, nil
+	default:
+		return nil, refuse(http.StatusServiceUnavailable, codeBusy, "too many requests of this kind at a time")
+	}
+}
+
+// ServeHTTP answers everything under /raft/.
+func (p *peer) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	x := p.newExchange(w, req)
+	if err := p.serve(x); err != nil {
+		x.refuse(err)
+	}
+}
+
+func (p *peer) serve(x *exchange) error {
+	name, ok := strings.CutPrefix(x.req.URL.Path, "/raft/")
+	r := p.routes[name]
+	if !ok || r == nil {
+		return refuse(http.StatusNotFound, codeBadRequest, "no such route")
+	}
+	if x.req.Method != r.method {
+		x.w.Header().Set("Allow", r.method)
+		return refuse(http.StatusMethodNotAllowed, codeBadRequest, "%s wants %s", x.req.URL.Path, r.method)
+	}
+	if p.ctx.Err() != nil || !p.host.ready() {
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "starting or closing")
+	}
+	if err := p.check(x, name, r); err != nil {
+		return err
+	}
+	leave, err := r.enter(x)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	if x.from != "" && name != "join" && name != "status" {
+		p.host.contact(x.from)
+	}
+	ctx, cancel := p.bind(x.req.Context())
+	defer cancel()
+	return r.serve(ctx, x)
+}
+
+// bind ends ctx with the peer.
+func (p *peer) bind(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(p.ctx, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+// check is the door. That the sender is in our configuration is asked only where the route says so, and never of raft's own
+// messages: our configuration may be older than the sender, and a joiner's is empty (Raft, section 6).
+func (p *peer) check(x *exchange, name string, r *route) error {
+	if r.bare && x.from == "" {
+		return p.checkPlain(x)
+	}
+	if v := x.req.Header.Get(headerProtocol); v != strconv.Itoa(protocolVersion) {
+		return refuse(http.StatusPreconditionFailed, codeProtocol, "protocol %q, and this member speaks %d", v, protocolVersion)
+	}
+	asksWay := name == "join" && x.to == ""
+	if err := p.checkTLS(x, asksWay); err != nil {
+		return err
+	}
+	if r.bare {
+		if p.host.removed(x.from) && p.host.leading(p.host.term()) {
+			return refuse(http.StatusGone, codeRemoved, "member %s was removed", x.from)
+		}
+		return nil
+	}
+	if x.from == "" || len(x.from) > maxHeaderBytes || len(x.fromAddr) > maxHeaderBytes {
+		return refuse(http.StatusBadRequest, codeBadRequest, "no %s header", headerFrom)
+	}
+	if err := p.checkCluster(x, name); err != nil {
+		return err
+	}
+	if asksWay {
+		return p.notLeader()
+	}
+	if x.to != x.id {
+		if x.to != "" {
+			p.host.stranger(x.cluster, x.from, x.fromAddr, x.to)
+		}
+		return refuse(http.StatusPreconditionFailed, codeWrongTarget, "meant for member %s, and this is %s", x.to, x.id)
+	}
+	if p.host.removed(x.from) {
+		return refuse(http.StatusGone, codeRemoved, "member %s was removed", x.from)
+	}
+	if _, known, _ := p.host.server(x.from); r.member && !known {
+		return refuse(http.StatusForbidden, codeNotAllowed, "member %s is not in the configuration", x.from)
+	}
+	return nil
+}
+
+// checkTLS: that a certificate was issued by the right authority is not enough, or any holder of one could speak as any
+// member (CVE-2021-37219 in Consul): it must be good for the address that the sender claims.
+func (p *peer) checkTLS(x *exchange, asksWay bool) error {
+	if x.req.TLS == nil && asksWay {
+		return nil // it learns only where the leader is, as anyone does who asks for the status
+	}
+	if err := p.checkPlain(x); err != nil {
+		return err
+	}
+	if x.req.TLS == nil || len(x.req.TLS.VerifiedChains) == 0 || len(x.req.TLS.VerifiedChains[0]) == 0 {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(x.fromAddr)
+	if err != nil {
+		return refuse(http.StatusForbidden, codeTLS, "the sender's address %q has no host to check its certificate against", x.fromAddr)
+	}
+	if err := x.req.TLS.VerifiedChains[0][0].VerifyHostname(host); err != nil {
+		return refuse(http.StatusForbidden, codeTLS, "the sender's certificate: %v", err)
+	}
+	return nil
+}
+
+func (p *peer) checkPlain(x *exchange) error {
+	if p.useTLS && x.req.TLS == nil {
+		return refuse(http.StatusForbidden, codeTLS, "this member takes requests over TLS only")
+	}
+	return nil
+}
+
+func (p *peer) checkCluster(x *exchange, name string) error {
+	_, cluster, _ := p.host.self()
+	switch {
+	case x.cluster == cluster, x.cluster == "" && name == "join":
+		return nil
+	case cluster == "": // the leader may know that we are a member before its answer to our join arrives
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "not yet a member of a cluster")
+	case x.cluster != "":
+		p.host.stranger(x.cluster, x.from, x.fromAddr, x.to)
+	}
+	r := refuse(http.StatusPreconditionFailed, codeWrongCluster, "cluster %s, and this is %s", x.cluster, cluster)
+	r.Cluster, r.Member = cluster, x.id
+	return r
+}
+
+// notLeader names the leader. A member never forwards for another one: a loop of two would be endless.
+func (p *peer) notLeader() error {
+	id, cluster, _ := p.host.self()
+	leader, addr := p.host.leader()
+	if leader == "" {
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "no leader is known")
+	}
+	return &refusal{Status: http.StatusMisdirectedRequest, Code: codeNotLeader, Message: "the leader is " + addr,
+		LeaderID: leader, LeaderAddr: addr, Cluster: cluster, Member: id}
+}
+
+func (p *peer) servePropose(ctx context.Context, x *exchange) error {
+	data, err := x.body(maxProposeBody)
+	if err != nil {
+		return err
+	}
+	outcome, err := p.host.propose(ctx, data)
+	if err != nil {
+		return err
+	}
+	x.answer(outcome)
+	return nil
+}
+
+func (p *peer) serveReadIndex(ctx context.Context, x *exchange) error {
+	if _, err := x.body(maxSmallBody); err != nil {
+		return err
+	}
+	index, err := p.host.readIndex(ctx)
+	if err != nil {
+		return err
+	}
+	return x.answerJSON(indexAnswer{index})
+}
+
+// serveTerm stays off raft's main loop: a read must not wait behind a slow disk.
+func (p *peer) serveTerm(_ context.Context, x *exchange) error {
+	if _, err := x.body(maxSmallBody); err != nil {
+		return err
+	}
+	return x.answerJSON(termAnswer{p.host.term()})
+}
+
+func (p *peer) serveJoin(ctx context.Context, x *exchange) error {
+	var r joinRequest
+	if err := x.bodyJSON(&r); err != nil {
+		return err
+	}
+	// Else the check of the certificate would be of an address that nobody will use.
+	if r.ID != x.from || r.Addr != x.fromAddr {
+		return refuse(http.StatusBadRequest, codeBadRequest, "%s at %q asks for %s at %q", x.from, x.fromAddr, r.ID, r.Addr)
+	}
+	answer, err := p.host.join(ctx, r)
+	if err != nil {
+		return err
+	}
+	return x.answerJSON(answer)
+}
+
+func (p *peer) serveRemove(ctx context.Context, x *exchange) error {
+	var r removeRequest
+	if err := x.bodyJSON(&r); err != nil {
+		return err
+	}
+	if err := p.host.remove(ctx, r.Addr); err != nil {
+		return err
+	}
+	return x.answerJSON(struct{}{})
+}
+
+func (p *peer) serveStatus(_ context.Context, x *exchange) error {
+	return x.answerJSON(p.host.status())
+}
+
+// serveState: once bytes have gone out an error can only cut the stream short, which its checksum at the end tells.
+func (p *peer) serveState(ctx context.Context, x *exchange) error {
+	if !p.host.leading(p.host.term()) {
+		return p.notLeader()
+	}
+	w := &stateWriter{x: x}
+	err := p.host.state(ctx, w)
+	if err == nil || w.begun {
+		if err != nil {
+			p.log.Warn("state cut short", "to", x.from, "err", err)
+		}
+		return nil
+	}
+	return err
+}
+
+type stateWriter struct {
+	x     *exchange
+	begun bool
+}
+
+func (w *stateWriter) Write(b []byte) (int, error) {
+	if !w.begun {
+		w.begun = true
+		w.x.w.Header().Set("Content-Type", "application/octet-stream")
+	}
+	_ = w.x.rc.SetWriteDeadline(time.Now().Add(stallTimeout)) // a server that cannot has its own timeouts
+	return w.x.w.Write(b)
+}
+
+// An exchange is one request and its answer.
+type exchange struct {
+	w   http.ResponseWriter
+	req *http.Request
+	rc  *http.ResponseController
+	id  string // ours
+
+	cluster, from, fromAddr, to string // as the request says
+}
+
+func (p *peer) newExchange(w http.ResponseWriter, req *http.Request) *exchange {
+	id, cluster, _ := p.host.self()
+	h := w.Header()
+	h.Set(headerProtocol, strconv.Itoa(protocolVersion))
+	h.Set(headerCluster, cluster)
+	h.Set(headerFrom, id)
+	x := &exchange{
+		w: w, req: req, rc: http.NewResponseController(w), id: id,
+		cluster:  req.Header.Get(headerCluster),
+		from:     req.Header.Get(headerFrom),
+		fromAddr: req.Header.Get(headerFromAddr),
+		to:       req.Header.Get(headerTo),
+	}
+	if req.ContentLength != 0 {
+		// Covers a body that is refused unread too: net/http reads some of it before it takes the connection's next request.
+		x.readWithin(bodyTimeout)
+	}
+	return x
+}
+
+// readWithin and forgetRead set deadlines where the caller's server can; where it cannot, its own timeouts must do.
+func (x *exchange) readWithin(d time.Duration) { _ = x.rc.SetReadDeadline(time.Now().Add(d)) }
+func (x *exchange) forgetRead()                { _ = x.rc.SetReadDeadline(time.Time{}) }
+
+// body reads the whole body. What a Content-Length claims is not allocated until it comes.
+func (x *exchange) body(limit int64) ([]byte, error) {
+	if x.req.ContentLength > limit {
+		return nil, refuse(http.StatusBadRequest, codeBadRequest, "body of %d bytes, limit %d", x.req.ContentLength, limit)
+	}
+	x.readWithin(bodyTimeout + timeFor(x.req.ContentLength))
+	var b bytes.Buffer
+	b.Grow(bytes.MinRead + int(min(max(x.req.ContentLength, 0), 512<<10)))
+	if _, err := b.ReadFrom(http.MaxBytesReader(x.w, x.req.Body, limit)); err != nil {
+		x.w.Header().Set("Connection", "close")
+		return nil, refuse(http.StatusBadRequest, codeBadRequest, "body: %v", err)
+	}
+	// net/http is reading ahead by now, to see the client go away: an old deadline would look like that.
+	x.forgetRead()
+	return b.Bytes(), nil
+}
+
+// timeFor is how long a member may take for n bytes beyond the fixed part: 1 MiB/s.
+func timeFor(n int64) time.Duration { return time.Duration(max(n, 0)) * time.Second >> 20 }
+
+func (x *exchange) bodyJSON(v any) error {
+	data, err := x.body(maxSmallBody)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(data, v); err != nil {
+		return refuse(http.StatusBadRequest, codeBadRequest, "body: %v", err)
+	}
+	return nil
+}
+
+func (x *exchange) answer(data []byte) { x.write(http.StatusOK, "application/octet-stream", data) }
+
+func (x *exchange) answerJSON(v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	x.write(http.StatusOK, "application/json", data)
+	return nil
+}
+
+// refuse: an error that is no refusal came from behind the door, where the entry may have been appended.
+func (x *exchange) refuse(err error) {
+	var r *refusal
+	if !errors.As(err, &r) {
+		r = refuse(http.StatusInternalServerError, codeUncertain, "%v", err)
+	}
+	data, err := json.Marshal(r)
+	if err != nil {
+		data = nil // strings and nothing else: it cannot fail
+	}
+	status := r.Status
+	if status < 400 || status > 599 {
+		status = http.StatusInternalServerError
+	}
+	x.write(status, "application/json", data)
+}
+
+// write sets its own deadline, so that the caller's WriteTimeout, which began when the request came, does not cut off the
+// answer to one that took its time. net/http flushes under it and clears it after the request.
+func (x *exchange) write(status int, kind string, data []byte) {
+	_ = x.rc.SetWriteDeadline(time.Now().Add(bodyTimeout))
+	h := x.w.Header()
+	h.Set("Content-Type", kind)
+	h.Set("Content-Length", strconv.Itoa(len(data)))
+	x.w.WriteHeader(status)
+	_, _ = x.w.Write(data) // the sender sees a short answer as no answer
+}
+
+// --- calls of ours to other members
+
+// propose says sent=false only if the entry cannot be in the log for this call: nobody was connected to, or a member
+// answered that it was not appended. A redirect, a proxy's error or a broken connection leave it open.
+func (p *peer) propose(ctx context.Context, to, addr string, data []byte) (outcome []byte, sent bool, err error) {
+	var connected atomic.Bool
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }})
+	outcome, err = p.call(ctx, request{route: "propose", base: p.base(addr), to: to, body: data})
+	var r *refusal
+	switch {
+	case err == nil:
+		return outcome, true, nil
+	case errors.As(err, &r):
+		return nil, !r.definite(), err
+	case p.traced && !connected.Load(), neverConnected(err):
+		return nil, false, err
+	}
+	return nil, true, err
+}
+
+// definite: the code says that nothing was appended. A code of a newer version says nothing to this one.
+func (r *refusal) definite() bool {
+	switch r.Code {
+	case codeNotLeader, codeNotReady, codeNotAllowed, codeRemoved, codeWrongCluster, codeWrongTarget, codeProtocol,
+		codeBadRequest, codeTLS, codeBusy, codeNotApplied, codeConflict:
+		return true
+	}
+	return false
+}
+
+func neverConnected(err error) bool {
+	var op *net.OpError
+	var cert *tls.CertificateVerificationError
+	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &cert) || errors.Is(err, http.ErrSchemeMismatch)
+}
+
+func (p *peer) readIndex(ctx context.Context, to, addr string) (uint64, error) {
+	var a indexAnswer
+	err := p.callJSON(ctx, request{route: "readindex", base: p.base(addr), to: to, again: true}, nil, &a)
+	return a.Index, err
+}
+
+func (p *peer) askTerm(ctx context.Context, to, addr string) (uint64, error) {
+	var a termAnswer
+	err := p.callJSON(ctx, request{route: "term", base: p.base(addr), to: to, again: true}, nil, &a)
+	return a.Term, err
+}
+
+func (p *peer) join(ctx context.Context, base, to string, r joinRequest) (joinAnswer, error) {
+	var a joinAnswer
+	err := p.callJSON(ctx, request{route: "join", base: base, to: to}, r, &a)
+	return a, err
+}
+
+func (p *peer) remove(ctx context.Context, to, addr, target string) error {
+	var a struct{}
+	return p.callJSON(ctx, request{route: "remove", base: p.base(addr), to: to}, removeRequest{target}, &a)
+}
+
+func (p *peer) status(ctx context.Context, base string) (statusAnswer, error) {
+	var a statusAnswer
+	data, err := p.call(ctx, request{method: http.MethodGet, route: "status", base: base})
+	if err == nil {
+		err = json.Unmarshal(data, &a)
+	}
+	return a, err
+}
+
+// state ends with an error if 30 s pass without a byte.
+func (p *peer) state(ctx context.Context, to, addr string) (io.ReadCloser, error) {
+	ctx, cancel := p.bind(ctx)
+	alive := time.AfterFunc(stallTimeout, cancel)
+	resp, err := p.do(ctx, request{method: http.MethodGet, route: "state", base: p.base(addr), to: to})
+	if err != nil {
+		alive.Stop()
+		cancel()
+		return nil, err
+	}
+	return &stateReader{body: resp.Body, alive: alive, cancel: cancel}, nil
+}
+
+type stateReader struct {
+	body   io.ReadCloser
+	alive  *time.Timer
+	cancel context.CancelFunc
+}
+
+func (r *stateReader) Read(b []byte) (int, error) {
+	n, err := r.body.Read(b)
+	if n > 0 && err == nil {
+		r.alive.Reset(stallTimeout)
+	}
+	return n, err
+}
+
+func (r *stateReader) Close() error {
+	r.alive.Stop()
+	r.cancel()
+	return r.body.Close()
+}
+
+// explain says what a failed call means for the person who runs the members. errors.Is and As still see err.
+func explain(err error, base string) error {
+	var foreign *foreignAnswer
+	var refused *refusal
+	var dns *net.DNSError
+	var name x509.HostnameError
+	var unknown x509.UnknownAuthorityError
+	var invalid x509.CertificateInvalidError
+	var op *net.OpError
+	var timeout net.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &refused):
+		return fmt.Errorf("%s answers %w", base, err)
+	case errors.As(err, &foreign):
+		return explainForeign(foreign, base, err)
+	case errors.Is(err, http.ErrSchemeMismatch):
+		return fmt.Errorf("%s speaks plain http, this member expects TLS: %w", base, err)
+	case errors.As(err, &name):
+		return fmt.Errorf("the certificate of %s is for another name: %w", base, err)
+	case errors.As(err, &unknown), errors.As(err, &invalid):
+		return fmt.Errorf("the certificate of %s is not trusted: %w", base, err)
+	case errors.As(err, &op) && op.Op == "remote error": // a TLS alert
+		return fmt.Errorf("%s does not take this member's TLS or certificate: %w", base, err)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%s refused the connection: %w", base, err)
+	case errors.As(err, &dns) && dns.IsNotFound:
+		return fmt.Errorf("unknown host in %s: %w", base, err)
+	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		return fmt.Errorf("%s did not answer in time: %w", base, err)
+	}
+	return fmt.Errorf("%s: %w", base, err)
+}
+
+// A foreignAnswer is an answer that no member gave.
+type foreignAnswer struct {
+	status int
+	body   string // its beginning
+}
+
+func (f *foreignAnswer) Error() string {
+	return fmt.Sprintf("an answer that is not ours, status %d", f.status)
+}
+
+func explainForeign(f *foreignAnswer, base string, err error) error {
+	switch {
+	case f.status == http.StatusBadRequest && strings.Contains(f.body, "HTTPS"): // what Go's and nginx's TLS ports say
+		return fmt.Errorf("%s speaks TLS, this member plain http: %w", base, err)
+	case f.status == http.StatusNotFound:
+		return fmt.Errorf("nothing answers at %s/raft/: register the Service there: %w", base, err)
+	case f.status >= 300 && f.status < 400:
+		return fmt.Errorf("%s/raft/ redirects, which is not followed: %w", base, err)
+	}
+	return fmt.Errorf("what answers at %s/raft/ is no member: %w", base, err)
+}

@@ -1,0 +1,466 @@
+package quorate
+
+// What a directory holds when a member is opened, and how it comes back to life: new, to be joined, or with state. It owns
+// the start rules (which pairs of file and log may go on together), bootstrap, the joiner's side of joining, and the
+// start of raft. It decides before raft sees anything, because raft panics on a log with a hole. Control comes from
+// db.go's open and does not return here, except that member.go or health.go may restart raft.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	heartbeatTimeout = 500 * time.Millisecond // also of elections; a follower that hears nothing for so long stands
+	leaseTimeout     = 250 * time.Millisecond
+	commitTimeout    = 10 * time.Millisecond // how late an idle follower learns of the last commit
+	trailingLogs     = 10240                 // entries kept behind the snapshot for a member that comes back
+	trailingMin      = 512
+	trailingBytes    = 256 << 20
+	snapshotEvery    = 8192 // entries
+	snapshotBytes    = 64 << 20
+)
+
+// identify reads who this member is, or makes it up before anything else exists.
+func (s *Service) identify() error {
+	ident, found, err := readIdentity(s.conf.Dir)
+	if err != nil {
+		return err
+	}
+	if !found {
+		for _, name := range []string{"snap", filepath.Join("wal", "wal-meta.db")} {
+			if _, err := os.Lstat(filepath.Join(s.conf.Dir, name)); err == nil {
+				return fmt.Errorf("%w: %s is there and the file id is missing: put id back, or move the directory away and "+
+					"start empty with a bootURL (or with Restore, if no other member is left)", ErrCorrupt, name)
+			}
+		}
+		ident = identity{id: newID(), intent: intentJoin}
+		if s.conf.Join == "" {
+			ident.intent, ident.cluster = intentBootstrap, newID()
+		}
+		if err := writeIdentity(s.conf.Dir, ident); err != nil {
+			return err
+		}
+	}
+	s.ident = ident
+	return nil
+}
+
+func (s *Service) path(name string) string { return filepath.Join(s.conf.Dir, name) }
+
+// openState opens the log and the file, and decides whether they may go on together.
+func (s *Service) openState(ctx context.Context) error {
+	for _, name := range []string{"snap.incoming", "snap.rebuild", "snap.restore"} { // never acknowledged
+		for _, side := range []string{"", "-wal", "-shm", "-journal"} {
+			os.Remove(s.path(name) + side)
+		}
+	}
+	var err error
+	s.wal, err = openLog(logOptions{
+		dir: s.path("wal"), log: s.log,
+		leader: func() bool { r := s.raft.Load(); return r != nil && r.State() == raft.Leader },
+		fault:  func(err error) { s.faults.set(faultLog, err) },
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.recoverFile(ctx); err != nil {
+		return err
+	}
+	s.store, err = openStore(storeOptions{path: s.path("snap"), memory: s.conf.Memory, log: s.log})
+	if err != nil {
+		return err
+	}
+	if s.fsm, err = newFSM(s.store, s.log); err != nil {
+		return err
+	}
+	s.fsm.fault = func(err error) { s.faults.set(faultApply, err) }
+	s.fsm.distrust = s.distrust
+	s.snaps = &snapshotStore{fsm: s.fsm, path: s.path("snap.incoming")}
+	return s.startRule()
+}
+
+// startRule compares the file (applied index A, index of the last install I) with the log (first F, last L).
+func (s *Service) startRule() error {
+	m := s.store.meta()
+	first, last := s.wal.bounds()
+	if term, ok := s.wal.termAt(m.applied); ok && m.applied > 0 && term != m.term {
+		return fmt.Errorf("%w: snap has applied entry %d of term %d, and in wal that entry is of term %d: the two are not of one member; "+
+			"move the directory away and start empty with a bootURL", ErrCorrupt, m.applied, m.term, term)
+	}
+	switch {
+	case m.applied == 0 && last == 0:
+		return nil
+	case last >= m.applied && first <= m.applied+1:
+		return nil
+	case m.applied == m.installed && last < m.applied:
+		// An install had ended and the log was not yet emptied: every entry in it is part of the state.
+		return s.wal.reset()
+	case last < m.applied:
+		return fmt.Errorf("%w: snap has applied entry %d and wal ends at %d: the end of the log was lost, and with it this member's "+
+			"promises; move the directory away and start empty with a bootURL (or with Restore from its snap, if no other member is left)",
+			ErrCorrupt, m.applied, last)
+	default:
+		return fmt.Errorf("%w: snap has applied entry %d and wal begins at %d: the entries between are lost; move the directory away "+
+			"and start empty with a bootURL", ErrCorrupt, m.applied, first)
+	}
+}
+
+// recoverFile brings back a file that is missing beside a log that is not new. A log that goes back to its beginning makes it
+// anew by itself; otherwise it comes from another member, and alone the directory is refused: an empty state under this
+// member's id would break the promises that the id has made.
+func (s *Service) recoverFile(ctx context.Context) error {
+	if _, err := os.Stat(s.path("snap")); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	first, last := s.wal.bounds()
+	term, err := s.currentTerm()
+	if err != nil {
+		return err
+	}
+	if last == 0 && (term == 0 || term == 1 && s.ident.intent == intentBootstrap) || last > 0 && first == 1 {
+		return nil
+	}
+	s.log.Warn("snap is missing: fetching the state from another member", "first log index", first, "last log index", last)
+	return s.fetchFile(ctx, first)
+}
+
+func (s *Service) currentTerm() (uint64, error) {
+	term, err := s.wal.GetUint64([]byte("CurrentTerm"))
+	if err != nil && err.Error() == "not found" {
+		return 0, nil
+	}
+	return term, err
+}
+
+// fetchFile asks every address that the log or the caller knows for the state.
+func (s *Service) fetchFile(ctx context.Context, first uint64) error {
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	var last error
+	for _, m := range s.loggedMembers() {
+		last = s.fetchFrom(ctx, m, first)
+		if last == nil {
+			return nil
+		}
+		s.log.Warn("no state from a member", "address", m.Addr, "error", last)
+	}
+	return fmt.Errorf("%w: snap is missing, wal begins at entry %d, and no other member gave the state: put snap back, or start when "+
+		"the others are up, or move the directory away and start empty with a bootURL (%v)", ErrCorrupt, first, last)
+}
+
+// loggedMembers are the others in the newest configurations of the log, then whoever leads behind the boot address.
+func (s *Service) loggedMembers() []memberAddr {
+	seen := map[string]bool{s.ident.id: true}
+	var list []memberAddr
+	first, last := s.wal.bounds()
+	for i := last; i >= first && i > 0; i-- {
+		var l raft.Log
+		if s.wal.GetLog(i, &l) != nil || l.Type != raft.LogConfiguration {
+			continue
+		}
+		for _, m := range raft.DecodeConfiguration(l.Data).Servers {
+			if !seen[string(m.ID)] {
+				seen[string(m.ID)] = true
+				list = append(list, memberAddr{ID: string(m.ID), Addr: string(m.Address)})
+			}
+		}
+	}
+	if s.conf.Join != "" {
+		if a, err := s.peer.status(s.ctx, s.conf.Join); err == nil && !seen[a.LeaderID] && a.LeaderID != "" {
+			list = append(list, memberAddr{ID: a.LeaderID, Addr: a.LeaderAddr})
+		}
+	}
+	return list
+}
+
+// fetchFrom takes the state from the leader that a member names. It must reach at least to where the log begins.
+func (s *Service) fetchFrom(ctx context.Context, m memberAddr, first uint64) error {
+	a, err := s.peer.status(ctx, baseURL(m.Addr, s.conf.TLS))
+	if err != nil {
+		return err
+	}
+	if a.LeaderID == "" {
+		return ErrNoLeader
+	}
+	in, err := s.receiveState(ctx, a.LeaderID, a.LeaderAddr, s.path("snap.rebuild"))
+	if err != nil {
+		return err
+	}
+	if in.meta.applied+1 < first {
+		os.Remove(in.path)
+		return fmt.Errorf("the state of %s ends at %d", a.LeaderAddr, in.meta.applied)
+	}
+	return s.placeFile(in.path)
+}
+
+// placeFile makes a received state this member's file: marked as an install, so that a log that ends before it is no hole.
+func (s *Service) placeFile(path string) error {
+	st, err := openStore(storeOptions{path: path, memory: -1, log: s.log})
+	if err != nil {
+		return err
+	}
+	tx, err := st.begin()
+	if err == nil {
+		tx.meta.installed = tx.meta.applied
+		err = tx.commit()
+	}
+	if err == nil {
+		err = st.barrier()
+	}
+	if err := errors.Join(err, st.close()); err != nil {
+		return err
+	}
+	if err := os.Rename(path, s.path("snap")); err != nil {
+		return err
+	}
+	return syncDir(s.conf.Dir)
+}
+
+// receiveState fetches the leader's state into a verified file.
+func (s *Service) receiveState(ctx context.Context, id, addr, path string) (*incoming, error) {
+	body, err := s.peer.state(ctx, id, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	m, err := receive(path, body, -1)
+	if err != nil {
+		return nil, err
+	}
+	return &incoming{path: path, meta: m}, nil
+}
+
+// enter makes a directory without state into a member: it begins a cluster or joins one, as its id says.
+func (s *Service) enter(ctx context.Context) error {
+	_, last := s.wal.bounds()
+	m := s.store.meta()
+	if m.applied > 0 || last > 0 {
+		return s.returning()
+	}
+	term, err := s.currentTerm()
+	if err != nil {
+		return err
+	}
+	switch {
+	case s.ident.intent == intentJoin && s.conf.Join == "":
+		return fmt.Errorf("%w: this directory began by joining a cluster and holds no state yet: give the bootURL of that cluster "+
+			"(or empty the directory to begin a new cluster)", ErrInvalid)
+	case s.ident.intent == intentJoin:
+		return s.join(ctx)
+	case s.conf.Join != "" && term == 0:
+		// It was about to begin a cluster and never did. An id is never used for two things, so it becomes another member.
+		s.ident = identity{id: newID(), intent: intentJoin}
+		if err := writeIdentity(s.conf.Dir, s.ident); err != nil {
+			return err
+		}
+		return s.join(ctx)
+	}
+	return s.bootstrap()
+}
+
+// returning checks a directory with state against how it is opened now.
+func (s *Service) returning() error {
+	if s.ident.cluster == "" {
+		return fmt.Errorf("%w: the directory holds state and id names no cluster", ErrCorrupt)
+	}
+	if n := len(s.fsm.members.Load().config.Servers); s.conf.Addr == "" && n > 1 {
+		return fmt.Errorf("%w: this directory is one of %d members and can't be opened without Addr: give the address at which the "+
+			"others reach it", ErrInvalid, n)
+	}
+	return nil
+}
+
+// bootstrap writes the first entry: this member is the only voter. It is what raft.BootstrapCluster does, made so that it can
+// be done again after a crash between its two steps.
+func (s *Service) bootstrap() error {
+	if err := s.wal.SetUint64([]byte("CurrentTerm"), 1); err != nil {
+		return err
+	}
+	addr := s.conf.Addr
+	if addr == "" {
+		addr = placeholderAddr(s.ident.id)
+	}
+	c := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(s.ident.id), Address: raft.ServerAddress(addr)}}}
+	return s.wal.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)})
+}
+
+// A member without a network stands in the configuration with an address that nobody can call.
+func placeholderAddr(id string) string { return "local:" + id }
+
+func placeholder(addr string) bool { return len(addr) > 6 && addr[:6] == "local:" }
+
+// join asks to be admitted until it is, or is refused for good, or ctx ends. The boot address only names the leader: a proxy may
+// stand there. The leader is asked directly, and that request alone is judged.
+func (s *Service) join(ctx context.Context) error {
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	req := joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: entryFormat}
+	tried := map[string]error{}
+	for backoff := 50 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
+		a, base, err := s.askToJoin(ctx, req)
+		if err == nil {
+			s.ident.cluster = a.Cluster
+			return writeIdentity(s.conf.Dir, s.ident)
+		}
+		if final := s.refusedForGood(err); final != nil {
+			return final
+		}
+		if ctx.Err() == nil || tried[base] == nil {
+			tried[base] = err
+		}
+		s.log.Info("not admitted yet", "address", base, "error", err)
+		select {
+		case <-time.After(backoff):
+		case <-ctx.Done():
+			list := fmt.Errorf("join: %w", context.Cause(ctx))
+			for base, err := range tried {
+				list = fmt.Errorf("%w; %s: %w", list, base, err)
+			}
+			return list
+		}
+	}
+}
+
+// askToJoin is one attempt; base is the last address that was asked.
+func (s *Service) askToJoin(ctx context.Context, req joinRequest) (joinAnswer, string, error) {
+	base, to := s.conf.Join, ""
+	for range 3 { // the boot address names a leader; that one may have lost its office meanwhile
+		attempt, cancel := context.WithTimeout(ctx, 10*time.Second)
+		a, err := s.peer.join(attempt, base, to, req)
+		cancel()
+		var r *refusal
+		if errors.As(err, &r) && r.Code == codeNotLeader && r.LeaderAddr != "" {
+			base, to = baseURL(r.LeaderAddr, s.conf.TLS), r.LeaderID
+			continue
+		}
+		return a, base, err
+	}
+	return joinAnswer{}, base, errors.New("members name each other as the leader")
+}
+
+// refusedForGood turns an answer that no retry changes into the error of Open.
+func (s *Service) refusedForGood(err error) error {
+	var r *refusal
+	if !errors.As(err, &r) {
+		return nil
+	}
+	switch r.Code {
+	case codeNotAllowed:
+		return fmt.Errorf("%w: call AddAllowedMember(ctx, %q) on an existing member first (%s)", ErrNotAllowed, s.conf.Addr, r.Message)
+	case codeRemoved:
+		return fmt.Errorf("%w: empty the directory to join as a new member", ErrRemoved)
+	case codeProtocol:
+		return fmt.Errorf("%w: %s", ErrFormat, r.Message)
+	case codeWrongCluster, codeBadRequest, codeConflict:
+		return fmt.Errorf("%w: %w", ErrInvalid, r)
+	}
+	return nil
+}
+
+// raftConfig is what we ask of raft, with what was measured for it.
+func (s *Service) raftConfig() *raft.Config {
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(s.ident.id)
+	c.Logger = hclogger(s.log.With("in", "raft"))
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = heartbeatTimeout, heartbeatTimeout, leaseTimeout
+	c.CommitTimeout = commitTimeout
+	c.MaxAppendEntries = 64
+	c.TrailingLogs = trailingLogs
+	c.SnapshotThreshold, c.SnapshotInterval = snapshotEvery, 5*time.Second // a snapshot costs one sync, whatever the size
+	c.BatchApplyCh = false                                                 // with it, futures are never answered at shutdown (hashicorp/raft#498)
+	c.ShutdownOnRemove = false
+	c.NoSnapshotRestoreOnStart = true // the file is the state: there is nothing to restore
+	c.NoLegacyTelemetry = true
+	return c
+}
+
+// startRaft starts raft on what is open, at first or again, and watches whom it takes for the leader.
+func (s *Service) startRaft() error {
+	s.raftMu.Lock()
+	defer s.raftMu.Unlock()
+	return s.startRaftLocked()
+}
+
+func (s *Service) startRaftLocked() error {
+	trans := s.peer.transport()
+	r, err := raft.NewRaft(s.raftConfig(), s.fsm, s.wal, s.wal, s.snaps, trans)
+	if err != nil {
+		return fmt.Errorf("start raft: %w", err)
+	}
+	seen := make(chan raft.Observation, 64)
+	r.RegisterObserver(raft.NewObserver(seen, false, func(o *raft.Observation) bool {
+		switch o.Data.(type) {
+		case raft.LeaderObservation, raft.RaftState:
+			return true
+		}
+		return false
+	}))
+	s.running.Go(func() {
+		for {
+			select {
+			case <-seen:
+				s.changes.notify()
+			case <-s.ctx.Done():
+				return
+			}
+		}
+	})
+	s.raft.Store(r)
+	if v := voters(r.GetConfiguration().Configuration()); len(v) == 1 && string(v[0].ID) == s.ident.id {
+		// The only voter needs no election timeout: it would wait for nobody.
+		_, err := trans.deliver(s.ctx, &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}})
+		return err
+	}
+	return nil
+}
+
+// restartRaft gives raft a new start on the same files, in this process: its memory of the log has left the log (hashicorp/raft#697).
+func (s *Service) restartRaft(why string) {
+	s.raftMu.Lock()
+	defer s.raftMu.Unlock()
+	if s.ctx.Err() != nil {
+		return
+	}
+	s.log.Warn("restarting raft in this process", "why", why)
+	old := s.raft.Load()
+	if err := await(s.ctx, old.Shutdown()); err != nil {
+		return
+	}
+	if err := s.startRaftLocked(); err != nil {
+		s.faults.set(faultLog, fmt.Errorf("restart raft: %w", err))
+	}
+	s.changes.notify()
+}
+
+// peerClient is the caller's client. The default transport keeps two idle connections per peer, fewer than we use at once, so
+// where the caller left the choice to us we take a copy that keeps more.
+func peerClient(c *http.Client) *http.Client {
+	if c == nil {
+		c = http.DefaultClient
+	}
+	own := *c
+	if base, ok := http.DefaultTransport.(*http.Transport); ok && own.Transport == nil {
+		t := base.Clone()
+		t.MaxIdleConnsPerHost = 64
+		own.Transport = t
+	}
+	return &own
+}
+
+func voters(c raft.Configuration) []raft.Server {
+	var list []raft.Server
+	for _, m := range c.Servers {
+		if m.Suffrage == raft.Voter {
+			list = append(list, m)
+		}
+	}
+	return list
+}

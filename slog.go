@@ -1,0 +1,164 @@
+package quorate
+
+// The log of our dependencies: an hclog.Logger, which raft and raft-wal ask for, that writes to the caller's slog.Logger.
+// It never prints anywhere else and never decides what is worth saying: levels are mapped, and the slog handler filters.
+// Open makes one and hands it to raft and raft-wal; lines come from their goroutines.
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"runtime"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// hclogger returns a logger for raft and raft-wal; nil is silence.
+func hclogger(l *slog.Logger) hclog.Logger {
+	if l == nil {
+		return hclog.NewNullLogger()
+	}
+	return raftLog{base: l, log: l}
+}
+
+// raftLog is immutable: With and Named make new ones.
+type raftLog struct {
+	base    *slog.Logger // without name and implied
+	log     *slog.Logger // with both
+	name    string
+	implied []any // key, value, …
+}
+
+func (l raftLog) Log(level hclog.Level, msg string, args ...any) { l.emit(level, msg, args) }
+func (l raftLog) Trace(msg string, args ...any)                  { l.emit(hclog.Trace, msg, args) }
+func (l raftLog) Debug(msg string, args ...any)                  { l.emit(hclog.Debug, msg, args) }
+func (l raftLog) Info(msg string, args ...any)                   { l.emit(hclog.Info, msg, args) }
+func (l raftLog) Warn(msg string, args ...any)                   { l.emit(hclog.Warn, msg, args) }
+func (l raftLog) Error(msg string, args ...any)                  { l.emit(hclog.Error, msg, args) }
+
+func (l raftLog) IsTrace() bool { return l.enabled(hclog.Trace) }
+func (l raftLog) IsDebug() bool { return l.enabled(hclog.Debug) }
+func (l raftLog) IsInfo() bool  { return l.enabled(hclog.Info) }
+func (l raftLog) IsWarn() bool  { return l.enabled(hclog.Warn) }
+func (l raftLog) IsError() bool { return l.enabled(hclog.Error) }
+
+func (l raftLog) ImpliedArgs() []any { return slices.Clone(l.implied) }
+func (l raftLog) Name() string       { return l.name }
+
+func (l raftLog) With(args ...any) hclog.Logger {
+	return l.derive(l.name, slices.Concat(l.implied, args))
+}
+
+func (l raftLog) Named(name string) hclog.Logger {
+	if l.name != "" {
+		name = l.name + "." + name
+	}
+	return l.derive(name, l.implied)
+}
+
+func (l raftLog) ResetNamed(name string) hclog.Logger { return l.derive(name, l.implied) }
+
+// SetLevel does nothing, which hclog allows: the level belongs to the caller's handler.
+func (l raftLog) SetLevel(hclog.Level) {}
+
+func (l raftLog) GetLevel() hclog.Level {
+	for _, level := range []hclog.Level{hclog.Debug, hclog.Info, hclog.Warn, hclog.Error} {
+		if l.enabled(level) {
+			return level
+		}
+	}
+	return hclog.Off
+}
+
+func (l raftLog) StandardLogger(opts *hclog.StandardLoggerOptions) *log.Logger {
+	level := hclog.Info
+	if opts != nil && opts.ForceLevel != hclog.NoLevel {
+		level = opts.ForceLevel
+	}
+	return slog.NewLogLogger(l.log.Handler(), slogLevel(level))
+}
+
+func (l raftLog) StandardWriter(opts *hclog.StandardLoggerOptions) io.Writer {
+	return l.StandardLogger(opts).Writer()
+}
+
+func (l raftLog) derive(name string, implied []any) hclog.Logger {
+	out := l.base.With(attrs(implied)...)
+	if name != "" {
+		out = out.With("logger", name)
+	}
+	return raftLog{base: l.base, log: out, name: name, implied: implied}
+}
+
+func (l raftLog) enabled(level hclog.Level) bool {
+	return level != hclog.Off && l.log.Enabled(context.Background(), slogLevel(level))
+}
+
+// emit builds the record itself, so that a handler with AddSource shows the line in raft and not one of this file.
+// Exactly one method stands between it and the caller.
+func (l raftLog) emit(level hclog.Level, msg string, args []any) {
+	if !l.enabled(level) {
+		return
+	}
+	var pc [1]uintptr
+	runtime.Callers(3, pc[:]) // Callers, emit, the method
+	r := slog.NewRecord(time.Now(), slogLevel(level), msg, pc[0])
+	r.Add(attrs(args)...)
+	_ = l.log.Handler().Handle(context.Background(), r) // as slog.Logger does: nobody to tell
+}
+
+func slogLevel(level hclog.Level) slog.Level {
+	switch level {
+	case hclog.Trace, hclog.Debug:
+		return slog.LevelDebug
+	case hclog.Warn:
+		return slog.LevelWarn
+	case hclog.Error:
+		return slog.LevelError
+	}
+	return slog.LevelInfo
+}
+
+// attrs turns hclog's alternating keys and values into slog.Attrs. A last value without a key keeps hclog's name for it.
+func attrs(args []any) []any {
+	out := make([]any, 0, (len(args)+1)/2)
+	for ; len(args) >= 2; args = args[2:] {
+		key, ok := args[0].(string)
+		if !ok {
+			key = fmt.Sprint(args[0])
+		}
+		out = append(out, slog.Any(key, rendered(args[1])))
+	}
+	if len(args) == 1 {
+		out = append(out, slog.Any(hclog.MissingKey, rendered(args[0])))
+	}
+	return out
+}
+
+// rendered resolves the types with which hclog's callers ask for a certain form; slog would print what is inside them.
+func rendered(v any) any {
+	switch v := v.(type) {
+	case hclog.Format:
+		if len(v) == 0 {
+			return ""
+		}
+		if format, ok := v[0].(string); ok {
+			return fmt.Sprintf(format, v[1:]...)
+		}
+		return fmt.Sprint(v...)
+	case hclog.Hex:
+		return "0x" + strconv.FormatUint(uint64(v), 16)
+	case hclog.Octal:
+		return "0" + strconv.FormatUint(uint64(v), 8)
+	case hclog.Binary:
+		return "0b" + strconv.FormatUint(uint64(v), 2)
+	case hclog.Quote:
+		return strconv.Quote(string(v))
+	}
+	return v
+}

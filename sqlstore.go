@@ -1,0 +1,2151 @@
+package quorate
+
+// The state on disk, dir/snap: one SQLite file that sqlite3 can read beside us. This file owns the schema, every SQL string,
+// the connections, the one writing transaction at a time, consistent copies and their installation. It knows nothing of
+// raft, of the network, or of what an entry means: fsm.go calls begin, changes rows and meta, and commits.
+//
+// Durability is the raft log's: a commit issues no fsync (WAL, synchronous=NORMAL), and after a power cut the file holds a
+// prefix of the commits. barrier makes all of them durable; raft may cut its log only after one.
+//
+// Corruption is ours to notice, SQLite does not: every row carries a hash, and the meta row carries the sum of all of them
+// and its own hash, so that a flipped or a lost row anywhere is found by the scan that maintain runs in the background.
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"database/sql/driver"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unicode/utf8"
+
+	"modernc.org/sqlite"
+)
+
+const (
+	storeFormat   = 1          // user_version, and meta.format of a new file
+	applicationID = 0x51524154 // "QRAT", for file(1)
+	pageSize      = 4096
+	keptMarks     = 64
+
+	walLimit      = 16 << 20  // the writer itself checkpoints above this, and SQLite cuts the file to this
+	walBackground = 4 << 20   // another connection checkpoints when this much of the WAL waits
+	walAgain      = 4 << 20   // while a reader keeps the WAL from restarting, the writer checkpoints once per this growth
+	statEvery     = 512 << 10 // the WAL's size is looked at after about this many bytes of page writes
+
+	chunkRows  = 4096    // of the scan: one snapshot each
+	chunkBytes = 4 << 20 // values read before a chunk is cut short
+	copyPages  = 64      // a backup is written in pieces of this many pages
+)
+
+// The schema of format 1. kv is public: columns may be added, none is renamed. value has no type: it is TEXT when it is
+// valid UTF-8 without NUL, for people, and BLOB otherwise. Everything quorate_ is private. uint64 are stored as int64.
+// The text is compared when a file is opened, so that no trigger, index or table of someone else's comes with it.
+var schema = []struct{ name, sql string }{
+	{"kv", `CREATE TABLE kv(
+	key TEXT PRIMARY KEY NOT NULL,
+	value NOT NULL,
+	version INTEGER NOT NULL,
+	created INTEGER NOT NULL,
+	sum INTEGER NOT NULL
+) WITHOUT ROWID`},
+	{"quorate_meta", `CREATE TABLE quorate_meta(
+	id INTEGER PRIMARY KEY CHECK(id = 1),
+	format INTEGER NOT NULL,
+	applied INTEGER NOT NULL,
+	term INTEGER NOT NULL,
+	installed INTEGER NOT NULL,
+	revision INTEGER NOT NULL,
+	config BLOB,
+	config_index INTEGER NOT NULL,
+	kv_sum INTEGER NOT NULL,
+	own_sum INTEGER NOT NULL,
+	chain BLOB NOT NULL,
+	barrier INTEGER NOT NULL,
+	keys INTEGER NOT NULL,
+	bytes INTEGER NOT NULL,
+	sum INTEGER NOT NULL
+)`},
+	{"quorate_session", `CREATE TABLE quorate_session(
+	id INTEGER PRIMARY KEY,
+	nonce BLOB NOT NULL,
+	acked INTEGER NOT NULL,
+	last INTEGER NOT NULL,
+	results BLOB,
+	sum INTEGER NOT NULL
+)`},
+	{"quorate_allowed", `CREATE TABLE quorate_allowed(addr TEXT PRIMARY KEY NOT NULL, sum INTEGER NOT NULL) WITHOUT ROWID`},
+	{"quorate_removed", `CREATE TABLE quorate_removed(id TEXT PRIMARY KEY NOT NULL, at INTEGER NOT NULL, sum INTEGER NOT NULL) WITHOUT ROWID`},
+	{"quorate_mark", `CREATE TABLE quorate_mark(
+	boundary INTEGER PRIMARY KEY,
+	applied INTEGER NOT NULL,
+	kv_sum INTEGER NOT NULL,
+	chain BLOB NOT NULL,
+	sum INTEGER NOT NULL
+)`},
+}
+
+// A query is a statement that connections keep prepared.
+type query int
+
+const (
+	qBegin query = iota
+	qBeginRead
+	qCommit
+	qRollback
+	qDataVersion
+	qApplicationID
+	qUserVersion
+	qPageSize
+	qPageCount
+	qPages
+	qSchema
+	qQuickCheck
+	qPassive
+	qBacklog
+	qRestart
+	qTruncate
+	qGet
+	qPut
+	qDelete
+	qScan
+	qScanAfter
+	qFixSum
+	qMeta
+	qSetMeta
+	qReplaceMeta
+	qSessions
+	qPutSession
+	qDeleteSession
+	qFixSession
+	qAllowed
+	qAllow
+	qDisallow
+	qFixAllowed
+	qRemoved
+	qRemove
+	qFixRemoved
+	qMarks
+	qPutMark
+	qDeleteMark
+	qFixMark
+	queries
+)
+
+const metaColumns = `format, applied, term, installed, revision, config, config_index, kv_sum, own_sum, chain, barrier, keys, bytes, sum`
+
+var queryText = [queries]string{
+	qBegin:         `BEGIN IMMEDIATE`,
+	qBeginRead:     `BEGIN`,
+	qCommit:        `COMMIT`,
+	qRollback:      `ROLLBACK`,
+	qDataVersion:   `PRAGMA data_version`,
+	qApplicationID: `PRAGMA application_id`,
+	qUserVersion:   `PRAGMA user_version`,
+	qPageSize:      `PRAGMA page_size`,
+	qPageCount:     `PRAGMA page_count`,
+	qPages:         `SELECT data FROM sqlite_dbpage ORDER BY pgno`,
+	qSchema:        `SELECT name, sql FROM sqlite_schema`,
+	qQuickCheck:    `PRAGMA quick_check(1)`,
+	qPassive:       `PRAGMA wal_checkpoint(PASSIVE)`,
+	qBacklog:       `PRAGMA wal_checkpoint(NOOP)`, // only counts: busy, frames in the WAL, frames that are in the database
+	qRestart:       `PRAGMA wal_checkpoint(RESTART)`,
+	qTruncate:      `PRAGMA wal_checkpoint(TRUNCATE)`,
+
+	qGet: `SELECT value, version, created, sum FROM kv WHERE key = ?1`,
+	qPut: `INSERT INTO kv(key, value, version, created, sum) VALUES(?1, ?2, ?3, ?4, ?5) ON CONFLICT(key) DO UPDATE SET ` +
+		`value = excluded.value, version = excluded.version, created = excluded.created, sum = excluded.sum`,
+	qDelete:    `DELETE FROM kv WHERE key = ?1`,
+	qScan:      `SELECT key, value, version, created, sum FROM kv ORDER BY key`,
+	qScanAfter: `SELECT key, value, version, created, sum FROM kv WHERE key > ?1 ORDER BY key`,
+	qFixSum:    `UPDATE kv SET value = ?2, sum = ?3 WHERE key = ?1`,
+
+	qMeta: `SELECT ` + metaColumns + ` FROM quorate_meta WHERE id = 1`,
+	qSetMeta: `UPDATE quorate_meta SET format = ?1, applied = ?2, term = ?3, installed = ?4, revision = ?5, config = ?6, ` +
+		`config_index = ?7, kv_sum = ?8, own_sum = ?9, chain = ?10, barrier = ?11, keys = ?12, bytes = ?13, sum = ?14 WHERE id = 1`,
+	qReplaceMeta: `INSERT OR REPLACE INTO quorate_meta(id, ` + metaColumns + `) ` +
+		`VALUES(1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)`,
+
+	qSessions:      `SELECT id, nonce, acked, last, results, sum FROM quorate_session ORDER BY id`,
+	qPutSession:    `INSERT OR REPLACE INTO quorate_session(id, nonce, acked, last, results, sum) VALUES(?1, ?2, ?3, ?4, ?5, ?6)`,
+	qDeleteSession: `DELETE FROM quorate_session WHERE id = ?1`,
+	qFixSession:    `UPDATE quorate_session SET sum = ?2 WHERE id = ?1`,
+	qAllowed:       `SELECT addr, sum FROM quorate_allowed ORDER BY addr`,
+	qAllow:         `INSERT INTO quorate_allowed(addr, sum) VALUES(?1, ?2)`,
+	qDisallow:      `DELETE FROM quorate_allowed WHERE addr = ?1`,
+	qFixAllowed:    `UPDATE quorate_allowed SET sum = ?2 WHERE addr = ?1`,
+	qRemoved:       `SELECT id, at, sum FROM quorate_removed ORDER BY id`,
+	qRemove:        `INSERT INTO quorate_removed(id, at, sum) VALUES(?1, ?2, ?3)`,
+	qFixRemoved:    `UPDATE quorate_removed SET sum = ?2 WHERE id = ?1`,
+	qMarks:         `SELECT boundary, applied, kv_sum, chain, sum FROM quorate_mark ORDER BY boundary`,
+	qPutMark:       `INSERT OR REPLACE INTO quorate_mark(boundary, applied, kv_sum, chain, sum) VALUES(?1, ?2, ?3, ?4, ?5)`,
+	qDeleteMark:    `DELETE FROM quorate_mark WHERE boundary = ?1`,
+	qFixMark:       `UPDATE quorate_mark SET sum = ?2 WHERE boundary = ?1`,
+}
+
+// errForeign: another connection, most likely a sqlite3 shell, has committed to our file. Each such commit, or several at
+// once, is reported one time, by begin or by foreign, whichever is first; forgive or install mends it.
+var errForeign = errors.New("another program has written to the database")
+
+// Where the state stands; one row of the file.
+type meta struct {
+	format      uint64
+	applied     uint64 // log index of the last entry that is in the rows
+	term        uint64 // of that entry
+	installed   uint64 // applied at the end of the last install, 0 = never
+	revision    uint64
+	configIndex uint64
+	barrier     uint64 // counts barriers, so that each of them changes a byte
+	kvSum       uint64 // of the hashes of all kv rows
+	ownSum      uint64 // of the hashes of all private rows but this one
+	keys        uint64 // number of kv rows
+	bytes       uint64 // of keys and values
+	config      []byte
+	chain       [32]byte
+}
+
+// A row of kv. Its value is shared and must not be changed.
+type row struct {
+	value            []byte
+	version, created uint64
+}
+
+type sessionRow struct {
+	id          uint64
+	nonce       [16]byte
+	acked, last uint64
+	results     []byte
+}
+
+type mark struct {
+	boundary, applied, kvSum uint64
+	chain                    [32]byte
+}
+
+// ownKey names a private row: its table's first letter and its key.
+type ownKey struct {
+	table byte // 's'ession, 'a'llowed, 'r'emoved, 'm'ark
+	id    uint64
+	name  string
+}
+
+type storeOptions struct {
+	path   string       // dir/snap
+	memory int64        // budget in bytes of the in-memory copy; negative = none; never 0
+	log    *slog.Logger // never nil
+}
+
+type store struct {
+	path   string
+	log    *slog.Logger
+	memory *memory
+	last   atomic.Pointer[meta] // of the last commit that memory has too
+
+	ending  chan struct{} // closed when close begins: maintain ends, nothing new starts
+	reload  chan struct{} // holds one token when a scan is due
+	readers chan *conn    // the idle readers; nil stands for one that is not open yet
+
+	// mu serializes writing transactions, and is held from begin to commit or rollback. It is held across SQLite calls
+	// because it guards the one connection that commits. Lock order: mu, checkpointMu, then stateMu, memory.mu or copiesMu.
+	mu          sync.Mutex
+	writer      *conn
+	dataVersion int64             // PRAGMA data_version of the writer as of its last transaction
+	own         map[ownKey]uint64 // hashes of the private rows, as committed
+	view        map[string]view   // of the transaction, reused
+	buf         []byte            // for hashing, reused
+	written     int64             // rough bytes of page writes since the WAL's size was looked at
+	walChecked  int64             // its size after the writer's last checkpoint
+	closed      bool
+
+	stateMu sync.Mutex // guards the fields below
+	verdict error      // what the scan found
+	scanned bool
+	working sync.WaitGroup // maintain; Add only while ending is open
+
+	// checkpointMu lets the writer wait for the checkpoint in the background to end: while one runs, SQLite lets no other
+	// do anything, and the writer would go on filling the WAL. It guards nothing else, and is held across the fsyncs.
+	checkpointMu sync.Mutex
+
+	copiesMu sync.Mutex // guards copies
+	copies   map[*storeCopy]bool
+}
+
+// openStore creates the file if it is missing or empty, and otherwise checks what can be checked without reading kv.
+func openStore(o storeOptions) (*store, error) {
+	path, err := filepath.Abs(o.path)
+	if err != nil {
+		return nil, err
+	}
+	fresh, err := prepareFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	s := &store{
+		path:    path,
+		log:     o.log,
+		memory:  newMemory(o.memory, o.log),
+		ending:  make(chan struct{}),
+		reload:  make(chan struct{}, 1),
+		readers: make(chan *conn, runtime.GOMAXPROCS(0)),
+		copies:  make(map[*storeCopy]bool),
+	}
+	for range cap(s.readers) {
+		s.readers <- nil
+	}
+	if err := s.openWriter(); err != nil {
+		if s.writer != nil {
+			s.writer.close()
+		}
+		return nil, s.explain("open", err)
+	}
+	if fresh {
+		s.memory.empty()
+		s.scanned = true
+	} else {
+		s.startLoad(s.meta())
+	}
+	return s, nil
+}
+
+// prepareFile makes sure that there is a file of ours at path. It reads the header itself, before SQLite is let near a
+// file that may be someone else's: opening the file ourselves is safe only because no connection of ours has it yet.
+func prepareFile(path string) (fresh bool, err error) {
+	info, err := os.Stat(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if err == nil && info.Size() > 0 {
+		return false, checkHeader(path)
+	}
+	// A WAL without its database means nothing, and must not be replayed into the new one.
+	for _, side := range []string{"-wal", "-shm", "-journal"} {
+		if err := os.Remove(path + side); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return false, err
+		}
+	}
+	return true, createFile(path)
+}
+
+// createFile builds the database aside and renames it into place, so that path never names half of one.
+func createFile(path string) error {
+	return buildFile(path, func(c *conn) error {
+		for _, pragma := range []string{
+			fmt.Sprintf("page_size=%d", pageSize), "encoding='UTF-8'",
+			fmt.Sprintf("application_id=%d", applicationID), fmt.Sprintf("user_version=%d", storeFormat),
+		} {
+			if err := c.pragma(pragma); err != nil {
+				return err
+			}
+		}
+		for _, table := range schema {
+			if err := c.execText(table.sql); err != nil {
+				return err
+			}
+		}
+		return c.writeMeta(qReplaceMeta, &meta{format: storeFormat})
+	}, nil)
+}
+
+// buildFile makes a database at path out of a copy of from, or of nothing, and a change. A crash leaves nothing at path.
+func buildFile(path string, change func(c *conn) error, from io.Reader) (err error) {
+	aside := path + ".incoming.new"
+	if err := os.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(aside)
+		}
+	}()
+	if err := writeFile(aside, from); err != nil {
+		return err
+	}
+	if err := changeFile(aside, change); err != nil {
+		return err
+	}
+	if err := syncFile(aside); err != nil {
+		return err
+	}
+	if err := os.Rename(aside, path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func writeFile(path string, from io.Reader) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	if from != nil {
+		_, err = io.Copy(f, from)
+	}
+	return errors.Join(err, f.Close())
+}
+
+// changeFile changes a file that is not in use yet; a crash throws the file away, so there is neither journal nor sync.
+func changeFile(path string, change func(c *conn) error) (err error) {
+	c, err := openConn(path, "mode=rw", "journal_mode=MEMORY", "synchronous=OFF", "trusted_schema=OFF")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.close()) }()
+	return change(c)
+}
+
+func syncFile(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// checkHeader reads the first page's header: whose file it is, and of which version. Not for a file that is open.
+func checkHeader(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var h [100]byte
+	if _, err := io.ReadFull(f, h[:]); err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return err
+	}
+	if !bytes.HasPrefix(h[:], []byte("SQLite format 3\x00")) {
+		return fmt.Errorf("%w: not a SQLite database; put back a copy of the file, or remove it if this member can fetch the "+
+			"state from the others", ErrCorrupt)
+	}
+	return checkIdentity(int64(binary.BigEndian.Uint32(h[68:])), int64(binary.BigEndian.Uint32(h[60:])),
+		int64(binary.BigEndian.Uint16(h[16:])))
+}
+
+func checkIdentity(application, version, page int64) error {
+	switch {
+	case application != applicationID:
+		return fmt.Errorf("%w: a database of another application (application_id %#x)", ErrFormat, application)
+	case version != storeFormat:
+		return fmt.Errorf("%w: version %d, and this build reads %d", ErrFormat, version, storeFormat)
+	case page != pageSize:
+		return fmt.Errorf("%w: page size %d, not %d", ErrFormat, page, pageSize)
+	}
+	return nil
+}
+
+func (s *store) openWriter() error {
+	c, err := openConn(s.path, "mode=rw", "trusted_schema=OFF", "cache_size=-8000")
+	if err != nil {
+		return err
+	}
+	s.writer = c
+	if err := c.checkSchema(); err != nil {
+		return err
+	}
+	mode, err := c.text("PRAGMA journal_mode=WAL")
+	if err != nil {
+		return err
+	}
+	if mode != "wal" {
+		return fmt.Errorf("journal mode is %s, not wal", mode)
+	}
+	for _, pragma := range []string{"synchronous=NORMAL", "wal_autocheckpoint=0", fmt.Sprintf("journal_size_limit=%d", walLimit)} {
+		if err := c.pragma(pragma); err != nil {
+			return err
+		}
+	}
+	m, err := c.readMeta()
+	if err != nil {
+		return err
+	}
+	if s.own, err = c.readOwn(m.ownSum); err != nil {
+		return err
+	}
+	s.last.Store(&m)
+	return s.rebase()
+}
+
+// close is idempotent. Afterwards only the database is left, in the rollback journal mode in which it may be copied.
+func (s *store) close() error {
+	s.stateMu.Lock()
+	select {
+	case <-s.ending:
+	default:
+		close(s.ending)
+	}
+	s.stateMu.Unlock()
+	s.working.Wait()
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	for _, c := range s.openCopies() {
+		c.Close()
+	}
+	for range cap(s.readers) {
+		if r := <-s.readers; r != nil {
+			r.close()
+		}
+	}
+	return s.explain("close", s.closeWriter())
+}
+
+// closeWriter ends WAL mode. A shell that reads the file just now can prevent that: then the WAL stays, which is as safe,
+// and the next open goes on from it.
+func (s *store) closeWriter() error {
+	err := s.writer.pragma("synchronous=FULL")
+	if err == nil {
+		err = s.writer.pragma("busy_timeout=500")
+	}
+	if err == nil {
+		_, err = s.writer.one(qTruncate)
+	}
+	if err == nil {
+		_, err = s.writer.text("PRAGMA journal_mode=DELETE")
+	}
+	if isBusy(err) {
+		s.log.Warn("another program is reading the database: its write-ahead log stays", "path", s.path)
+		err = nil
+	}
+	return errors.Join(err, s.writer.close())
+}
+
+// meta never blocks. The caller must not change config.
+func (s *store) meta() meta { return *s.last.Load() }
+
+// explain says which file an error is about, and turns SQLite's corruption codes into ErrCorrupt.
+func (s *store) explain(doing string, err error) error { return aboutFile(doing, s.path, err) }
+
+func aboutFile(doing, path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if code := sqliteCode(err); (code == sqliteCorrupt || code == sqliteNotADB) && !errors.Is(err, ErrCorrupt) {
+		return fmt.Errorf("%s %s: %w; this copy of the state must be replaced: %w", doing, path, ErrCorrupt, err)
+	}
+	return fmt.Errorf("%s %s: %w", doing, path, err)
+}
+
+func corrupt(format string, args ...any) error {
+	return fmt.Errorf("%w: %s; this copy of the state must be replaced", ErrCorrupt, fmt.Sprintf(format, args...))
+}
+
+// One writing transaction. What it does to kv waits in view until commit, so that a key that is written many times by a
+// batch costs one statement, and so that a row is read at most once.
+type storeTx struct {
+	s       *store
+	meta    meta // the caller changes it; commit writes it. kvSum, ownSum, keys and bytes are kept by the methods
+	view    map[string]view
+	changed []string // keys, in the order of their first change
+	undo    []ownUndo
+	failed  error // of a statement: the transaction can only be rolled back
+	open    bool  // SQLite has the transaction
+	done    bool  // committed or rolled back: mu is not held any more
+}
+
+type view struct {
+	was, now *item // as committed, and as this transaction sees it; nil = absent
+	changed  bool
+}
+
+type ownUndo struct {
+	key ownKey
+	was uint64
+	had bool
+}
+
+// begin returns errForeign, and begins nothing, if someone else has committed since our last transaction.
+func (s *store) begin() (*storeTx, error) {
+	s.mu.Lock()
+	t, err := s.beginLocked()
+	if err == nil {
+		if err = s.checkForeign(); err != nil {
+			t.end()
+		}
+	}
+	if err != nil {
+		s.mu.Unlock()
+		return nil, s.explain("write to", err)
+	}
+	return t, nil
+}
+
+func (s *store) beginLocked() (*storeTx, error) {
+	if s.closed {
+		return nil, ErrClosed
+	}
+	if err := s.writer.exec(qBegin); err != nil {
+		return nil, err
+	}
+	if s.view == nil || len(s.view) > 1<<14 { // clearing a map costs what it once held
+		s.view = make(map[string]view)
+	}
+	clear(s.view)
+	return &storeTx{s: s, meta: s.meta(), view: s.view, open: true}, nil
+}
+
+func (s *store) checkForeign() error {
+	v, err := s.writer.one(qDataVersion)
+	if err != nil {
+		return err
+	}
+	if v == s.dataVersion {
+		return nil
+	}
+	s.dataVersion = v
+	return errForeign
+}
+
+// rebase takes the data_version as it is now for ours.
+func (s *store) rebase() (err error) {
+	s.dataVersion, err = s.writer.one(qDataVersion)
+	return err
+}
+
+// row sees the transaction's own changes.
+func (t *storeTx) row(key string) (row, bool, error) {
+	v, err := t.look(key)
+	if err != nil || v.now == nil {
+		return row{}, false, err
+	}
+	return v.now.row, true, nil
+}
+
+// look asks the copy in memory if it is whole: in a transaction it is exactly what was committed last.
+func (t *storeTx) look(key string) (view, error) {
+	if v, ok := t.view[key]; ok {
+		return v, nil
+	}
+	it, whole := t.s.memory.item(key)
+	if !whole {
+		var err error
+		if it, err = t.s.writer.get(key); err != nil {
+			return view{}, t.s.explain("read", err)
+		}
+	}
+	v := view{was: it, now: it}
+	if !whole {
+		t.view[key] = v
+	}
+	return v, nil
+}
+
+// set copies nothing that it need not keep: the value may be part of a whole log entry, which must not live on in memory.
+func (t *storeTx) set(key string, r row) error {
+	v, err := t.look(key)
+	if err != nil {
+		return err
+	}
+	if t.s.memory.keeps() {
+		r.value = bytes.Clone(r.value)
+	}
+	t.put(key, v, &item{row: r, hash: t.hashRow(key, r)})
+	return nil
+}
+
+func (t *storeTx) delete(key string) (existed bool, err error) {
+	v, err := t.look(key)
+	if err != nil || v.now == nil {
+		return false, err
+	}
+	t.put(key, v, nil)
+	return true, nil
+}
+
+func (t *storeTx) put(key string, v view, now *item) {
+	t.meta.kvSum += now.hashOrZero() - v.now.hashOrZero()
+	if v.now != nil {
+		t.meta.keys--
+		t.meta.bytes -= uint64(len(key) + len(v.now.value))
+	}
+	if now != nil {
+		t.meta.keys++
+		t.meta.bytes += uint64(len(key) + len(now.value))
+	}
+	if !v.changed {
+		t.changed = append(t.changed, key)
+	}
+	t.view[key] = view{was: v.was, now: now, changed: true}
+}
+
+func (t *storeTx) hashRow(key string, r row) (h uint64) {
+	t.s.buf, h = rowHash(t.s.buf, key, r.value, r.version, r.created)
+	return h
+}
+
+func (t *storeTx) putSession(r sessionRow) error {
+	h := sessionHash(r)
+	t.own(ownKey{table: 's', id: r.id}, h, true)
+	return t.exec(qPutSession, int64(r.id), r.nonce[:], int64(r.acked), int64(r.last), blob(r.results), int64(h))
+}
+
+func (t *storeTx) deleteSession(id uint64) error {
+	t.own(ownKey{table: 's', id: id}, 0, false)
+	return t.exec(qDeleteSession, int64(id))
+}
+
+// allow is idempotent, and so are disallow and remove.
+func (t *storeTx) allow(addr string) error {
+	k := ownKey{table: 'a', name: addr}
+	if _, ok := t.s.own[k]; ok {
+		return nil
+	}
+	h := allowedHash(addr)
+	t.own(k, h, true)
+	return t.exec(qAllow, addr, int64(h))
+}
+
+func (t *storeTx) disallow(addr string) error {
+	t.own(ownKey{table: 'a', name: addr}, 0, false)
+	return t.exec(qDisallow, addr)
+}
+
+// remove records a member that is gone for good; the first record of an id stays.
+func (t *storeTx) remove(id string, at uint64) error {
+	k := ownKey{table: 'r', name: id}
+	if _, ok := t.s.own[k]; ok {
+		return nil
+	}
+	h := removedHash(id, at)
+	t.own(k, h, true)
+	return t.exec(qRemove, id, int64(at), int64(h))
+}
+
+// mark keeps the newest boundaries only.
+func (t *storeTx) mark(m mark) error {
+	h := markHash(m)
+	t.own(ownKey{table: 'm', id: m.boundary}, h, true)
+	if err := t.exec(qPutMark, int64(m.boundary), int64(m.applied), int64(m.kvSum), m.chain[:], int64(h)); err != nil {
+		return err
+	}
+	n, oldest := 0, uint64(math.MaxUint64)
+	for k := range t.s.own {
+		if k.table == 'm' {
+			n, oldest = n+1, min(oldest, k.id)
+		}
+	}
+	if n <= keptMarks {
+		return nil
+	}
+	t.own(ownKey{table: 'm', id: oldest}, 0, false)
+	return t.exec(qDeleteMark, int64(oldest))
+}
+
+// own keeps the sum of the private rows, and how to take the change back.
+func (t *storeTx) own(k ownKey, h uint64, has bool) {
+	was, had := t.s.own[k]
+	t.undo = append(t.undo, ownUndo{k, was, had})
+	t.meta.ownSum += h - was
+	if has {
+		t.s.own[k] = h
+	} else {
+		delete(t.s.own, k)
+	}
+}
+
+func (t *storeTx) exec(q query, args ...driver.Value) error {
+	err := t.s.explain("write to", t.s.writer.exec(q, args...))
+	if t.failed == nil {
+		t.failed = err
+	}
+	return err
+}
+
+// commit publishes in the order that readers rely on: the file, memory, meta. After an error nothing has happened, and the
+// same work may be tried again.
+func (t *storeTx) commit() error {
+	s := t.s
+	if t.done {
+		return errors.New("the transaction has ended")
+	}
+	if err := t.commitLocked(qSetMeta); err != nil {
+		t.rollback()
+		return s.explain("write to", err)
+	}
+	t.done = true
+	if err := s.checkWAL(); err != nil {
+		// The transaction is done; what a checkpoint could not write is still in the WAL.
+		s.log.Warn("checkpoint", "path", s.path, "err", err)
+	}
+	s.mu.Unlock()
+	return nil
+}
+
+func (t *storeTx) commitLocked(q query) error {
+	s := t.s
+	if t.failed != nil {
+		return t.failed
+	}
+	for _, key := range t.changed {
+		if err := t.writeRow(key, t.view[key]); err != nil {
+			return err
+		}
+	}
+	if err := s.writer.writeMeta(q, &t.meta); err != nil {
+		return err
+	}
+	if err := s.writer.exec(qCommit); err != nil {
+		return err
+	}
+	t.open = false
+	s.written += 2 * pageSize
+	changes := make([]change, len(t.changed))
+	for i, key := range t.changed {
+		v := t.view[key]
+		changes[i] = change{key, v.was, v.now}
+	}
+	s.memory.publish(changes)
+	m := t.meta
+	s.last.Store(&m)
+	return nil
+}
+
+func (t *storeTx) writeRow(key string, v view) error {
+	s := t.s
+	s.written += pageSize
+	if v.now == nil {
+		if v.was == nil {
+			return nil
+		}
+		return s.writer.exec(qDelete, key)
+	}
+	s.written += int64(len(v.now.value))
+	return s.writer.exec(qPut, key, sqlValue(v.now.value), int64(v.now.version), int64(v.now.created), int64(v.now.hash))
+}
+
+// rollback does nothing after commit, or a second time.
+func (t *storeTx) rollback() {
+	if t.done {
+		return
+	}
+	t.done = true
+	if err := t.undoLocked(); err != nil {
+		t.s.log.Warn("roll back", "path", t.s.path, "err", err)
+	}
+	t.s.mu.Unlock()
+}
+
+// undoLocked takes the data_version anew: SQLite may count a failed transaction as a change of what it had cached.
+func (t *storeTx) undoLocked() error {
+	t.end()
+	return t.s.rebase()
+}
+
+// end leaves no transaction open, and the private sums as they were. SQLite may have rolled back by itself.
+// Its error says no more than that, and the next BEGIN would tell if it did.
+func (t *storeTx) end() {
+	if !t.open {
+		return
+	}
+	t.open = false
+	t.s.writer.exec(qRollback)
+	for _, u := range slices.Backward(t.undo) {
+		if u.had {
+			t.s.own[u.key] = u.was
+		} else {
+			delete(t.s.own, u.key)
+		}
+	}
+}
+
+// checkWAL: a checkpoint by another connection can never restart the WAL under a steady writer, which then grows without
+// end. When this connection has moved all of it, its next commit begins at the start of the file.
+func (s *store) checkWAL() error {
+	if s.written < statEvery {
+		return nil
+	}
+	s.written = 0
+	size := s.walSize()
+	if size <= walLimit {
+		s.walChecked = 0
+		return nil
+	}
+	if size >= s.walChecked && size < s.walChecked+walAgain {
+		return nil
+	}
+	s.walChecked = size
+	s.checkpointMu.Lock()
+	defer s.checkpointMu.Unlock()
+	if size > 2*walLimit && len(s.openCopies()) == 0 {
+		return s.restartWAL()
+	}
+	_, err := s.writer.one(qPassive)
+	return err
+}
+
+// restartWAL is for when short readers, each with its bit of the WAL, have come between again and again: it waits a moment
+// for them. In vain, if a shell has a long transaction; then the next attempt comes with the WAL's next growth.
+func (s *store) restartWAL() error {
+	if err := s.writer.pragma("busy_timeout=50"); err != nil {
+		return err
+	}
+	_, err := s.writer.one(qRestart)
+	if isBusy(err) {
+		err = nil
+	}
+	return errors.Join(err, s.writer.pragma("busy_timeout=5000"))
+}
+
+func (s *store) walSize() int64 {
+	info, err := os.Stat(s.path + "-wal")
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// get returns a committed row; its value is shared, and the caller copies it before handing it out.
+func (s *store) get(key string) (row, bool, error) {
+	if r, ok, whole := s.memory.get(key); whole {
+		return r, ok, nil
+	}
+	var it *item
+	err := s.read(func(c *conn) (err error) {
+		it, err = c.get(key)
+		return err
+	})
+	if err != nil || it == nil {
+		return row{}, false, err
+	}
+	return it.row, true, nil
+}
+
+func (s *store) sessions() (rows []sessionRow, err error) {
+	err = s.read(func(c *conn) error {
+		rows = nil
+		return c.eachSession(func(r sessionRow, h uint64) error {
+			rows = append(rows, r)
+			return nil
+		})
+	})
+	return rows, err
+}
+
+func (s *store) allowed() (addrs []string, err error) {
+	err = s.read(func(c *conn) error {
+		return c.eachAllowed(func(addr string, h uint64) error {
+			addrs = append(addrs, addr)
+			return nil
+		})
+	})
+	return addrs, err
+}
+
+func (s *store) removed() (map[string]uint64, error) {
+	ids := make(map[string]uint64)
+	err := s.read(func(c *conn) error {
+		return c.eachRemoved(func(id string, at, h uint64) error {
+			ids[id] = at
+			return nil
+		})
+	})
+	return ids, err
+}
+
+func (s *store) marks() (marks []mark, err error) {
+	err = s.read(func(c *conn) error {
+		return c.eachMark(func(m mark, h uint64) error {
+			marks = append(marks, m)
+			return nil
+		})
+	})
+	return marks, err
+}
+
+// read lends f a reader connection of the pool.
+func (s *store) read(f func(c *conn) error) error {
+	var c *conn
+	select {
+	case <-s.ending:
+		return ErrClosed
+	default:
+	}
+	select {
+	case c = <-s.readers:
+	case <-s.ending:
+		return ErrClosed
+	}
+	defer func() { s.readers <- c }()
+	if c == nil {
+		opened, err := openReader(s.path)
+		if err != nil {
+			return s.explain("open", err)
+		}
+		c = opened
+	}
+	return s.explain("read", f(c))
+}
+
+func openReader(path string) (*conn, error) {
+	return openConn(path, "mode=rw", "query_only=ON", "cache_size=-2000", "trusted_schema=OFF")
+}
+
+// barrier returns when everything that is committed is on the disk. One commit under synchronous=FULL is the only thing
+// that surely syncs: a checkpoint with nothing to do does not, and neither does a transaction that changes no byte.
+func (s *store) barrier() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.explain("sync", s.barrierLocked())
+}
+
+func (s *store) barrierLocked() (err error) {
+	if s.closed {
+		return ErrClosed
+	}
+	if err := s.writer.pragma("synchronous=FULL"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.writer.pragma("synchronous=NORMAL")) }()
+	t, err := s.beginLocked()
+	if err != nil {
+		return err
+	}
+	t.meta.barrier++
+	if err := t.commitLocked(qSetMeta); err != nil {
+		return errors.Join(err, t.undoLocked())
+	}
+	return nil
+}
+
+// foreign reports whether someone else has committed to the file since it was last asked, outside a transaction of ours.
+func (s *store) foreign() (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false, ErrClosed
+	}
+	err := s.checkForeign()
+	if errors.Is(err, errForeign) {
+		return true, nil
+	}
+	return false, s.explain("read", err)
+}
+
+// forgive takes the file as someone else has left it: every sum is computed anew. Only where there is no other copy.
+func (s *store) forgive() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, err := s.beginLocked()
+	if err != nil {
+		return s.explain("write to", err)
+	}
+	own, err := t.forgiveLocked()
+	if err == nil {
+		err = t.commitLocked(qReplaceMeta)
+	}
+	if err != nil {
+		return s.explain("take over", errors.Join(err, t.undoLocked()))
+	}
+	s.own = own
+	s.startLoad(t.meta)
+	return s.explain("take over", s.rebase())
+}
+
+func (t *storeTx) forgiveLocked() (map[ownKey]uint64, error) {
+	c, m := t.s.writer, &t.meta
+	m.kvSum, m.keys, m.bytes = 0, 0, 0
+	var wrong []keyed
+	err := c.each(qScan, nil, func(v []driver.Value) error {
+		key, ok := v[0].(string)
+		if !ok || !validKey(key) {
+			return corrupt("kv has a row whose key is not text, or empty, or too long")
+		}
+		value, plain := columnBytes(v[1])
+		if !plain {
+			value = fmt.Append(nil, v[1]) // a number, as a shell writes it; the key's owner sees its digits
+		}
+		r := row{value, columnUint(v[2]), columnUint(v[3])}
+		if r.version > math.MaxInt64 || r.created > math.MaxInt64 {
+			return corrupt("kv row %q has a negative version", key)
+		}
+		h := t.hashRow(key, r)
+		if !plain || h != columnUint(v[4]) {
+			wrong = append(wrong, keyed{key, &item{r, h}})
+		}
+		m.kvSum, m.keys, m.bytes = m.kvSum+h, m.keys+1, m.bytes+uint64(len(key)+len(value))
+		m.revision = max(m.revision, r.version) // no later write may get a version that someone has made up
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range wrong {
+		if err := c.exec(qFixSum, r.key, sqlValue(r.value), int64(r.hash)); err != nil {
+			return nil, err
+		}
+	}
+	own, sum, err := c.fixOwn()
+	m.ownSum = sum
+	return own, err
+}
+
+// startLoad has maintain scan kv from the start.
+func (s *store) startLoad(m meta) {
+	s.memory.reset(int64(m.bytes) + int64(m.keys)*itemOverhead)
+	s.stateMu.Lock()
+	s.scanned, s.verdict = false, nil
+	s.stateMu.Unlock()
+	select {
+	case s.reload <- struct{}{}:
+	default:
+	}
+}
+
+// verified reports how the scan since open, or since the last install, has ended; false and nil: it has not yet.
+func (s *store) verified() (bool, error) {
+	s.stateMu.Lock()
+	defer s.stateMu.Unlock()
+	return s.scanned, s.verdict
+}
+
+func (s *store) memoryState() (whole, dropped bool) { return s.memory.whole(), s.memory.dropped() }
+
+// maintain scans when a scan is due and moves the WAL into the database. It runs until ctx ends or the store is closed.
+func (s *store) maintain(ctx context.Context) {
+	s.stateMu.Lock()
+	select {
+	case <-s.ending:
+		s.stateMu.Unlock()
+		return
+	default:
+	}
+	s.working.Add(1)
+	s.stateMu.Unlock()
+	defer s.working.Done()
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var scanning sync.WaitGroup // the WAL must not wait for a scan
+	scanning.Go(func() { s.scanWhenDue(ctx) })
+	defer scanning.Wait()
+	defer cancel()
+	s.checkpoint(ctx)
+}
+
+func (s *store) scanWhenDue(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.ending:
+			return
+		case <-s.reload:
+		}
+		for {
+			err := s.scan(ctx)
+			if err == nil || ctx.Err() != nil || errors.Is(err, ErrClosed) {
+				break
+			}
+			if errors.Is(err, ErrCorrupt) {
+				s.setVerdict(err)
+				break
+			}
+			s.log.Warn("scan", "path", s.path, "err", err)
+			if !s.pause(ctx, time.Second) {
+				return
+			}
+		}
+	}
+}
+
+func (s *store) setVerdict(err error) {
+	s.stateMu.Lock()
+	defer s.stateMu.Unlock()
+	s.scanned, s.verdict = err == nil, err
+}
+
+func (s *store) pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-s.ending:
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// scan reads the rows that the copy in memory does not cover yet, and compares the sums at the end.
+func (s *store) scan(ctx context.Context) error {
+	c, err := openReader(s.path)
+	if err != nil {
+		return s.explain("open", err)
+	}
+	defer c.close()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.ending:
+			return ErrClosed
+		default:
+		}
+		if done, err := s.scanChunk(c); done || err != nil {
+			return err
+		}
+	}
+}
+
+// scanChunk takes its snapshot under mu, when what is committed and what is published are the same, and merges under mu,
+// so that at the end the sums are of one moment. It reads without mu.
+func (s *store) scanChunk(c *conn) (done bool, err error) {
+	load, cursor, err := s.beginChunk(c)
+	if err != nil {
+		return false, s.explain("read", err)
+	}
+	rows, last, err := c.chunk(cursor)
+	err = errors.Join(err, c.exec(qRollback))
+	if err != nil {
+		if !s.memory.cancelChunk(load) {
+			return false, nil // the file has been replaced meanwhile
+		}
+		return false, s.explain("read", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.memory.endChunk(load, rows, last)
+	sum, keys, ended := s.memory.covered()
+	if !ended { // or a new load has begun meanwhile
+		return false, nil
+	}
+	if m := s.meta(); sum != m.kvSum || keys != m.keys {
+		return false, s.explain("read", corrupt("kv has %d rows and should have %d, or some are not what was written", keys, m.keys))
+	}
+	s.memory.trust()
+	s.setVerdict(nil)
+	return true, nil
+}
+
+func (s *store) beginChunk(c *conn) (load int, cursor string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return 0, "", ErrClosed
+	}
+	load, cursor = s.memory.beginChunk()
+	if err = c.exec(qBeginRead); err == nil {
+		// BEGIN alone takes no snapshot; the first read does.
+		if _, err = c.one(qUserVersion); err != nil {
+			c.exec(qRollback)
+		}
+	}
+	if err != nil {
+		s.memory.cancelChunk(load)
+	}
+	return load, cursor, err
+}
+
+// checkpoint runs PASSIVE checkpoints, which make no one wait, on a connection of its own.
+func (s *store) checkpoint(ctx context.Context) {
+	var c *conn
+	defer func() {
+		if c != nil {
+			c.close()
+		}
+	}()
+	var seen *meta
+	for s.pause(ctx, 100*time.Millisecond) {
+		if m := s.last.Load(); m == seen {
+			continue
+		} else {
+			seen = m
+		}
+		var err error
+		if c == nil {
+			c, err = openConn(s.path, "mode=rw", "wal_autocheckpoint=0", "trusted_schema=OFF")
+		}
+		if err == nil {
+			s.checkpointMu.Lock()
+			err = c.passive()
+			s.checkpointMu.Unlock()
+		}
+		if err != nil && !isBusy(err) {
+			s.log.Warn("checkpoint", "path", s.path, "err", err)
+		}
+	}
+}
+
+// copy begins a consistent copy of the file as of some commit.
+func (s *store) copy() (*storeCopy, error) {
+	c, err := s.beginCopy()
+	if err != nil {
+		return nil, s.explain("copy", err)
+	}
+	return c, nil
+}
+
+func (s *store) beginCopy() (_ *storeCopy, err error) {
+	c, err := openReader(s.path)
+	if err != nil {
+		return nil, err
+	}
+	cp := &storeCopy{s: s, c: c, hash: sha256.New(), before: s.walSize()}
+	defer func() {
+		if err != nil {
+			cp.release()
+		}
+	}()
+	if err := c.exec(qBeginRead); err != nil {
+		return nil, err
+	}
+	if cp.meta, err = c.readMeta(); err != nil {
+		return nil, err
+	}
+	if cp.pages, err = c.one(qPageCount); err != nil {
+		return nil, err
+	}
+	cp.size = cp.pages*pageSize + sha256.Size
+	if cp.rows, err = c.query(qPages); err != nil {
+		return nil, err
+	}
+	s.copiesMu.Lock()
+	defer s.copiesMu.Unlock()
+	select {
+	case <-s.ending: // close may have closed all copies already
+		return nil, ErrClosed
+	default:
+	}
+	s.copies[cp] = true
+	return cp, nil
+}
+
+func (s *store) openCopies() (copies []*storeCopy) {
+	s.copiesMu.Lock()
+	defer s.copiesMu.Unlock()
+	for c := range s.copies {
+		copies = append(copies, c)
+	}
+	return copies
+}
+
+// A storeCopy streams the pages of one snapshot, and the SHA-256 of them. Until it is closed the WAL cannot restart.
+type storeCopy struct {
+	meta meta
+	size int64 // of the whole stream
+
+	s      *store
+	before int64 // WAL's size when it began
+
+	mu    sync.Mutex // guards the fields below; held across reads of the connection, which is used by one at a time
+	c     *conn      // nil when closed
+	rows  driver.Rows
+	pages int64 // still to come
+	hash  hash.Hash
+	buf   []byte // what Read has not returned yet
+	head  bool   // the first page has been read
+	tail  bool   // the checksum has been put into buf
+}
+
+func (c *storeCopy) Read(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.c == nil {
+		return 0, os.ErrClosed
+	}
+	if len(c.buf) == 0 {
+		if err := c.fill(); err != nil {
+			if err == io.EOF {
+				return 0, io.EOF
+			}
+			return 0, c.s.explain("copy", err)
+		}
+	}
+	n := copy(p, c.buf)
+	c.buf = c.buf[n:]
+	return n, nil
+}
+
+func (c *storeCopy) fill() error {
+	if c.pages > 0 {
+		page, err := c.page()
+		if err != nil {
+			return err
+		}
+		c.hash.Write(page)
+		c.buf = page
+		return nil
+	}
+	if c.tail {
+		return io.EOF
+	}
+	c.tail = true
+	c.buf = c.hash.Sum(nil)
+	return nil
+}
+
+// page returns the next page. In the first one the mode is set back from WAL to rollback journal, so that the copy is
+// complete without a WAL, and opening it leaves nothing beside it.
+func (c *storeCopy) page() ([]byte, error) {
+	var v [1]driver.Value
+	if err := c.rows.Next(v[:]); err != nil {
+		if err == io.EOF {
+			return nil, corrupt("%d pages are missing", c.pages)
+		}
+		return nil, err
+	}
+	page, _ := v[0].([]byte)
+	if len(page) != pageSize {
+		return nil, corrupt("a page of %d bytes", len(page))
+	}
+	if !c.head {
+		c.head = true
+		page[18], page[19] = 1, 1
+	}
+	c.pages--
+	return page, nil
+}
+
+// pinned is about how many bytes the WAL has grown by since the copy began, which it cannot give back before Close.
+func (c *storeCopy) pinned() int64 { return max(0, c.s.walSize()-c.before) }
+
+func (c *storeCopy) Close() error {
+	c.s.copiesMu.Lock()
+	delete(c.s.copies, c)
+	c.s.copiesMu.Unlock()
+	return c.release()
+}
+
+func (c *storeCopy) release() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.c == nil {
+		return nil
+	}
+	if c.rows != nil {
+		c.rows.Close()
+	}
+	err := c.c.close()
+	c.c, c.rows, c.buf = nil, nil, nil
+	return err
+}
+
+// backup writes a database that opens by itself, without the checksum that a copy ends with. check may end it early.
+func (s *store) backup(w io.Writer, check func() error) (meta, error) {
+	c, err := s.copy()
+	if err != nil {
+		return meta{}, err
+	}
+	defer c.Close()
+	buf := make([]byte, copyPages*pageSize)
+	for left := c.size - sha256.Size; left > 0; {
+		if err := check(); err != nil {
+			return meta{}, err
+		}
+		n, err := io.ReadFull(c, buf[:min(left, int64(len(buf)))])
+		if err != nil {
+			return meta{}, err
+		}
+		if _, err := w.Write(buf[:n]); err != nil {
+			return meta{}, err
+		}
+		left -= int64(n)
+	}
+	return c.meta, nil
+}
+
+// receive stores the stream of a copy at path, once everything about it is right and it is on the disk.
+func receive(path string, src io.Reader, size int64) (m meta, err error) {
+	if size < pageSize+sha256.Size || (size-sha256.Size)%pageSize != 0 {
+		return m, fmt.Errorf("receive %s: %w: %d bytes is no size of a copy", path, ErrCorrupt, size)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return m, err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(path)
+		}
+	}()
+	hash := sha256.New()
+	body := io.LimitReader(src, size-sha256.Size)
+	if err := writeFile(path, io.TeeReader(body, hash)); err != nil {
+		return m, fmt.Errorf("receive %s: %w", path, err)
+	}
+	var sum [sha256.Size]byte
+	if _, err := io.ReadFull(src, sum[:]); err != nil {
+		return m, fmt.Errorf("receive %s: the stream ends early: %w", path, err)
+	}
+	if !bytes.Equal(sum[:], hash.Sum(nil)) {
+		return m, fmt.Errorf("receive %s: %w: wrong checksum", path, ErrCorrupt)
+	}
+	if m, err = checkFile(path); err != nil {
+		return m, err
+	}
+	return m, errors.Join(syncFile(path), syncDir(filepath.Dir(path)))
+}
+
+// checkFile reads all of a database that no one has open, and changes nothing.
+func checkFile(path string) (meta, error) {
+	m, err := checkClosed(path)
+	if err != nil {
+		return meta{}, aboutFile("check", path, err)
+	}
+	return m, nil
+}
+
+func checkClosed(path string) (m meta, err error) {
+	if err := checkHeader(path); err != nil {
+		return m, err
+	}
+	c, err := openConn(path, "mode=ro&immutable=1", "trusted_schema=OFF", "query_only=ON", "cell_size_check=ON")
+	if err != nil {
+		return m, err
+	}
+	defer c.close()
+	if err := c.checkSchema(); err != nil {
+		return m, err
+	}
+	if said, err := c.text(queryText[qQuickCheck]); err != nil || said != "ok" {
+		return m, cmpErr(err, corrupt("quick_check says %q", said))
+	}
+	if m, err = c.readMeta(); err != nil {
+		return m, err
+	}
+	if _, err := c.readOwn(m.ownSum); err != nil {
+		return m, err
+	}
+	return m, c.checkRows(m)
+}
+
+func cmpErr(first, second error) error {
+	if first != nil {
+		return first
+	}
+	return second
+}
+
+// install puts the database at path, which receive has made, in place of ours, at once for every reader. It is durable
+// when install returns. An error means that nothing has changed, unless it is the barrier's: then calling again is right.
+func (s *store) install(path string, index, term uint64, config []byte, configIndex uint64) error {
+	var m meta
+	var own map[ownKey]uint64
+	// The new state and the note that it was installed appear in the same instant: a crash between the two would leave
+	// rows above the log's end that nothing accounts for.
+	err := changeFile(path, func(c *conn) (err error) {
+		if m, err = c.readMeta(); err != nil {
+			return err
+		}
+		if m.applied != index {
+			return fmt.Errorf("it holds index %d, not %d", m.applied, index)
+		}
+		if own, err = c.readOwn(m.ownSum); err != nil {
+			return err
+		}
+		m.term, m.installed, m.config, m.configIndex = term, index, bytes.Clone(config), configIndex
+		return c.writeMeta(qSetMeta, &m)
+	})
+	if err != nil {
+		return aboutFile("install", path, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return ErrClosed
+	}
+	if err := errors.Join(s.writer.replace(path), s.rebase()); err != nil {
+		return aboutFile("install", path, err)
+	}
+	s.own = own
+	s.startLoad(m)
+	s.last.Store(&m)
+	return s.explain("sync", s.barrierLocked())
+}
+
+// replace copies all pages of a file that is not in use, in one transaction.
+func (c *conn) replace(path string) error {
+	b, err := c.raw.(interface {
+		NewRestore(string) (*sqlite.Backup, error)
+	}).NewRestore(fileURI(path, "mode=ro&immutable=1"))
+	if err != nil {
+		return err
+	}
+	more, err := b.Step(-1)
+	if err == nil && more {
+		err = errors.New("not all pages were copied")
+	}
+	return errors.Join(err, b.Finish())
+}
+
+// restoreInto makes dst out of a backup or a cleanly closed database: the same rows under a changed meta, and nothing of the
+// cluster that src belonged to.
+func restoreInto(dst, src string, change func(*meta)) (meta, error) {
+	m, err := restoreFile(dst, src, change)
+	if err != nil {
+		return meta{}, fmt.Errorf("restore %s from %s: %w", dst, src, err)
+	}
+	return m, nil
+}
+
+func restoreFile(dst, src string, change func(*meta)) (m meta, err error) {
+	// Before anything opens it: closing a file that is in use in this process would take away SQLite's locks on it.
+	for _, side := range []string{"-wal", "-shm", "-journal"} {
+		if info, err := os.Stat(src + side); err == nil && info.Size() > 0 {
+			return m, fmt.Errorf("%w: %s is in use or was not closed; close it first, or use Backup", ErrInvalid, src)
+		}
+	}
+	if _, err := checkFile(src); err != nil {
+		return m, err
+	}
+	if _, err := os.Stat(dst); !errors.Is(err, fs.ErrNotExist) {
+		return m, cmpErr(err, fs.ErrExist)
+	}
+	from, err := os.Open(src)
+	if err != nil {
+		return m, err
+	}
+	defer from.Close()
+	err = buildFile(dst, func(c *conn) error {
+		m, err = c.detach(change)
+		return err
+	}, from)
+	if err != nil {
+		return m, err
+	}
+	return checkFile(dst)
+}
+
+// detach removes what belongs to a cluster, in one transaction.
+func (c *conn) detach(change func(*meta)) (m meta, err error) {
+	if m, err = c.readMeta(); err != nil {
+		return m, err
+	}
+	change(&m)
+	m.ownSum = 0
+	if err := c.exec(qBegin); err != nil {
+		return m, err
+	}
+	for _, table := range []string{"quorate_session", "quorate_allowed", "quorate_removed", "quorate_mark"} {
+		if err := c.execText("DELETE FROM " + table); err != nil {
+			return m, err
+		}
+	}
+	if err := c.writeMeta(qSetMeta, &m); err != nil {
+		return m, err
+	}
+	return m, c.exec(qCommit)
+}
+
+// A conn is one connection of the driver, with its prepared statements, for one goroutine at a time. The driver is used
+// directly: database/sql costs another 1.7 times on a read, and one writer needs no pool. It is a Driver of our own, so
+// that functions and hooks that the application registers with the driver never run on our connections.
+type conn struct {
+	raw   driver.Conn
+	stmts [queries]driver.Stmt
+	args  []driver.NamedValue
+	buf   []byte
+}
+
+var sqliteDriver sqlite.Driver
+
+func openConn(path, params string, pragmas ...string) (*conn, error) {
+	raw, err := sqliteDriver.Open(fileURI(path, params))
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{raw: raw}
+	for _, p := range append([]string{"busy_timeout=5000"}, pragmas...) {
+		if err := c.pragma(p); err != nil {
+			c.close()
+			return nil, err
+		}
+	}
+	return c, nil
+}
+
+// fileURI keeps what a path may hold from being read as a parameter.
+func fileURI(path, params string) string {
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs
+	}
+	path = filepath.ToSlash(path)
+	if !strings.HasPrefix(path, "/") { // C:/…
+		path = "/" + path
+	}
+	return "file://" + (&url.URL{Path: path}).EscapedPath() + "?" + params
+}
+
+func (c *conn) close() error {
+	var errs []error
+	for _, s := range c.stmts {
+		if s != nil {
+			errs = append(errs, s.Close())
+		}
+	}
+	return errors.Join(append(errs, c.raw.Close())...)
+}
+
+func (c *conn) stmt(q query) (driver.Stmt, error) {
+	if c.stmts[q] == nil {
+		s, err := c.raw.Prepare(queryText[q])
+		if err != nil {
+			return nil, err
+		}
+		c.stmts[q] = s
+	}
+	return c.stmts[q], nil
+}
+
+func (c *conn) bind(args []driver.Value) []driver.NamedValue {
+	c.args = c.args[:0]
+	for i, a := range args {
+		c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: a})
+	}
+	return c.args
+}
+
+func (c *conn) exec(q query, args ...driver.Value) error {
+	s, err := c.stmt(q)
+	if err != nil {
+		return err
+	}
+	_, err = s.(driver.StmtExecContext).ExecContext(context.Background(), c.bind(args))
+	return err
+}
+
+func (c *conn) query(q query, args ...driver.Value) (driver.Rows, error) {
+	s, err := c.stmt(q)
+	if err != nil {
+		return nil, err
+	}
+	return s.(driver.StmtQueryContext).QueryContext(context.Background(), c.bind(args))
+}
+
+// each calls f with the columns of every row; they are valid until f returns, but strings and bytes among them stay.
+func (c *conn) each(q query, args []driver.Value, f func(v []driver.Value) error) error {
+	rows, err := c.query(q, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	v := make([]driver.Value, len(rows.Columns()))
+	for {
+		if err := rows.Next(v); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if err := f(v); err != nil {
+			return err
+		}
+	}
+}
+
+// one returns the first column of the only row.
+func (c *conn) one(q query) (n int64, err error) {
+	err = c.each(q, nil, func(v []driver.Value) error {
+		n, _ = v[0].(int64)
+		return nil
+	})
+	return n, err
+}
+
+// execText is for statements that run once, and for those pragmas that act when they are prepared.
+func (c *conn) execText(sql string) error {
+	_, err := c.raw.(driver.ExecerContext).ExecContext(context.Background(), sql, nil)
+	return err
+}
+
+func (c *conn) pragma(p string) error { return c.execText("PRAGMA " + p) }
+
+func (c *conn) text(sql string) (string, error) {
+	rows, err := c.raw.(driver.QueryerContext).QueryContext(context.Background(), sql, nil)
+	if err != nil {
+		return "", err
+	}
+	defer rows.Close()
+	var v [1]driver.Value
+	if err := rows.Next(v[:]); err != nil {
+		return "", err
+	}
+	s, _ := v[0].(string)
+	return s, nil
+}
+
+// passive moves the WAL into the database if enough of it waits.
+func (c *conn) passive() error {
+	var waiting int64
+	err := c.each(qBacklog, nil, func(v []driver.Value) error {
+		log, _ := v[1].(int64)
+		done, _ := v[2].(int64)
+		waiting = (log - done) * pageSize
+		return nil
+	})
+	if err != nil || waiting < walBackground {
+		return err
+	}
+	return c.exec(qPassive)
+}
+
+// checkSchema refuses what is not ours: a trigger or a view could run at our writes, and a copy would carry it on.
+func (c *conn) checkSchema() error {
+	application, err := c.one(qApplicationID)
+	if err != nil {
+		return err
+	}
+	version, err := c.one(qUserVersion)
+	if err != nil {
+		return err
+	}
+	page, err := c.one(qPageSize)
+	if err != nil {
+		return err
+	}
+	if err := checkIdentity(application, version, page); err != nil {
+		return err
+	}
+	found := 0
+	err = c.each(qSchema, nil, func(v []driver.Value) error {
+		name, _ := v[0].(string)
+		sql, _ := v[1].(string)
+		for _, table := range schema {
+			if table.name == name && table.sql == sql {
+				found++
+				return nil
+			}
+		}
+		return fmt.Errorf("%w: the schema has something that is not ours: %q; if someone has added it, drop it", ErrCorrupt, name)
+	})
+	if err == nil && found != len(schema) {
+		err = corrupt("%d of %d tables are missing", len(schema)-found, len(schema))
+	}
+	return err
+}
+
+func (c *conn) readMeta() (m meta, err error) {
+	found := false
+	err = c.each(qMeta, nil, func(v []driver.Value) error {
+		found = true
+		for i, p := range m.numbers() {
+			*p = columnUint(v[i])
+		}
+		config, _ := columnBytes(v[5])
+		chain, _ := columnBytes(v[9])
+		m.config = config
+		if copy(m.chain[:], chain); len(chain) != len(m.chain) || m.hash() != columnUint(v[13]) {
+			return corrupt("the meta row is not what was written")
+		}
+		return nil
+	})
+	if err == nil && !found {
+		err = corrupt("the meta row is missing")
+	}
+	return m, err
+}
+
+func (c *conn) writeMeta(q query, m *meta) error {
+	return c.exec(q, int64(m.format), int64(m.applied), int64(m.term), int64(m.installed), int64(m.revision), blob(m.config),
+		int64(m.configIndex), int64(m.kvSum), int64(m.ownSum), m.chain[:], int64(m.barrier), int64(m.keys), int64(m.bytes),
+		int64(m.hash()))
+}
+
+// numbers are the integer columns by their place in metaColumns.
+func (m *meta) numbers() map[int]*uint64 {
+	return map[int]*uint64{0: &m.format, 1: &m.applied, 2: &m.term, 3: &m.installed, 4: &m.revision, 6: &m.configIndex,
+		7: &m.kvSum, 8: &m.ownSum, 10: &m.barrier, 11: &m.keys, 12: &m.bytes}
+}
+
+func (m *meta) hash() uint64 {
+	b := make([]byte, 0, 16*8+len(m.chain)+len(m.config))
+	b = appendUints(b, m.format, m.applied, m.term, m.installed, m.revision, m.configIndex, m.kvSum, m.ownSum, m.barrier, m.keys, m.bytes)
+	b = append(b, m.chain[:]...)
+	return hash64(append(b, m.config...))
+}
+
+// get returns nil if there is no such row.
+func (c *conn) get(key string) (it *item, err error) {
+	err = c.each(qGet, []driver.Value{key}, func(v []driver.Value) error {
+		it, err = c.item(key, v)
+		return err
+	})
+	return it, err
+}
+
+// item makes a row of value, version, created and sum, and checks it.
+func (c *conn) item(key string, v []driver.Value) (*item, error) {
+	value, ok := columnBytes(v[0])
+	it := &item{row: row{value, columnUint(v[1]), columnUint(v[2])}}
+	c.buf, it.hash = rowHash(c.buf, key, value, it.version, it.created)
+	if !ok || it.hash != columnUint(v[3]) {
+		return nil, corrupt("kv row %q is not what was written", key)
+	}
+	return it, nil
+}
+
+// chunk reads rows after a key, in order, and whether they are the last.
+func (c *conn) chunk(after string) (rows []keyed, last bool, err error) {
+	enough := errors.New("enough")
+	q, args := qScan, []driver.Value(nil)
+	if after != "" {
+		q, args = qScanAfter, []driver.Value{after}
+	}
+	size := 0
+	err = c.each(q, args, func(v []driver.Value) error {
+		if len(rows) >= chunkRows || size >= chunkBytes {
+			return enough
+		}
+		r, err := c.keyed(v)
+		if err == nil {
+			rows, size = append(rows, r), size+len(r.value)
+		}
+		return err
+	})
+	if err == enough {
+		return rows, false, nil
+	}
+	return rows, true, err
+}
+
+func (c *conn) keyed(v []driver.Value) (keyed, error) {
+	key, ok := v[0].(string)
+	if !ok || !validKey(key) {
+		return keyed{}, corrupt("kv has a row whose key was never written")
+	}
+	it, err := c.item(key, v[1:])
+	return keyed{key, it}, err
+}
+
+// checkRows reads all of kv.
+func (c *conn) checkRows(m meta) error {
+	var sum, keys, size uint64
+	err := c.each(qScan, nil, func(v []driver.Value) error {
+		r, err := c.keyed(v)
+		if err == nil {
+			sum, keys, size = sum+r.hash, keys+1, size+uint64(len(r.key)+len(r.value))
+		}
+		return err
+	})
+	if err == nil && (sum != m.kvSum || keys != m.keys || size != m.bytes) {
+		err = corrupt("kv has %d rows and should have %d, or some are not what was written", keys, m.keys)
+	}
+	return err
+}
+
+func (c *conn) eachSession(f func(r sessionRow, h uint64) error) error {
+	return c.each(qSessions, nil, func(v []driver.Value) error {
+		r := sessionRow{id: columnUint(v[0]), acked: columnUint(v[2]), last: columnUint(v[3])}
+		nonce, _ := columnBytes(v[1])
+		r.results, _ = columnBytes(v[4])
+		if copy(r.nonce[:], nonce); len(nonce) != len(r.nonce) {
+			return corrupt("session %d is not what was written", r.id)
+		}
+		return f(r, columnUint(v[5]))
+	})
+}
+
+func (c *conn) eachAllowed(f func(addr string, h uint64) error) error {
+	return c.each(qAllowed, nil, func(v []driver.Value) error {
+		addr, _ := columnBytes(v[0])
+		return f(string(addr), columnUint(v[1]))
+	})
+}
+
+func (c *conn) eachRemoved(f func(id string, at, h uint64) error) error {
+	return c.each(qRemoved, nil, func(v []driver.Value) error {
+		id, _ := columnBytes(v[0])
+		return f(string(id), columnUint(v[1]), columnUint(v[2]))
+	})
+}
+
+func (c *conn) eachMark(f func(m mark, h uint64) error) error {
+	return c.each(qMarks, nil, func(v []driver.Value) error {
+		m := mark{boundary: columnUint(v[0]), applied: columnUint(v[1]), kvSum: columnUint(v[2])}
+		chain, _ := columnBytes(v[3])
+		if copy(m.chain[:], chain); len(chain) != len(m.chain) {
+			return corrupt("mark %d is not what was written", m.boundary)
+		}
+		return f(m, columnUint(v[4]))
+	})
+}
+
+// An ownRow is a private row as a scan sees it: what its hash is and what it should be.
+type ownRow struct {
+	key      ownKey
+	has, now uint64
+}
+
+func (c *conn) ownRows() (rows []ownRow, err error) {
+	add := func(k ownKey, has, now uint64) error {
+		rows = append(rows, ownRow{k, has, now})
+		return nil
+	}
+	err = c.eachSession(func(r sessionRow, h uint64) error { return add(ownKey{'s', r.id, ""}, h, sessionHash(r)) })
+	if err == nil {
+		err = c.eachAllowed(func(addr string, h uint64) error { return add(ownKey{'a', 0, addr}, h, allowedHash(addr)) })
+	}
+	if err == nil {
+		err = c.eachRemoved(func(id string, at, h uint64) error { return add(ownKey{'r', 0, id}, h, removedHash(id, at)) })
+	}
+	if err == nil {
+		err = c.eachMark(func(m mark, h uint64) error { return add(ownKey{'m', m.boundary, ""}, h, markHash(m)) })
+	}
+	return rows, err
+}
+
+// readOwn checks the private tables and returns their hashes.
+func (c *conn) readOwn(want uint64) (map[ownKey]uint64, error) {
+	rows, err := c.ownRows()
+	if err != nil {
+		return nil, err
+	}
+	own, sum := make(map[ownKey]uint64, len(rows)), uint64(0)
+	for _, r := range rows {
+		if r.has != r.now {
+			return nil, corrupt("a row of the private tables is not what was written")
+		}
+		own[r.key] = r.now
+		sum += r.now
+	}
+	if sum != want {
+		return nil, corrupt("the private tables are not what was written")
+	}
+	return own, nil
+}
+
+// fixOwn gives every private row the hash of what it holds.
+func (c *conn) fixOwn() (map[ownKey]uint64, uint64, error) {
+	rows, err := c.ownRows()
+	if err != nil {
+		return nil, 0, err
+	}
+	fix := map[byte]query{'s': qFixSession, 'a': qFixAllowed, 'r': qFixRemoved, 'm': qFixMark}
+	own, sum := make(map[ownKey]uint64, len(rows)), uint64(0)
+	for _, r := range rows {
+		own[r.key] = r.now
+		sum += r.now
+		if r.has == r.now {
+			continue
+		}
+		key := driver.Value(int64(r.key.id))
+		if r.key.name != "" {
+			key = r.key.name
+		}
+		if err := c.exec(fix[r.key.table], key, int64(r.now)); err != nil {
+			return nil, 0, err
+		}
+	}
+	return own, sum, nil
+}
+
+// rowHash hashes what a kv row holds; buf is for reuse.
+func rowHash(buf []byte, key string, value []byte, version, created uint64) ([]byte, uint64) {
+	buf = binary.AppendUvarint(buf[:0], uint64(len(key)))
+	buf = append(buf, key...)
+	buf = binary.AppendUvarint(buf, uint64(len(value)))
+	buf = append(buf, value...)
+	buf = appendUints(buf, version, created)
+	h := hash64(buf)
+	if cap(buf) > 1<<20 {
+		buf = nil // one large value must not hold its size for ever
+	}
+	return buf, h
+}
+
+// The private rows' hashes begin with the table, so that a row is worth nothing in another one.
+func sessionHash(r sessionRow) uint64 {
+	b := appendUints([]byte{'s'}, r.id, r.acked, r.last)
+	return hash64(append(append(b, r.nonce[:]...), r.results...))
+}
+
+func allowedHash(addr string) uint64 { return hash64(append([]byte{'a'}, addr...)) }
+func removedHash(id string, at uint64) uint64 {
+	return hash64(append(appendUints([]byte{'r'}, at), id...))
+}
+
+func markHash(m mark) uint64 {
+	return hash64(append(appendUints([]byte{'m'}, m.boundary, m.applied, m.kvSum), m.chain[:]...))
+}
+
+func appendUints(b []byte, ns ...uint64) []byte {
+	for _, n := range ns {
+		b = binary.BigEndian.AppendUint64(b, n)
+	}
+	return b
+}
+
+func hash64(b []byte) uint64 {
+	h := sha256.Sum256(b)
+	return binary.BigEndian.Uint64(h[:])
+}
+
+// sqlValue: people and their tools see text as text.
+func sqlValue(value []byte) driver.Value {
+	if utf8.Valid(value) && bytes.IndexByte(value, 0) < 0 {
+		return string(value)
+	}
+	return value
+}
+
+// blob never binds nil, which is what the driver reads an empty blob as.
+func blob(b []byte) driver.Value {
+	if b == nil {
+		return []byte{}
+	}
+	return b
+}
+
+func columnUint(v driver.Value) uint64 {
+	n, _ := v.(int64)
+	return uint64(n)
+}
+
+// columnBytes: ok is false for what we never write, a number.
+func columnBytes(v driver.Value) (b []byte, ok bool) {
+	switch v := v.(type) {
+	case string:
+		return []byte(v), true
+	case []byte:
+		return v, true
+	case nil:
+		return nil, true
+	}
+	return nil, false
+}
+
+// SQLite's primary result codes that we act on.
+const (
+	sqliteBusy    = 5
+	sqliteIOErr   = 10
+	sqliteCorrupt = 11
+	sqliteFull    = 13
+	sqliteNotADB  = 26
+)
+
+func sqliteCode(err error) int {
+	var e *sqlite.Error
+	if errors.As(err, &e) {
+		return e.Code() & 0xff
+	}
+	return 0
+}
+
+func isBusy(err error) bool { return sqliteCode(err) == sqliteBusy }
+
+// isFull: the disk has no space left. With space back the same work succeeds.
+func isFull(err error) bool {
+	return sqliteCode(err) == sqliteFull || errors.Is(err, syscall.ENOSPC)
+}
+
+// isIO: the disk has failed. Nothing that was written since the last barrier can be relied on.
+func isIO(err error) bool {
+	return sqliteCode(err) == sqliteIOErr || errors.Is(err, syscall.EIO)
+}

@@ -1,0 +1,704 @@
+package quorate
+
+// Raft's transport over the caller's http.Client, one POST per message, and the raft half of the door. It owns the way of a
+// message: sending, holding, timeouts, the hand-over to raft's main loop and back. It never touches the log, SQL or the
+// meaning of an entry. Raft calls the methods of transport; ServeHTTP of peer.go calls the serve functions. The bytes are
+// frame.go's. No stream and no long-lived handler: an Upgrade fails on HTTP/2, a full-duplex POST hangs behind an HTTP/1.1
+// proxy, and both keep the caller's server from shutting down.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	voteTimeout   = 500 * time.Millisecond // heartbeats, votes, pre-votes, timeoutnow and probes
+	appendTimeout = 5 * time.Second        // and a second for each MiB
+	holdInterval  = 100 * time.Millisecond
+	installRate   = 4 << 20 // bytes a second that a receiver is given to install what it has received
+)
+
+// errTransportClosed ends what waits in a transport that is closed, or that a newer one of the same peer has replaced.
+var errTransportClosed = raft.ErrTransportShutdown
+
+var errStalled = fmt.Errorf("no progress in %v", stallTimeout)
+
+// A transport serves one instance of raft.
+type transport struct {
+	p        *peer
+	consumer chan raft.RPC // unbuffered: what raft has not taken can be withdrawn
+	ctx      context.Context
+	cancel   context.CancelFunc
+
+	mu        sync.Mutex
+	heartbeat func(raft.RPC) // set by raft
+}
+
+var (
+	_ raft.Transport   = (*transport)(nil)
+	_ raft.WithPreVote = (*transport)(nil)
+	_ raft.WithClose   = (*transport)(nil)
+)
+
+// transport makes the one that receives from now on, and closes the one before.
+func (p *peer) transport() *transport {
+	t := &transport{p: p, consumer: make(chan raft.RPC)}
+	t.ctx, t.cancel = context.WithCancel(p.ctx)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if old := p.current.Swap(t); old != nil {
+		old.cancel()
+	}
+	return t
+}
+
+func (t *transport) Close() error {
+	t.cancel()
+	return nil
+}
+
+func (t *transport) Consumer() <-chan raft.RPC { return t.consumer }
+
+// LocalAddr: raft does not take an empty address, and no two members may have the same.
+func (t *transport) LocalAddr() raft.ServerAddress {
+	id, _, addr := t.p.host.self()
+	if addr == "" {
+		addr = "local:" + id
+	}
+	return raft.ServerAddress(addr)
+}
+
+func (t *transport) EncodePeer(_ raft.ServerID, addr raft.ServerAddress) []byte { return []byte(addr) }
+func (t *transport) DecodePeer(b []byte) raft.ServerAddress                     { return raft.ServerAddress(b) }
+
+func (t *transport) SetHeartbeatHandler(f func(raft.RPC)) {
+	t.mu.Lock()
+	t.heartbeat = f
+	t.mu.Unlock()
+}
+
+// AppendEntriesPipeline: raft's pipeline stops for good after one rejected append (hashicorp/raft#612).
+func (t *transport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.AppendPipeline, error) {
+	return nil, raft.ErrPipelineReplicationNotSupported
+}
+
+// AppendEntries cuts args.Entries, which raft reads again to learn what was sent. An append is held until the peer's raft has
+// answered, because raft backs off for up to 10 s after an error and nothing can wake it. A heartbeat is not: its error is
+// how the leader learns that it has lost its followers.
+func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if isHeartbeat(args) {
+		if err := t.p.host.silent(); err != nil {
+			return err
+		}
+		return t.append(id, target, encodeAppend(args), resp, voteTimeout)
+	}
+	args.Entries = cutEntries(args.Entries)
+	body := encodeAppend(args)
+	timeout := appendTimeout + timeFor(int64(len(body)))
+	return t.hold("append", id, target, args.Term, func() error {
+		return t.append(id, target, body, resp, timeout)
+	})
+}
+
+func isHeartbeat(a *raft.AppendEntriesRequest) bool {
+	return len(a.Entries) == 0 && a.PrevLogEntry == 0 && a.PrevLogTerm == 0 && a.LeaderCommitIndex == 0
+}
+
+func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []byte, resp *raft.AppendEntriesResponse, timeout time.Duration) error {
+	data, err := t.post("append", id, target, body, timeout)
+	if err != nil {
+		return err
+	}
+	return decodeAppendAnswer(data, resp)
+}
+
+// hold tries until it works, or until nobody wants it any more. The conditions are looked at after a try: raft sends a last
+// append to a member that it has just removed.
+func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddress, term uint64, try func() error) error {
+	for held := false; ; held = true {
+		err := t.p.host.silent()
+		if err == nil {
+			err = try()
+		}
+		if err == nil {
+			if held {
+				t.p.log.Info("member answers again", "what", what, "id", id)
+			}
+			return nil
+		}
+		_, known, _ := t.p.host.server(string(id))
+		switch {
+		case t.ctx.Err() != nil:
+			return errTransportClosed
+		case !t.p.host.leading(term):
+			return fmt.Errorf("%s to %s: not leader of term %d any more: %w", what, id, term, err)
+		case !known:
+			return fmt.Errorf("%s to %s: not a member any more: %w", what, id, err)
+		}
+		if !held {
+			t.p.log.Warn("member does not answer, trying on", "what", what, "id", id, "err", explain(err, t.p.base(t.address(id, target))))
+		}
+		select {
+		case <-time.After(holdInterval):
+		case <-t.ctx.Done():
+			return errTransportClosed
+		}
+	}
+}
+
+// address is looked up for every try: a member that moved tells its new address before raft's configuration has it.
+func (t *transport) address(id raft.ServerID, target raft.ServerAddress) string {
+	if addr := t.p.host.announced(string(id)); addr != "" {
+		return addr
+	}
+	if addr, known, _ := t.p.host.server(string(id)); known && addr != "" {
+		return addr
+	}
+	return string(target)
+}
+
+func (t *transport) post(route string, id raft.ServerID, target raft.ServerAddress, body []byte, timeout time.Duration) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(t.ctx, timeout)
+	defer cancel()
+	base := t.p.base(t.address(id, target))
+	data, err := t.p.call(ctx, request{route: route, base: base, to: string(id), body: body, again: true})
+	if err != nil && t.ctx.Err() != nil {
+		return nil, errTransportClosed
+	}
+	return data, err
+}
+
+func (t *transport) postJSON(route string, id raft.ServerID, target raft.ServerAddress, args, resp any) error {
+	body, err := json.Marshal(args)
+	if err != nil {
+		return err
+	}
+	data, err := t.post(route, id, target, body, voteTimeout)
+	if err != nil {
+		return explain(err, t.p.base(t.address(id, target)))
+	}
+	return json.Unmarshal(data, resp)
+}
+
+func (t *transport) RequestVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	if err := t.p.host.silent(); err != nil {
+		return err // it could not keep what it promises as a leader
+	}
+	return t.postJSON("vote", id, target, args, resp)
+}
+
+// RequestPreVote returns an error of ours without its words: raft takes the text "unexpected command" inside any error for an
+// old member that does not know pre-votes, and counts it as granted. Anyone who answers at the address could write that.
+func (t *transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	if t.p.host.silent() != nil {
+		return fmt.Errorf("prevote: this member is silent")
+	}
+	err := t.postJSON("prevote", id, target, args, resp)
+	if err != nil && strings.Contains(err.Error(), "unexpected command") {
+		return fmt.Errorf("prevote: %s answers with an error", id)
+	}
+	return err
+}
+
+// TimeoutNow to ourselves makes a sole voter the leader at once. It goes straight to raft: nobody serves our handler yet.
+func (t *transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	if self, _, _ := t.p.host.self(); string(id) != self {
+		return t.postJSON("timeoutnow", id, target, args, resp)
+	}
+	ctx, cancel := context.WithTimeout(t.ctx, voteTimeout)
+	defer cancel()
+	_, err := t.deliver(ctx, args)
+	return err
+}
+
+// InstallSnapshot waits for the peer before its first byte, as an append does. After that an error is raft's to handle.
+func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+	err := t.hold("snapshot", id, target, args.Term, func() error { return t.probe(id, target) })
+	if err != nil {
+		return err
+	}
+	t.p.host.snapshots(1)
+	defer t.p.host.snapshots(-1)
+	header, err := encodeSnapshotHeader(args)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(t.ctx)
+	defer cancel(nil)
+	alive := time.AfterFunc(stallTimeout, func() { cancel(errStalled) })
+	defer alive.Stop()
+	body := io.MultiReader(bytes.NewReader(header), &sentReader{
+		r: io.LimitReader(data, args.Size), left: args.Size, alive: alive,
+		patience: stallTimeout + time.Duration(args.Size)*time.Second/installRate,
+	})
+	base := t.p.base(t.address(id, target))
+	answer, err := t.p.call(ctx, request{
+		route: "snapshot", base: base, to: string(id), stream: body, size: int64(len(header)) + args.Size,
+	})
+	switch {
+	case t.ctx.Err() != nil:
+		return errTransportClosed
+	case err != nil && context.Cause(ctx) == errStalled:
+		return fmt.Errorf("snapshot to %s: %w", id, errStalled)
+	case err != nil:
+		return explain(err, base)
+	}
+	return json.Unmarshal(answer, resp)
+}
+
+func (t *transport) probe(id raft.ServerID, target raft.ServerAddress) error {
+	ctx, cancel := context.WithTimeout(t.ctx, voteTimeout)
+	defer cancel()
+	base := t.p.base(t.address(id, target))
+	_, err := t.p.call(ctx, request{method: http.MethodGet, route: "status", base: base, to: string(id)})
+	return err
+}
+
+// A sentReader postpones the end of a transfer as long as bytes leave, and then leaves the receiver the time to install them.
+type sentReader struct {
+	r        io.Reader
+	left     int64
+	alive    *time.Timer
+	patience time.Duration
+}
+
+func (s *sentReader) Read(b []byte) (int, error) {
+	n, err := s.r.Read(b)
+	s.left -= int64(n)
+	if s.left <= 0 {
+		s.alive.Reset(s.patience)
+	} else if n > 0 {
+		s.alive.Reset(stallTimeout)
+	}
+	return n, err
+}
+
+// --- the raft half of the door
+
+// deliver hands a message to raft's main loop and waits for its answer.
+func (t *transport) deliver(ctx context.Context, command any) (any, error) {
+	answer := make(chan raft.RPCResponse, 1)
+	if err := t.hand(ctx, raft.RPC{Command: command, RespChan: answer}); err != nil {
+		return nil, err
+	}
+	return t.await(ctx, answer)
+}
+
+func (t *transport) hand(ctx context.Context, rpc raft.RPC) error {
+	select {
+	case t.consumer <- rpc:
+		return nil
+	case <-ctx.Done():
+	case <-t.ctx.Done():
+	}
+	return refuse(http.StatusServiceUnavailable, codeNotReady, "raft did not take the message")
+}
+
+func (t *transport) await(ctx context.Context, answer <-chan raft.RPCResponse) (any, error) {
+	select {
+	case a := <-answer:
+		if a.Error != nil {
+			return nil, refuse(http.StatusServiceUnavailable, codeNotReady, "raft: %v", a.Error)
+		}
+		return a.Response, nil
+	case <-ctx.Done():
+	case <-t.ctx.Done():
+	}
+	return nil, refuse(http.StatusServiceUnavailable, codeNotReady, "raft did not answer")
+}
+
+// raftNow is the transport of the raft that runs. A member whose disk is stalled or has failed acknowledges nothing.
+func (p *peer) raftNow() (*transport, error) {
+	if err := p.host.silent(); err != nil {
+		return nil, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+	}
+	t := p.current.Load()
+	if t == nil || t.ctx.Err() != nil {
+		return nil, refuse(http.StatusServiceUnavailable, codeNotReady, "raft is not running")
+	}
+	return t, nil
+}
+
+// checkSender: raft believes the id in the message, the door has checked the one in the header.
+func (x *exchange) checkSender(h raft.RPCHeader) error {
+	if string(h.ID) != x.from {
+		return refuse(http.StatusBadRequest, codeBadRequest, "message of %q, sent by %q", h.ID, x.from)
+	}
+	return nil
+}
+
+func (p *peer) serveAppend(ctx context.Context, x *exchange) error {
+	t, err := p.raftNow()
+	if err != nil {
+		return err
+	}
+	data, err := x.body(maxAppendBody)
+	if err != nil {
+		return err
+	}
+	args, err := decodeAppend(data)
+	if err == nil {
+		err = checkAppend(args)
+	}
+	if err != nil {
+		return refuse(http.StatusBadRequest, codeBadRequest, "%v", err)
+	}
+	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	for _, e := range args.Entries {
+		// Stopping for a bad entry in our log is right; for one bad message it would let a flaw on the way stop a member.
+		if err := p.host.checkEntry(e); err != nil {
+			return refuse(http.StatusBadRequest, codeBadRequest, "entry %d: %v", e.Index, err)
+		}
+	}
+	answer, err := t.takeAppend(ctx, args)
+	if err != nil {
+		return err
+	}
+	resp, ok := answer.(*raft.AppendEntriesResponse)
+	if !ok {
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "raft answered %T", answer)
+	}
+	x.answer(encodeAppendAnswer(resp))
+	return nil
+}
+
+// takeAppend keeps a heartbeat off raft's main loop, which may be waiting for the disk: but only one that changes nothing.
+// A new term or a first sign of the leader would be written to disk beside the main loop, which may be writing a newer
+// term for a vote at that moment: the older one would win, and the member could help two leaders.
+func (t *transport) takeAppend(ctx context.Context, args *raft.AppendEntriesRequest) (any, error) {
+	if !isHeartbeat(args) {
+		return t.deliver(ctx, args)
+	}
+	ctx, cancel := context.WithTimeout(ctx, voteTimeout)
+	defer cancel()
+	t.mu.Lock()
+	fast := t.heartbeat
+	t.mu.Unlock()
+	term := t.p.host.term()
+	if fast == nil || args.Term > term || args.Term == term && !t.p.host.hasLeader() {
+		return t.deliver(ctx, args)
+	}
+	answer := make(chan raft.RPCResponse, 1)
+	go fast(raft.RPC{Command: args, RespChan: answer}) // ends with raft's answer, which nobody may be waiting for any more
+	return t.await(ctx, answer)
+}
+
+// unknownCandidate is one that is no voter here, and was not removed. Our configuration may be the older one: when a cluster of two had grown to
+// three, a member that had missed it could refuse the third for ever while the third refused its older log.
+func (p *peer) unknownCandidate(id string) bool {
+	_, _, voter := p.host.server(id)
+	return !voter && !p.host.removed(id)
+}
+
+// serveVote: without an id raft asks only what makes a vote safe, the term and the log.
+func (p *peer) serveVote(ctx context.Context, x *exchange) error {
+	var args raft.RequestVoteRequest
+	t, err := p.takeJSON(x, &args)
+	if err != nil {
+		return err
+	}
+	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	if p.unknownCandidate(x.from) {
+		args.ID = nil
+	}
+	return t.relay(ctx, x, &args)
+}
+
+func (p *peer) servePreVote(ctx context.Context, x *exchange) error {
+	var args raft.RequestPreVoteRequest
+	t, err := p.takeJSON(x, &args)
+	if err != nil {
+		return err
+	}
+	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	if p.unknownCandidate(x.from) {
+		return x.answerJSON(p.preVote(t, &args))
+	}
+	return t.relay(ctx, x, &args)
+}
+
+// preVote is raft's own rule but for the question whether the candidate is a voter, which raft asks even without an id.
+func (p *peer) preVote(t *transport, args *raft.RequestPreVoteRequest) raft.RequestPreVoteResponse {
+	id, _, _ := p.host.self()
+	term := p.host.term()
+	index, logTerm := p.host.lastEntry()
+	newer := args.LastLogTerm > logTerm || args.LastLogTerm == logTerm && args.LastLogIndex >= index
+	granted := !p.host.hasLeader() && args.Term >= term && newer
+	if granted {
+		term = args.Term
+	}
+	addr := t.LocalAddr()
+	return raft.RequestPreVoteResponse{
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: t.EncodePeer("", addr)},
+		Term:      term,
+		Granted:   granted,
+	}
+}
+
+// serveTimeoutNow: raft makes itself a candidate at this message, whatever it is, and disturbs the others if it has no vote.
+func (p *peer) serveTimeoutNow(ctx context.Context, x *exchange) error {
+	var args raft.TimeoutNowRequest
+	t, err := p.takeJSON(x, &args)
+	if err != nil {
+		return err
+	}
+	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	if _, _, voter := p.host.server(x.id); !voter {
+		return refuse(http.StatusForbidden, codeNotAllowed, "this member has no vote")
+	}
+	return t.relay(ctx, x, &args)
+}
+
+func (p *peer) takeJSON(x *exchange, args any) (*transport, error) {
+	t, err := p.raftNow()
+	if err != nil {
+		return nil, err
+	}
+	return t, x.bodyJSON(args)
+}
+
+func (t *transport) relay(ctx context.Context, x *exchange, args any) error {
+	answer, err := t.deliver(ctx, args)
+	if err != nil {
+		return err
+	}
+	return x.answerJSON(answer)
+}
+
+// serveSnapshot keeps its place, the only one, until raft has answered: a sender that goes away ends raft's reading, but
+// raft may be installing by then.
+func (p *peer) serveSnapshot(ctx context.Context, x *exchange) error {
+	t, err := p.raftNow()
+	if err != nil {
+		return err
+	}
+	x.readWithin(stallTimeout)
+	args, err := readSnapshotHeader(x.req.Body)
+	if err == nil {
+		err = checkSnapshot(args)
+	}
+	if err != nil {
+		return refuse(http.StatusBadRequest, codeBadRequest, "%v", err)
+	}
+	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	body := &receivedReader{x: x, r: io.LimitReader(x.req.Body, args.Size)}
+	defer body.end()
+	if p.holds(args) {
+		if _, err := io.Copy(io.Discard, body); err != nil { // a sender still writing would not see the answer
+			return refuse(http.StatusBadRequest, codeBadRequest, "snapshot: %v", err)
+		}
+		return x.answerJSON(raft.InstallSnapshotResponse{Term: p.host.term(), Success: true})
+	}
+	answer := make(chan raft.RPCResponse, 1)
+	if err := t.hand(ctx, raft.RPC{Command: args, Reader: body, RespChan: answer}); err != nil {
+		return err
+	}
+	resp, err := t.await(t.ctx, answer)
+	if err != nil {
+		return err
+	}
+	return x.answerJSON(resp)
+}
+
+// holds: this member has all of the snapshot already. Raft would install it all the same and then empty its log: entries
+// above the snapshot that this member has acknowledged would be gone.
+func (p *peer) holds(args *raft.InstallSnapshotRequest) bool {
+	if args.Term < p.host.term() {
+		return false // raft's answer is what tells an old leader that it is one
+	}
+	if args.LastLogIndex <= p.host.applied() {
+		return true
+	}
+	term, ok := p.host.termAt(args.LastLogIndex)
+	return ok && term == args.LastLogTerm
+}
+
+// A receivedReader is a snapshot coming in: it may take as long as it likes, but not stand still. Raft may still be reading
+// when the handler has returned, and net/http does not allow it to touch the connection then.
+type receivedReader struct {
+	x *exchange
+	r io.Reader
+
+	mu    sync.Mutex // held across setting a deadline, never across a read
+	ended bool
+}
+
+func (r *receivedReader) Read(b []byte) (int, error) {
+	r.mu.Lock()
+	if r.ended {
+		r.mu.Unlock()
+		return 0, errTransportClosed
+	}
+	r.x.readWithin(stallTimeout)
+	r.mu.Unlock()
+	n, err := r.r.Read(b)
+	if err == io.EOF {
+		r.mu.Lock()
+		if !r.ended {
+			r.x.forgetRead() // installing may take longer
+		}
+		r.mu.Unlock()
+	}
+	return n, err
+}
+
+func (r *receivedReader) end() {
+	r.mu.Lock()
+	r.ended = true
+	r.mu.Unlock()
+}
+
+// --- sending
+
+// A request is one call. Its stream, if any, is size bytes; else body is sent.
+type request struct {
+	method string // "" is POST
+	route  string
+	base   string // http(s)://host:port
+	to     string // the member that must answer, "" if it is not known
+	body   []byte
+	stream io.Reader
+	size   int64
+	again  bool // it may be sent twice: net/http does so when a kept connection turns out to be closed
+}
+
+func (p *peer) base(addr string) string {
+	if p.useTLS {
+		return "https://" + addr
+	}
+	return "http://" + addr
+}
+
+func (p *peer) callJSON(ctx context.Context, r request, body, answer any) error {
+	if body != nil {
+		data, err := json.Marshal(body)
+		if err != nil {
+			return err
+		}
+		r.body = data
+	}
+	data, err := p.call(ctx, r)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(data, answer); err != nil {
+		return fmt.Errorf("answer to %s: %w", r.route, err)
+	}
+	return nil
+}
+
+// call reads the answer to its end, so that the connection is used again.
+func (p *peer) call(ctx context.Context, r request) ([]byte, error) {
+	ctx, cancel := p.bind(ctx)
+	defer cancel()
+	resp, err := p.do(ctx, r)
+	if err != nil {
+		if p.ctx.Err() != nil {
+			return nil, fmt.Errorf("%s: %w", r.route, ErrClosed)
+		}
+		return nil, err
+	}
+	defer resp.Body.Close()
+	return readAnswer(resp.Body)
+}
+
+func readAnswer(body io.Reader) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(body, maxAnswerBody+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxAnswerBody {
+		return nil, fmt.Errorf("%w: answer of more than %d bytes", errFrame, maxAnswerBody)
+	}
+	return data, nil
+}
+
+// do returns an answer of the member that was asked, with its body still to be read. Anything else is an error.
+func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
+	if r.method == "" {
+		r.method = http.MethodPost
+	}
+	body, size := r.stream, r.size
+	if body == nil && r.method == http.MethodPost {
+		body, size = bytes.NewReader(r.body), int64(len(r.body))
+	}
+	req, err := http.NewRequestWithContext(ctx, r.method, strings.TrimSuffix(r.base, "/")+"/raft/"+r.route, body)
+	if err != nil {
+		return nil, err
+	}
+	req.ContentLength = size
+	id, cluster, addr := p.host.self()
+	req.Header.Set(headerProtocol, strconv.Itoa(protocolVersion))
+	req.Header.Set(headerCluster, cluster)
+	req.Header.Set(headerFrom, id)
+	req.Header.Set(headerFromAddr, addr)
+	req.Header.Set(headerTo, r.to)
+	if r.again {
+		req.Header["Idempotency-Key"] = nil // means that to net/http, and is not sent
+	}
+	resp, err := p.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.accept(resp, r, cluster); err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	if r.to != "" {
+		p.host.contact(r.to)
+	}
+	return resp, nil
+}
+
+func (p *peer) accept(resp *http.Response, r request, cluster string) error {
+	h := resp.Header
+	if h.Get(headerProtocol) == "" {
+		start, _ := io.ReadAll(io.LimitReader(resp.Body, 512)) // only to explain it
+		return &foreignAnswer{resp.StatusCode, string(start)}
+	}
+	if resp.StatusCode != http.StatusOK {
+		return readRefusal(resp)
+	}
+	if v := h.Get(headerProtocol); v != strconv.Itoa(protocolVersion) {
+		return fmt.Errorf("%s: answer in protocol %q, and this member speaks %d", r.route, v, protocolVersion)
+	}
+	if from := h.Get(headerFrom); r.to != "" && from != r.to {
+		return fmt.Errorf("%s: member %q answers at %s instead of %s", r.route, from, r.base, r.to)
+	}
+	if theirs := h.Get(headerCluster); r.to != "" && cluster != "" && theirs != cluster {
+		return fmt.Errorf("%s: %s answers for cluster %q", r.route, r.base, theirs)
+	}
+	return nil
+}
+
+func readRefusal(resp *http.Response) error {
+	data, err := readAnswer(resp.Body)
+	if err != nil {
+		return err
+	}
+	refused := refusal{Status: resp.StatusCode}
+	if err := json.Unmarshal(data, &refused); err != nil || refused.Code == "" {
+		return &foreignAnswer{resp.StatusCode, string(data[:min(len(data), 512)])}
+	}
+	return &refused
+}
