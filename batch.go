@@ -31,7 +31,8 @@ type batcher struct {
 	begin   func(data []byte) func() (outcome, bool, error)
 	changed func() <-chan struct{} // closed when the leader, as this member knows it, changes
 	noLead  func() bool            // no leader is known
-	applied *watermark
+	// applied waits until this member has applied the entry of this index and term, which is committed.
+	applied func(ctx context.Context, index, term uint64) error
 
 	ctx  context.Context // ends at Close
 	work chan *flight    // to the goroutines that run carry, one per slot
@@ -307,7 +308,7 @@ func (b *batcher) doubt(f *flight) {
 func (b *batcher) answered(f *flight, o outcome) bool {
 	switch o.kind {
 	case outcomeDone:
-		if err := b.applied.wait(b.ctx, o.index); err != nil {
+		if err := b.applied(b.ctx, o.index, o.term); err != nil {
 			return false
 		}
 		b.mu.Lock()

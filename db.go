@@ -234,7 +234,7 @@ func (s *Service) open(ctx context.Context) error {
 		return err
 	}
 	s.batch = newBatcher(s.ctx)
-	s.batch.propose, s.batch.begin, s.batch.changed, s.batch.applied = s.propose, s.begin, s.changes.wait, &s.fsm.applied
+	s.batch.propose, s.batch.begin, s.batch.changed, s.batch.applied = s.propose, s.begin, s.changes.wait, s.awaitApplied
 	s.batch.noLead = func() bool { id, _ := s.leader(); return id == "" }
 	s.fsm.delivered = s.batch.deliver
 	s.reads = newRounds(s.ctx, s.readIndex)
@@ -469,10 +469,10 @@ func (s *Service) catchUp(ctx context.Context) error {
 			return err
 		}
 		changed := s.changes.wait()
-		index, err := s.reads.join(ctx)
+		rd, err := s.reads.join(ctx)
 		if err == nil {
-			if err := s.fsm.applied.wait(ctx, index); err != nil {
-				return fmt.Errorf("waiting for index %d, this member is at %d: %w", index, s.fsm.applied.at(), err)
+			if err := s.awaitApplied(ctx, rd.index, rd.term); err != nil {
+				return fmt.Errorf("waiting for index %d, this member is at %d: %w", rd.index, s.fsm.applied.at(), err)
 			}
 			return s.verified(ctx)
 		}

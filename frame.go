@@ -140,8 +140,10 @@ type markAnswer struct {
 	Chain    string `json:"chain"`
 }
 
+// indexAnswer is an entry that is committed, and that whoever asked must have applied before it reads.
 type indexAnswer struct {
 	Index uint64 `json:"index"`
+	Term  uint64 `json:"term"`
 }
 
 type termAnswer struct {

@@ -152,6 +152,8 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 // recovers waits until an apply that failed may be tried again; false when the member closes first.
 func (f *fsm) recovers(err error, wait time.Duration) bool {
 	switch {
+	case errors.Is(err, errPaused):
+		wait = min(wait, 50*time.Millisecond)
 	case errors.Is(err, errForeign), errors.Is(err, ErrCorrupt) && !errors.Is(err, errReplay):
 		f.paused.Store(true)
 		f.distrust(err)
@@ -170,6 +172,9 @@ func (f *fsm) recovers(err error, wait time.Duration) bool {
 	}
 }
 
+// errPaused: the rows can't be trusted until they are rebuilt, so nothing is applied to them and nobody is answered from them.
+var errPaused = errors.New("apply waits for the state to be rebuilt")
+
 // errReplay: two batches with one number and different contents. No repair can be right, so the member stops.
 var errReplay = errors.New("two different batches have the same session and sequence number")
 
@@ -180,6 +185,9 @@ func (f *fsm) tryApply(logs []*raft.Log) ([]any, error) {
 	case <-f.closing:
 		return make([]any, len(logs)), nil
 	default:
+	}
+	if f.paused.Load() {
+		return nil, errPaused
 	}
 	tx, err := f.store.begin()
 	if err != nil {
@@ -246,7 +254,7 @@ func (a *applying) entry(l *raft.Log) (outcome, error) {
 	if err := a.mark(l.Index); err != nil {
 		return outcome{}, err
 	}
-	o := outcome{kind: outcomeDone, index: l.Index}
+	o := outcome{kind: outcomeDone, index: l.Index, term: l.Term}
 	var err error
 	switch l.Type {
 	case raft.LogCommand:
@@ -287,16 +295,16 @@ func (a *applying) mark(next uint64) error {
 }
 
 func (a *applying) command(l *raft.Log) (outcome, error) {
-	o := outcome{kind: outcomeInvalid, index: l.Index}
+	o := outcome{kind: outcomeInvalid, index: l.Index, term: l.Term}
 	e, err := decodeEntry(l.Data)
 	if err != nil {
 		return o, nil // the same on every member (2)
 	}
 	switch e.kind {
 	case entryBatch:
-		return a.batch(l.Index, e.batch)
+		return a.batch(o, e.batch)
 	case entryOpen:
-		return a.open(l.Index, e.nonce)
+		return a.open(o, e.nonce)
 	case entryTermStart:
 		o.kind = outcomeDone
 	case entryRaise:
@@ -309,8 +317,8 @@ func (a *applying) command(l *raft.Log) (outcome, error) {
 }
 
 // open begins a session; its number is the index of this entry. The same nonce again is a resent request.
-func (a *applying) open(index uint64, nonce [16]byte) (outcome, error) {
-	o := outcome{kind: outcomeDone, index: index}
+func (a *applying) open(o outcome, nonce [16]byte) (outcome, error) {
+	o.kind = outcomeDone
 	var oldest uint64
 	live := 0
 	for id, s := range a.allSessions() {
@@ -326,8 +334,8 @@ func (a *applying) open(index uint64, nonce [16]byte) (outcome, error) {
 	if live >= maxSessions {
 		a.touched[oldest] = nil
 	}
-	a.touched[index] = &session{nonce: nonce, last: index, results: make(map[uint64]stored)}
-	o.session = index
+	a.touched[o.index] = &session{nonce: nonce, last: o.index, results: make(map[uint64]stored)}
+	o.session = o.index
 	return o, nil
 }
 
@@ -373,14 +381,14 @@ func (a *applying) touch(id uint64) *session {
 }
 
 // batch applies the transactions of one batch once (6).
-func (a *applying) batch(index uint64, b batch) (outcome, error) {
-	o := outcome{kind: outcomeGone, index: index, session: b.session}
+func (a *applying) batch(o outcome, b batch) (outcome, error) {
+	o.kind, o.session = outcomeGone, b.session
 	defer func() { a.deliveries = append(a.deliveries, delivery{b.session, b.seq, o}) }()
 	s := a.touch(b.session)
 	if s == nil {
 		return o, nil
 	}
-	s.last = index
+	s.last = o.index
 	if b.acked > s.acked {
 		s.acked = b.acked
 		for seq := range s.results {

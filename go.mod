@@ -9,6 +9,7 @@ require (
 	github.com/hashicorp/raft-wal v0.4.1
 	github.com/tidwall/btree v1.8.2
 	modernc.org/sqlite v1.61.1
+	pgregory.net/rapid v1.3.0
 )
 
 require (

@@ -85,6 +85,12 @@ type logStore struct {
 	closeErr error
 }
 
+var (
+	_ raft.LogStore          = (*logStore)(nil)
+	_ raft.StableStore       = (*logStore)(nil)
+	_ raft.MonotonicLogStore = (*logStore)(nil)
+)
+
 // openLog opens the log in o.dir or makes a new one. An error wraps ErrCorrupt and names the repair if what lies there can't
 // be read as a log; any other error, such as a read-only directory or a full disk, is the system's.
 func openLog(o logOptions) (*logStore, error) {

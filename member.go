@@ -278,15 +278,15 @@ func (s *Service) notLeader() error {
 }
 
 // serveReadIndex is a round for another member; it shares this leader's own rounds.
-func (s *Service) serveReadIndex(ctx context.Context) (uint64, error) {
+func (s *Service) serveReadIndex(ctx context.Context) (readPoint, error) {
 	if s.raft.Load().State() != raft.Leader {
-		return 0, s.notLeader()
+		return readPoint{}, s.notLeader()
 	}
-	index, err := s.reads.join(ctx)
+	at, err := s.reads.join(ctx)
 	if err != nil {
-		return 0, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+		return readPoint{}, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
-	return index, nil
+	return at, nil
 }
 
 // serveState streams the whole state to a member that must rebuild its own: from a leader that a quorum has just confirmed.
@@ -294,11 +294,11 @@ func (s *Service) serveState(ctx context.Context, w io.Writer) error {
 	if err := s.unfit(); err != nil {
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
-	index, err := s.serveReadIndex(ctx)
+	at, err := s.serveReadIndex(ctx)
 	if err != nil {
 		return err
 	}
-	if err := s.fsm.applied.wait(ctx, index); err != nil {
+	if err := s.fsm.applied.wait(ctx, at.index); err != nil {
 		return err
 	}
 	c, err := s.store.copy()
@@ -468,9 +468,9 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 	s.changing.Lock()
 	defer s.changing.Unlock()
 	// A permission that was acknowledged anywhere before this request came is applied here after this.
-	index, err := s.reads.join(ctx)
+	at, err := s.reads.join(ctx)
 	if err == nil {
-		err = s.fsm.applied.wait(ctx, index)
+		err = s.fsm.applied.wait(ctx, at.index)
 	}
 	if err != nil {
 		return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)

@@ -333,6 +333,7 @@ const (
 type outcome struct {
 	kind    outcomeKind
 	index   uint64 // of the entry that was answered just now; a member that has applied it sees the effects
+	term    uint64 // of that entry
 	session uint64
 	results []result
 }
@@ -340,13 +341,14 @@ type outcome struct {
 func encodeOutcome(o outcome) []byte {
 	b := []byte{byte(o.kind)}
 	b = binary.AppendUvarint(b, o.index)
+	b = binary.AppendUvarint(b, o.term)
 	b = binary.AppendUvarint(b, o.session)
 	return appendResults(b, o.results)
 }
 
 func decodeOutcome(data []byte) (outcome, error) {
 	r := reader{b: data}
-	o := outcome{kind: outcomeKind(r.byte()), index: r.uint(), session: r.uint(), results: r.results()}
+	o := outcome{kind: outcomeKind(r.byte()), index: r.uint(), term: r.uint(), session: r.uint(), results: r.results()}
 	if r.bad || len(r.b) != 0 || o.kind < outcomeDone || o.kind > outcomeInvalid {
 		return outcome{}, errors.New("malformed outcome")
 	}

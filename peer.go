@@ -53,7 +53,7 @@ type peerHost struct {
 	contact    func(id string)
 
 	propose   func(ctx context.Context, data []byte) ([]byte, error)
-	readIndex func(ctx context.Context) (uint64, error)
+	readIndex func(ctx context.Context) (readPoint, error)
 	join      func(ctx context.Context, r joinRequest) (joinAnswer, error)
 	remove    func(ctx context.Context, addr string) error
 	status    func() statusAnswer
@@ -68,6 +68,7 @@ type peer struct {
 	useTLS bool
 	log    *slog.Logger
 	routes map[string]*route
+	slow   time.Duration // bodyTimeout; a test waits for less
 
 	ctx    context.Context // ends with close, and with it every call, every held append and every waiting handler
 	cancel context.CancelFunc
@@ -91,6 +92,7 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 		traced: standard || own.Transport == nil,
 		useTLS: useTLS,
 		log:    log,
+		slow:   bodyTimeout,
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.routes = p.makeRoutes()
@@ -310,11 +312,11 @@ func (p *peer) serveReadIndex(ctx context.Context, x *exchange) error {
 	if _, err := x.body(maxSmallBody); err != nil {
 		return err
 	}
-	index, err := p.host.readIndex(ctx)
+	at, err := p.host.readIndex(ctx)
 	if err != nil {
 		return err
 	}
-	return x.answerJSON(indexAnswer{index})
+	return x.answerJSON(indexAnswer{at.index, at.term})
 }
 
 // serveTerm stays off raft's main loop: a read must not wait behind a slow disk.
@@ -393,6 +395,8 @@ type exchange struct {
 	rc  *http.ResponseController
 	id  string // ours
 
+	slow time.Duration // for a small body to come in
+
 	cluster, from, fromAddr, to string // as the request says
 }
 
@@ -403,7 +407,7 @@ func (p *peer) newExchange(w http.ResponseWriter, req *http.Request) *exchange {
 	h.Set(headerCluster, cluster)
 	h.Set(headerFrom, id)
 	x := &exchange{
-		w: w, req: req, rc: http.NewResponseController(w), id: id,
+		w: w, req: req, rc: http.NewResponseController(w), id: id, slow: p.slow,
 		cluster:  req.Header.Get(headerCluster),
 		from:     req.Header.Get(headerFrom),
 		fromAddr: req.Header.Get(headerFromAddr),
@@ -411,7 +415,7 @@ func (p *peer) newExchange(w http.ResponseWriter, req *http.Request) *exchange {
 	}
 	if req.ContentLength != 0 {
 		// Covers a body that is refused unread too: net/http reads some of it before it takes the connection's next request.
-		x.readWithin(bodyTimeout)
+		x.readWithin(x.slow)
 	}
 	return x
 }
@@ -425,7 +429,7 @@ func (x *exchange) body(limit int64) ([]byte, error) {
 	if x.req.ContentLength > limit {
 		return nil, refuse(http.StatusBadRequest, codeBadRequest, "body of %d bytes, limit %d", x.req.ContentLength, limit)
 	}
-	x.readWithin(bodyTimeout + timeFor(x.req.ContentLength))
+	x.readWithin(x.slow + timeFor(x.req.ContentLength))
 	var b bytes.Buffer
 	b.Grow(bytes.MinRead + int(min(max(x.req.ContentLength, 0), 512<<10)))
 	if _, err := b.ReadFrom(http.MaxBytesReader(x.w, x.req.Body, limit)); err != nil {
@@ -526,10 +530,10 @@ func neverConnected(err error) bool {
 	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &cert) || errors.Is(err, http.ErrSchemeMismatch)
 }
 
-func (p *peer) readIndex(ctx context.Context, to, addr string) (uint64, error) {
+func (p *peer) readIndex(ctx context.Context, to, addr string) (readPoint, error) {
 	var a indexAnswer
 	err := p.callJSON(ctx, request{route: "readindex", base: p.base(addr), to: to, again: true}, nil, &a)
-	return a.Index, err
+	return readPoint{a.Index, a.Term}, err
 }
 
 func (p *peer) askTerm(ctx context.Context, to, addr string) (uint64, error) {

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -57,12 +58,17 @@ func (s *Service) path(name string) string { return filepath.Join(s.conf.Dir, na
 
 // openState opens the log and the file, and decides whether they may go on together.
 func (s *Service) openState(ctx context.Context) error {
-	for _, name := range []string{"snap.incoming", "snap.rebuild", "snap.restore"} { // never acknowledged
-		for _, side := range []string{"", "-wal", "-shm", "-journal"} {
-			os.Remove(s.path(name) + side)
+	entries, err := os.ReadDir(s.conf.Dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries { // what an install or a restore left that did not end was never acknowledged
+		if strings.HasPrefix(e.Name(), "snap.") {
+			if err := os.Remove(s.path(e.Name())); err != nil {
+				return err
+			}
 		}
 	}
-	var err error
 	s.wal, err = openLog(logOptions{
 		dir: s.path("wal"), log: s.log,
 		leader: func() bool { r := s.raft.Load(); return r != nil && r.State() == raft.Leader },
@@ -391,7 +397,7 @@ func (s *Service) startRaft() error {
 
 func (s *Service) startRaftLocked() error {
 	trans := s.peer.transport()
-	r, err := raft.NewRaft(s.raftConfig(), s.fsm, s.wal, s.wal, s.snaps, trans)
+	r, err := s.newRaft(trans)
 	if err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
@@ -416,10 +422,38 @@ func (s *Service) startRaftLocked() error {
 	s.raft.Store(r)
 	if v := voters(r.GetConfiguration().Configuration()); len(v) == 1 && string(v[0].ID) == s.ident.id {
 		// The only voter needs no election timeout: it would wait for nobody.
-		_, err := trans.deliver(s.ctx, &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}})
-		return err
+		err := trans.TimeoutNow(v[0].ID, "", &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}}, &raft.TimeoutNowResponse{})
+		if err != nil {
+			s.log.Warn("this only voter stands for election a little later", "error", err)
+		}
 	}
 	return nil
+}
+
+// newRaft calls raft.NewRaft in a goroutine of its own: it reads and writes the log, and a store call that meets a disk fault
+// parks its goroutine and later ends it.
+func (s *Service) newRaft(trans raft.Transport) (*raft.Raft, error) {
+	type made struct {
+		r   *raft.Raft
+		err error
+	}
+	done := make(chan made, 1)
+	go func() {
+		r, err := raft.NewRaft(s.raftConfig(), s.fsm, s.wal, s.wal, s.snaps, trans)
+		done <- made{r, err}
+	}()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case m := <-done:
+			return m.r, m.err
+		case <-tick.C:
+			if err := s.wal.failed(); err != nil && !isFull(err) {
+				return nil, err
+			}
+		}
+	}
 }
 
 // restartRaft gives raft a new start on the same files, in this process: its memory of the log has left the log (hashicorp/raft#697).

@@ -331,7 +331,7 @@ func prepareFile(path string) (fresh bool, err error) {
 		return false, err
 	}
 	if err == nil && info.Size() > 0 {
-		return false, checkHeader(path)
+		return false, checkWhole(path)
 	}
 	// A WAL without its database means nothing, and must not be replayed into the new one.
 	for _, side := range []string{"-wal", "-shm", "-journal"} {
@@ -340,6 +340,19 @@ func prepareFile(path string) (fresh bool, err error) {
 		}
 	}
 	return true, createFile(path)
+}
+
+// checkWhole also refuses a WAL beside a database that has left WAL mode. Closing syncs the WAL's end before the header's
+// change, so this one belongs to a file that was here before, and SQLite would replay it into a backup that was put here.
+func checkWhole(path string) error {
+	closed, err := checkHeader(path)
+	if err != nil || !closed {
+		return err
+	}
+	if info, err := os.Stat(path + "-wal"); err == nil && info.Size() > 0 {
+		return fmt.Errorf("%w: the write-ahead log %s-wal belongs to another database; remove it", ErrCorrupt, path)
+	}
+	return nil
 }
 
 // createFile builds the database aside and renames it into place, so that path never names half of one.
@@ -417,22 +430,23 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// checkHeader reads the first page's header: whose file it is, and of which version. Not for a file that is open.
-func checkHeader(path string) error {
+// checkHeader reads the first page's header: whose file it is, of which version, and whether it was closed, that is, is not
+// in WAL mode. Not for a file that is open.
+func checkHeader(path string) (closed bool, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer f.Close()
 	var h [100]byte
 	if _, err := io.ReadFull(f, h[:]); err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return err
+		return false, err
 	}
 	if !bytes.HasPrefix(h[:], []byte("SQLite format 3\x00")) {
-		return fmt.Errorf("%w: not a SQLite database; put back a copy of the file, or remove it if this member can fetch the "+
+		return false, fmt.Errorf("%w: not a SQLite database; put back a copy of the file, or remove it if this member can fetch the "+
 			"state from the others", ErrCorrupt)
 	}
-	return checkIdentity(int64(binary.BigEndian.Uint32(h[68:])), int64(binary.BigEndian.Uint32(h[60:])),
+	return h[18] == 1, checkIdentity(int64(binary.BigEndian.Uint32(h[68:])), int64(binary.BigEndian.Uint32(h[60:])),
 		int64(binary.BigEndian.Uint16(h[16:])))
 }
 
@@ -1504,7 +1518,7 @@ func checkFile(path string) (meta, error) {
 }
 
 func checkClosed(path string) (m meta, err error) {
-	if err := checkHeader(path); err != nil {
+	if _, err := checkHeader(path); err != nil {
 		return m, err
 	}
 	c, err := openConn(path, "mode=ro&immutable=1", "trusted_schema=OFF", "query_only=ON", "cell_size_check=ON")

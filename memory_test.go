@@ -1,0 +1,255 @@
+package quorate
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+func TestFreshStoreIsWhole(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	if whole, dropped := s.memoryState(); !whole || dropped {
+		t.Fatalf("whole %v, dropped %v", whole, dropped)
+	}
+	if ok, err := s.verified(); !ok || err != nil {
+		t.Fatalf("verified = %v, %v", ok, err)
+	}
+}
+
+func TestReadsBeforeTheLoad(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "snap")
+	s := openTestStore(t, path, testBudget)
+	put(t, s, "a", "1")
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+	s = openTestStore(t, path, testBudget)
+	if whole, _ := s.memoryState(); whole {
+		t.Fatal("whole without a load")
+	}
+	wantValue(t, s, "a", "1")
+	put(t, s, "b", "2")
+	wantValue(t, s, "b", "2")
+	keepUp(t, s)
+	waitVerified(t, s)
+	if whole, _ := s.memoryState(); !whole {
+		t.Fatal("not whole after the load")
+	}
+	wantValue(t, s, "b", "2")
+}
+
+func TestMemoryOverBudgetIsDropped(t *testing.T) {
+	var said bytes.Buffer
+	path := filepath.Join(t.TempDir(), "snap")
+	open := func(budget int64) *store {
+		s, err := openStore(storeOptions{path: path, memory: budget, log: slog.New(slog.NewTextHandler(&said, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.close() })
+		return s
+	}
+	s := open(20_000)
+	fill(t, s, 50, 100)
+	if whole, dropped := s.memoryState(); !whole || dropped {
+		t.Fatalf("below the budget: whole %v, dropped %v", whole, dropped)
+	}
+	fill(t, s, 200, 100)
+	put(t, s, "a", "1")
+	if whole, dropped := s.memoryState(); whole || !dropped {
+		t.Fatalf("over the budget: whole %v, dropped %v", whole, dropped)
+	}
+	wantValue(t, s, "a", "1")
+	apply(t, s, func(tx *storeTx) {
+		for i := range 200 {
+			tx.delete(fmt.Sprintf("key/%07d", i))
+		}
+	})
+	if _, dropped := s.memoryState(); !dropped {
+		t.Fatal("not dropped any more")
+	}
+	if got := strings.Count(said.String(), "do not fit"); got != 1 {
+		t.Fatalf("said %d times: %s", got, said.String())
+	}
+	fill(t, s, 200, 100)
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+	s = open(20_000) // too large from the start: verified all the same
+	keepUp(t, s)
+	waitVerified(t, s)
+	if whole, dropped := s.memoryState(); whole || !dropped {
+		t.Fatalf("opened: whole %v, dropped %v", whole, dropped)
+	}
+}
+
+func TestMemoryGetAllocatesNothing(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	fill(t, s, 100, 100)
+	if n := testing.AllocsPerRun(100, func() { s.memory.get("key/0000042") }); n != 0 {
+		t.Fatalf("%v allocations", n)
+	}
+}
+
+// The value that the caller gave is part of a log entry, whose buffer may be used again.
+func TestMemoryKeepsNoValueOfTheCaller(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	value := []byte("value")
+	apply(t, s, func(tx *storeTx) { setTx(t, tx, "a", value) })
+	copy(value, "xxxxx")
+	wantValue(t, s, "a", "value")
+}
+
+// Scan chunks and commits in every order end in the same rows and sums as a plain map.
+func TestLoadMergesCommits(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		budget := rapid.SampledFrom([]int64{-1, 600, testBudget}).Draw(rt, "budget")
+		key := rapid.SampledFrom([]string{"a", "b", "c", "d", "e", "f", "g", "h"})
+		m := newMemory(budget, slog.New(slog.DiscardHandler))
+		rows := map[string]*item{} // the committed state
+		next := uint64(0)
+		commit := func() {
+			changed := map[string]change{}
+			for range rapid.IntRange(1, 4).Draw(rt, "effects") {
+				k := key.Draw(rt, "key")
+				c, ok := changed[k]
+				if !ok {
+					c = change{key: k, was: rows[k]}
+				}
+				c.now = nil
+				if rapid.Bool().Draw(rt, "set") {
+					next++
+					c.now = &item{row: row{value: []byte("v"), version: next}, hash: next * 0x9E3779B97F4A7C15}
+				}
+				changed[k] = c
+			}
+			var changes []change
+			for k, c := range changed {
+				changes = append(changes, c)
+				if c.now == nil {
+					delete(rows, k)
+				} else {
+					rows[k] = c.now
+				}
+			}
+			m.publish(changes)
+		}
+		for range rapid.IntRange(0, 5).Draw(rt, "before") {
+			commit()
+		}
+		for {
+			load, cursor := m.beginChunk()
+			var chunk []keyed
+			last := true
+			size := rapid.IntRange(1, 3).Draw(rt, "chunk")
+			for _, k := range []string{"a", "b", "c", "d", "e", "f", "g", "h"} {
+				if it := rows[k]; it != nil && k > cursor {
+					if len(chunk) == size {
+						last = false
+						break
+					}
+					chunk = append(chunk, keyed{k, it})
+				}
+			}
+			for range rapid.IntRange(0, 3).Draw(rt, "meanwhile") {
+				commit()
+			}
+			if rapid.IntRange(0, 9).Draw(rt, "failure") == 0 {
+				m.cancelChunk(load)
+				continue
+			}
+			m.endChunk(load, chunk, last)
+			if last {
+				break
+			}
+			for range rapid.IntRange(0, 2).Draw(rt, "between") {
+				commit()
+			}
+		}
+		m.trust()
+		commit()
+		var sum uint64
+		for _, it := range rows {
+			sum += it.hash
+		}
+		if got, keys, ended := m.covered(); got != sum || keys != uint64(len(rows)) || !ended {
+			rt.Fatalf("covered sum %x of %d rows, %v; want %x of %d", got, keys, ended, sum, len(rows))
+		}
+		if m.whole() != (budget == testBudget) && !(budget == 600 && !m.dropped()) {
+			rt.Fatalf("budget %d: whole %v, dropped %v", budget, m.whole(), m.dropped())
+		}
+		if !m.whole() {
+			return
+		}
+		size := int64(0)
+		for _, k := range []string{"a", "b", "c", "d", "e", "f", "g", "h"} {
+			it, _ := m.item(k)
+			if it != rows[k] {
+				rt.Fatalf("%s is %v, want %v", k, it, rows[k])
+			}
+			if it != nil {
+				size += itemSize(k, it)
+			}
+		}
+		if size != m.size {
+			rt.Fatalf("size %d, want %d", m.size, size)
+		}
+	})
+}
+
+// The same through SQLite: a real scan of a file under real commits, against a plain map.
+func TestLoadUnderWrites(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "snap")
+	s := openTestStore(t, path, testBudget)
+	fill(t, s, 20_000, 20)
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+	s = openTestStore(t, path, testBudget)
+	want := map[string]string{}
+	var loading sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
+	loading.Go(func() { s.maintain(ctx) })
+	defer loading.Wait()
+	defer cancel()
+	for n, after := 0, 0; after < 20; n++ {
+		apply(t, s, func(tx *storeTx) {
+			for i := range 20 {
+				key := fmt.Sprintf("key/%07d", (n*7919+i*1009)%25_000)
+				if i%3 == 0 {
+					if _, err := tx.delete(key); err != nil {
+						t.Fatal(err)
+					}
+					want[key] = ""
+				} else {
+					want[key] = fmt.Sprint(n)
+					setTx(t, tx, key, []byte(want[key]))
+				}
+			}
+		})
+		if ok, err := s.verified(); err != nil {
+			t.Fatal(err)
+		} else if ok {
+			after++
+		}
+	}
+	if whole, _ := s.memoryState(); !whole {
+		t.Fatal("not whole")
+	}
+	for key, value := range want {
+		r, ok, err := s.get(key)
+		if err != nil || ok != (value != "") || string(r.value) != value {
+			t.Fatalf("%s = %q, %v, %v; want %q", key, r.value, ok, err, value)
+		}
+	}
+	if _, err := receiveCopy(t, s); err != nil {
+		t.Fatal(err)
+	}
+}
