@@ -3,6 +3,7 @@ package quorate
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"net/http"
@@ -11,6 +12,9 @@ import (
 	"testing"
 	"time"
 )
+
+// update rewrites what lies in testdata from what the code does now; the difference is read in review.
+var update = flag.Bool("update", false, "rewrite the files in testdata")
 
 // The tests' cluster: real members of this process on loopback, each with its own directory, listener and client.
 
