@@ -2,9 +2,12 @@ package quorate
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -21,8 +24,12 @@ var update = flag.Bool("update", false, "rewrite the files in testdata")
 type testMember struct {
 	t      testing.TB
 	conf   Config
-	mu     sync.Mutex // guards the fields below
-	s      *Service   // nil while stopped
+	listen string                          // where it listens, if not at conf.Addr: behind a proxy
+	tls    *tls.Config                     // of its server, if it has TLS
+	wrap   func(http.Handler) http.Handler // what stands before it, if anything
+	line   *line                           // its client's connections
+	mu     sync.Mutex                      // guards the fields below
+	s      *Service                        // nil while stopped
 	server *http.Server
 }
 
@@ -69,16 +76,66 @@ func must(t testing.TB, err error) {
 
 // newMember is a member that is not started.
 func newMember(t testing.TB, join string) *testMember {
-	m := &testMember{t: t, conf: Config{Dir: filepath.Join(t.TempDir(), "data"), Addr: freeAddr(t), Join: join, Client: newClient(t), Logger: testLogger(t)}}
+	l := &line{}
+	m := &testMember{t: t, line: l, conf: Config{Dir: filepath.Join(t.TempDir(), "data"), Addr: freeAddr(t), Join: join, Client: newClient(t, l), Logger: testLogger(t)}}
 	t.Cleanup(m.stop)
 	return m
 }
 
-func newClient(t testing.TB) *http.Client {
+func newClient(t testing.TB, l *line) *http.Client {
 	tr := http.DefaultTransport.(*http.Transport).Clone()
 	tr.MaxIdleConnsPerHost = 64
+	tr.DialContext = l.dial
 	t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr}
+}
+
+// A line is a member's way to the others: it can be cut, and mended.
+type line struct {
+	mu    sync.Mutex // guards the fields below
+	down  bool
+	conns map[*lineConn]bool
+}
+
+type lineConn struct {
+	net.Conn
+	l *line
+}
+
+func (l *line) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.down {
+		conn.Close()
+		return nil, &net.OpError{Op: "dial", Net: network, Err: errors.New("the line is cut")}
+	}
+	if l.conns == nil {
+		l.conns = make(map[*lineConn]bool)
+	}
+	c := &lineConn{conn, l}
+	l.conns[c] = true
+	return c, nil
+}
+
+func (c *lineConn) Close() error {
+	c.l.mu.Lock()
+	delete(c.l.conns, c)
+	c.l.mu.Unlock()
+	return c.Conn.Close()
+}
+
+func (l *line) set(down bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.down = down
+	for c := range l.conns {
+		c.Conn.Close()
+	}
 }
 
 // start opens the member, and serves it as an application would.
@@ -96,19 +153,38 @@ func (m *testMember) open() (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	mux := http.NewServeMux()
-	mux.Handle("/raft/", s)
-	l, err := net.Listen("tcp", m.conf.Addr)
+	server, err := m.serve(s)
 	if err != nil {
 		s.Close()
 		return nil, err
 	}
-	server := &http.Server{Handler: mux}
-	go server.Serve(l)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.s, m.server = s, server
 	return s, nil
+}
+
+func (m *testMember) serve(s *Service) (*http.Server, error) {
+	mux := http.NewServeMux()
+	mux.Handle("/raft/", s)
+	addr := m.conf.Addr
+	if m.listen != "" {
+		addr = m.listen
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	server := &http.Server{Handler: mux, TLSConfig: m.tls, ErrorLog: log.New(io.Discard, "", 0)}
+	if m.wrap != nil {
+		server.Handler = m.wrap(mux)
+	}
+	if m.tls != nil {
+		go server.ServeTLS(l, "", "")
+	} else {
+		go server.Serve(l)
+	}
+	return server, nil
 }
 
 // stop closes the member and its server.
@@ -137,14 +213,23 @@ func (m *testMember) cut() {
 func (m *testMember) heal() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	l, err := net.Listen("tcp", m.conf.Addr)
+	server, err := m.serve(m.s)
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	mux := http.NewServeMux()
-	mux.Handle("/raft/", m.s)
-	m.server = &http.Server{Handler: mux}
-	go m.server.Serve(l)
+	m.server = server
+}
+
+// isolate cuts the member both ways.
+func (m *testMember) isolate() {
+	m.line.set(true)
+	m.cut()
+}
+
+// rejoin mends both ways of an isolated member.
+func (m *testMember) rejoin() {
+	m.line.set(false)
+	m.heal()
 }
 
 type testCluster []*testMember
