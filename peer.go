@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -605,6 +606,9 @@ func explain(err error, base string) error {
 	var invalid x509.CertificateInvalidError
 	var op *net.OpError
 	var timeout net.Error
+	if outer := (*url.Error)(nil); errors.As(err, &outer) && outer.Err != nil {
+		err = outer.Err // it only repeats the URL
+	}
 	switch {
 	case err == nil:
 		return nil

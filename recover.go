@@ -9,9 +9,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -309,7 +311,7 @@ func (s *Service) join(ctx context.Context) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	req := joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: entryFormat}
-	tried := map[string]error{}
+	tried := map[string]error{} // by base URL: the last answer
 	for backoff := 50 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
 		a, base, err := s.askToJoin(ctx, req)
 		if err == nil {
@@ -320,15 +322,15 @@ func (s *Service) join(ctx context.Context) error {
 			return final
 		}
 		if ctx.Err() == nil || tried[base] == nil {
-			tried[base] = err
+			tried[base] = explain(err, base)
 		}
 		s.log.Info("not admitted yet", "address", base, "error", err)
 		select {
 		case <-time.After(backoff):
 		case <-ctx.Done():
 			list := fmt.Errorf("join: %w", context.Cause(ctx))
-			for base, err := range tried {
-				list = fmt.Errorf("%w; %s: %w", list, base, err)
+			for _, base := range slices.Sorted(maps.Keys(tried)) {
+				list = fmt.Errorf("%w; %w", list, tried[base])
 			}
 			return list
 		}
