@@ -265,7 +265,7 @@ func (s *Service) startBackground() {
 
 func (s *Service) verifyLog() {
 	if err := s.wal.verify(s.ctx); err != nil && s.ctx.Err() == nil {
-		s.faults.set(faultLog, err)
+		s.faults.set(faultLogDamage, err)
 	}
 }
 
@@ -624,5 +624,6 @@ func seedTerm(dir string, term uint64) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(l.SetUint64([]byte("CurrentTerm"), term), l.close())
+	_, err = besideRaft(l, func() (any, error) { return nil, l.SetUint64([]byte("CurrentTerm"), term) })
+	return errors.Join(err, l.close())
 }

@@ -154,15 +154,15 @@ func (f *fsm) recovers(err error, wait time.Duration) bool {
 	switch {
 	case errors.Is(err, errPaused):
 		wait = min(wait, 50*time.Millisecond)
-	case errors.Is(err, errForeign), errors.Is(err, ErrCorrupt) && !errors.Is(err, errReplay):
-		f.paused.Store(true)
-		f.distrust(err)
-	case isFull(err):
-		f.fault(fmt.Errorf("apply waits for disk space: %w", err))
-	default:
-		f.fault(fmt.Errorf("apply stopped, restart this member once the disk is whole: %w", err))
+	case errors.Is(err, errReplay), isIO(err):
+		f.fault(fmt.Errorf("apply has stopped, restart this member once the disk is whole: %w", err))
 		<-f.closing
 		return false
+	case errors.Is(err, errForeign), errors.Is(err, ErrCorrupt):
+		f.paused.Store(true)
+		f.distrust(err)
+	default: // no space, or another program holds the file's lock
+		f.fault(fmt.Errorf("apply waits and tries again: %w", err))
 	}
 	select {
 	case <-f.closing:

@@ -32,9 +32,10 @@ const (
 	faultRemoved
 	faultLog // EIO in the log; ENOSPC passes
 	faultApply
-	faultState    // snap is damaged
-	faultForeign  // another program wrote to snap
-	faultDiverged // a quorum agrees on another state
+	faultState     // snap is damaged
+	faultForeign   // another program wrote to snap
+	faultDiverged  // a quorum agrees on another state
+	faultLogDamage // an old entry of the log can't be read
 	faultStall
 	faultStranger
 	faultKinds
@@ -164,7 +165,12 @@ func (s *Service) checkStall() {
 		err = fmt.Errorf("a call to the disk has not returned for %v: this member answers nothing until it does", d.Round(time.Second))
 	}
 	s.faults.set(faultStall, err)
-	s.faults.set(faultStranger, s.members.stranger(s.ident.cluster))
+	s.faults.set(faultLog, s.wal.failed())
+	err = nil
+	if len(s.fsm.members.Load().config.Servers) == 1 { // a cluster of several has proved that this address is its own
+		err = s.members.stranger(s.ident.cluster)
+	}
+	s.faults.set(faultStranger, err)
 }
 
 // checkFile finds what another program, or the disk, did to snap.

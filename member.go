@@ -778,7 +778,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	last, _ := s.lastEntry()
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: entryFormat, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
-		Healthy: s.Err() == nil}
+		Healthy: s.unfit() == nil && s.silent() == nil}
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter})
 	}

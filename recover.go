@@ -141,11 +141,13 @@ func (s *Service) recoverFile(ctx context.Context) error {
 }
 
 func (s *Service) currentTerm() (uint64, error) {
-	term, err := s.wal.GetUint64([]byte("CurrentTerm"))
-	if err != nil && err.Error() == "not found" {
-		return 0, nil
-	}
-	return term, err
+	return besideRaft(s.wal, func() (uint64, error) {
+		term, err := s.wal.GetUint64([]byte("CurrentTerm"))
+		if err != nil && err.Error() == "not found" { // raft-wal has no value for it
+			return 0, nil
+		}
+		return term, err
+	})
 }
 
 // fetchFile asks every address that the log or the caller knows for the state.
@@ -153,7 +155,11 @@ func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	var last error
-	for _, m := range s.loggedMembers() {
+	members, err := besideRaft(s.wal, s.loggedMembers)
+	if err != nil {
+		return err
+	}
+	for _, m := range members {
 		last = s.fetchFrom(ctx, m, first)
 		if last == nil {
 			return nil
@@ -165,13 +171,16 @@ func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 }
 
 // loggedMembers are the others in the newest configurations of the log, then whoever leads behind the boot address.
-func (s *Service) loggedMembers() []memberAddr {
+func (s *Service) loggedMembers() ([]memberAddr, error) {
 	seen := map[string]bool{s.ident.id: true}
 	var list []memberAddr
 	first, last := s.wal.bounds()
 	for i := last; i >= first && i > 0; i-- {
 		var l raft.Log
-		if s.wal.GetLog(i, &l) != nil || l.Type != raft.LogConfiguration {
+		if err := s.wal.GetLog(i, &l); err != nil {
+			return nil, err
+		}
+		if l.Type != raft.LogConfiguration {
 			continue
 		}
 		for _, m := range raft.DecodeConfiguration(l.Data).Servers {
@@ -186,7 +195,7 @@ func (s *Service) loggedMembers() []memberAddr {
 			list = append(list, memberAddr{ID: a.LeaderID, Addr: a.LeaderAddr})
 		}
 	}
-	return list
+	return list, nil
 }
 
 // fetchFrom takes the state from the leader that a member names. It must reach at least to where the log begins.
@@ -289,15 +298,18 @@ func (s *Service) returning() error {
 // bootstrap writes the first entry: this member is the only voter. It is what raft.BootstrapCluster does, made so that it can
 // be done again after a crash between its two steps.
 func (s *Service) bootstrap() error {
-	if err := s.wal.SetUint64([]byte("CurrentTerm"), 1); err != nil {
-		return err
-	}
 	addr := s.conf.Addr
 	if addr == "" {
 		addr = placeholderAddr(s.ident.id)
 	}
 	c := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(s.ident.id), Address: raft.ServerAddress(addr)}}}
-	return s.wal.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)})
+	_, err := besideRaft(s.wal, func() (any, error) {
+		if err := s.wal.SetUint64([]byte("CurrentTerm"), 1); err != nil {
+			return nil, err
+		}
+		return nil, s.wal.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)})
+	})
+	return err
 }
 
 // A member without a network stands in the configuration with an address that nobody can call.
@@ -399,7 +411,9 @@ func (s *Service) startRaft() error {
 
 func (s *Service) startRaftLocked() error {
 	trans := s.peer.transport()
-	r, err := s.newRaft(trans)
+	r, err := besideRaft(s.wal, func() (*raft.Raft, error) {
+		return raft.NewRaft(s.raftConfig(), s.fsm, s.wal, s.wal, s.snaps, trans)
+	})
 	if err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
@@ -432,27 +446,28 @@ func (s *Service) startRaftLocked() error {
 	return nil
 }
 
-// newRaft calls raft.NewRaft in a goroutine of its own: it reads and writes the log, and a store call that meets a disk fault
-// parks its goroutine and later ends it.
-func (s *Service) newRaft(trans raft.Transport) (*raft.Raft, error) {
-	type made struct {
-		r   *raft.Raft
+// besideRaft calls what uses the log as raft does in a goroutine of its own: a store call that meets a disk fault parks its
+// goroutine and ends it at close, and that must not be the caller's.
+func besideRaft[T any](l *logStore, f func() (T, error)) (T, error) {
+	type ended struct {
+		v   T
 		err error
 	}
-	done := make(chan made, 1)
+	done := make(chan ended, 1)
 	go func() {
-		r, err := raft.NewRaft(s.raftConfig(), s.fsm, s.wal, s.wal, s.snaps, trans)
-		done <- made{r, err}
+		v, err := f()
+		done <- ended{v, err}
 	}()
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		select {
-		case m := <-done:
-			return m.r, m.err
+		case e := <-done:
+			return e.v, e.err
 		case <-tick.C:
-			if err := s.wal.failed(); err != nil && !isFull(err) {
-				return nil, err
+			if err := l.failed(); err != nil && !isFull(err) {
+				var none T
+				return none, err
 			}
 		}
 	}

@@ -77,8 +77,18 @@ func (t *transport) LocalAddr() raft.ServerAddress {
 	return raft.ServerAddress(addr)
 }
 
-func (t *transport) EncodePeer(_ raft.ServerID, addr raft.ServerAddress) []byte { return []byte(addr) }
-func (t *transport) DecodePeer(b []byte) raft.ServerAddress                     { return raft.ServerAddress(b) }
+// EncodePeer puts the id before the address: raft remembers whom it has voted for by these bytes, and with the address alone
+// two members that had one address in turn could both get its vote in one term.
+func (t *transport) EncodePeer(id raft.ServerID, addr raft.ServerAddress) []byte {
+	return []byte(string(id) + "@" + string(addr))
+}
+
+func (t *transport) DecodePeer(b []byte) raft.ServerAddress {
+	if _, addr, ok := strings.Cut(string(b), "@"); ok {
+		return raft.ServerAddress(addr)
+	}
+	return raft.ServerAddress(b)
+}
 
 func (t *transport) SetHeartbeatHandler(f func(raft.RPC)) {
 	t.mu.Lock()
@@ -406,7 +416,7 @@ func (p *peer) committed(ctx context.Context, index, term uint64) {
 	if have, ok := p.host.termAt(index); id == "" || !ok || have != term {
 		return
 	}
-	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: []byte(addr)}
+	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: t.EncodePeer(raft.ServerID(id), raft.ServerAddress(addr))}
 	t.deliver(ctx, &raft.AppendEntriesRequest{RPCHeader: header, Term: term, PrevLogEntry: index, PrevLogTerm: term, LeaderCommitIndex: index})
 }
 
@@ -458,7 +468,7 @@ func (p *peer) preVote(t *transport, args *raft.RequestPreVoteRequest) raft.Requ
 	if granted {
 		term = args.Term
 	}
-	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: []byte(t.LocalAddr())}
+	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: t.EncodePeer(raft.ServerID(id), t.LocalAddr())}
 	return raft.RequestPreVoteResponse{RPCHeader: header, Term: term, Granted: granted}
 }
 
