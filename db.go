@@ -464,6 +464,9 @@ func (s *Service) Get(ctx context.Context, key string) ([]byte, error) {
 
 // catchUp returns once this member has applied everything that was acknowledged before the call.
 func (s *Service) catchUp(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	for backoff := time.Millisecond; ; backoff = min(2*backoff, 200*time.Millisecond) {
 		if err := s.unfit(); err != nil {
 			return err
@@ -480,11 +483,24 @@ func (s *Service) catchUp(ctx context.Context) error {
 		case <-changed:
 		case <-time.After(backoff):
 		case <-ctx.Done():
-			return errors.Join(err, context.Cause(ctx))
+			return unconfirmed(ctx, err)
 		case <-s.ctx.Done():
 			return ErrClosed
 		}
 	}
+}
+
+// unconfirmed is the error of a read whose context ended before a majority had confirmed a round; err is what the last round met.
+// To a caller who gave it time that is ErrNoLeader, also where a leader is known and does not answer.
+func unconfirmed(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if errors.Is(cause, context.DeadlineExceeded) && !errors.Is(err, ErrNoLeader) {
+		err = fmt.Errorf("%w has answered: %w", ErrNoLeader, err)
+	}
+	if !errors.Is(err, cause) {
+		err = fmt.Errorf("%w: %w", err, cause)
+	}
+	return err
 }
 
 // verified waits until the check of the file that began at Open has ended: until then a row that the disk has lost could be

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"net/http"
 	"os"
@@ -15,8 +14,6 @@ import (
 	"testing/synctest"
 	"time"
 )
-
-var update = flag.Bool("update", false, "rewrite the expected output in testdata")
 
 // TestScript plays the histories of testdata/script. Each is played by real members on real files, in a bubble where time
 // passes only while everybody waits, on a network in memory. A file is blocks of a command, a line of four dashes and the

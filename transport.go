@@ -109,6 +109,12 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 		if err := t.p.host.silent(); err != nil {
 			return err
 		}
+		// Raft ends its heartbeats only when the append beside them has returned. With a peer that hears us and that we don't
+		// hear, that takes until the append's timeout, and all the while a leader that has stepped down would keep the others
+		// from electing one.
+		if !t.p.host.leading(args.Term) {
+			return fmt.Errorf("heartbeat to %s: not leader of term %d any more", id, args.Term)
+		}
 		return t.append(id, target, encodeAppend(args), resp, voteTimeout)
 	}
 	args.Entries = cutEntries(args.Entries)
