@@ -455,7 +455,15 @@ func (s *Service) Get(ctx context.Context, key string) ([]byte, error) {
 	if err := s.catchUp(ctx); err != nil {
 		return nil, fmt.Errorf("get: %w", err)
 	}
+	return s.value(key)
+}
+
+// value is a copy of what this member has under key. A row that is damaged is no answer, and wakes the rebuild.
+func (s *Service) value(key string) ([]byte, error) {
 	r, ok, err := s.store.get(key)
+	if errors.Is(err, ErrCorrupt) {
+		s.distrust(err)
+	}
 	if err != nil || !ok {
 		return nil, err
 	}
@@ -534,11 +542,11 @@ func (s *Service) Stale() Getter { return stale{s} }
 type stale struct{ s *Service }
 
 func (g stale) Get(key string) []byte {
-	r, ok, err := g.s.store.get(key)
-	if err != nil || !ok {
+	v, err := g.s.value(key)
+	if err != nil {
 		return nil
 	}
-	return append([]byte{}, r.value...)
+	return v
 }
 
 // Err returns a serious error that keeps this process from working now, or nil. It may recover by itself and be nil again,
@@ -615,6 +623,11 @@ func restore(dir, from string) error {
 		}
 	}
 	ident := identity{id: newID(), cluster: newID(), intent: intentBootstrap}
+	from, err = closedFile(from, filepath.Join(dir, "snap.source"))
+	if err != nil {
+		return err
+	}
+	defer os.Remove(filepath.Join(dir, "snap.source"))
 	temp := filepath.Join(dir, "snap.restore")
 	defer os.Remove(temp)
 	m, err := restoreInto(temp, from, func(m *meta) {
@@ -632,6 +645,43 @@ func restore(dir, from string) error {
 		return err
 	}
 	return writeIdentity(dir, ident) // last, and synced: without it the directory is refused
+}
+
+// closedFile is from itself, or, if its member was killed and has left a write-ahead log beside it, a copy at temp that has
+// taken that in. Nothing is copied while a member has the file open.
+func closedFile(from, temp string) (string, error) {
+	if info, err := os.Stat(from + "-wal"); err != nil || info.Size() == 0 {
+		return from, nil
+	}
+	if _, err := os.Stat(filepath.Join(filepath.Dir(from), "wal", "lock")); err == nil {
+		lock, err := lockDir(filepath.Dir(from), "")
+		if err != nil {
+			return "", fmt.Errorf("close the member that has %s open, or use its Backup: %w", from, err)
+		}
+		defer lock.unlock()
+	}
+	for _, side := range []string{"-wal", ""} { // a crash in between leaves no database
+		if err := copyFile(temp+side, from+side); err != nil {
+			return "", err
+		}
+	}
+	st, err := openStore(storeOptions{path: temp, memory: -1, log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return "", err
+	}
+	return temp, st.close()
+}
+
+func copyFile(to, from string) error {
+	f, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := os.Remove(to); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return writeFile(to, f)
 }
 
 // seedTerm lets raft go on in the term of the restored state: a smaller one would be older than the entries it holds.

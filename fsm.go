@@ -469,7 +469,7 @@ func (a *applying) effect(o op) error {
 			return err
 		}
 		a.tx.meta.revision++
-		r := row{value: append([]byte{}, o.value...), version: a.tx.meta.revision, created: old.created}
+		r := row{value: o.value, version: a.tx.meta.revision, created: old.created}
 		if !ok {
 			r.created = r.version
 		}
@@ -728,7 +728,7 @@ func (s *snapshotSink) Write(p []byte) (int, error) {
 		r, w := io.Pipe()
 		s.pipe, s.received = w, make(chan error, 1)
 		go func() {
-			m, err := receive(s.store.path, r, -1)
+			m, err := receive(s.store.path, r)
 			s.meta = m
 			r.CloseWithError(errors.Join(err, io.ErrClosedPipe))
 			s.received <- err

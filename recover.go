@@ -248,7 +248,7 @@ func (s *Service) receiveState(ctx context.Context, id, addr, path string) (*inc
 		return nil, err
 	}
 	defer body.Close()
-	m, err := receive(path, body, -1)
+	m, err := receive(path, body)
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ package quorate
 // and its own hash, so that a flipped or a lost row anywhere is found by the scan that maintain runs in the background.
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -1478,10 +1479,7 @@ func (s *store) backup(w io.Writer, check func() error) (meta, error) {
 }
 
 // receive stores the stream of a copy at path, once everything about it is right and it is on the disk.
-func receive(path string, src io.Reader, size int64) (m meta, err error) {
-	if size < pageSize+sha256.Size || (size-sha256.Size)%pageSize != 0 {
-		return m, fmt.Errorf("receive %s: %w: %d bytes is no size of a copy", path, ErrCorrupt, size)
-	}
+func receive(path string, src io.Reader) (m meta, err error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return m, err
 	}
@@ -1491,21 +1489,31 @@ func receive(path string, src io.Reader, size int64) (m meta, err error) {
 		}
 	}()
 	hash := sha256.New()
-	body := io.LimitReader(src, size-sha256.Size)
-	if err := writeFile(path, io.TeeReader(body, hash)); err != nil {
+	pages := tailReader{bufio.NewReaderSize(src, 16*pageSize)}
+	if err := writeFile(path, io.TeeReader(pages, hash)); err != nil {
 		return m, fmt.Errorf("receive %s: %w", path, err)
 	}
 	var sum [sha256.Size]byte
-	if _, err := io.ReadFull(src, sum[:]); err != nil {
+	if _, err := io.ReadFull(pages.src, sum[:]); err != nil {
 		return m, fmt.Errorf("receive %s: the stream ends early: %w", path, err)
 	}
 	if !bytes.Equal(sum[:], hash.Sum(nil)) {
-		return m, fmt.Errorf("receive %s: %w: wrong checksum", path, ErrCorrupt)
+		return m, fmt.Errorf("receive %s: %w: wrong checksum, or the stream ended early", path, ErrCorrupt)
 	}
 	if m, err = checkFile(path); err != nil {
 		return m, err
 	}
 	return m, errors.Join(syncFile(path), syncDir(filepath.Dir(path)))
+}
+
+// A tailReader reads a stream up to the checksum that ends it, and leaves that to be read from src.
+type tailReader struct{ src *bufio.Reader }
+
+func (t tailReader) Read(p []byte) (int, error) {
+	if _, err := t.src.Peek(sha256.Size + 1); err != nil {
+		return 0, err // io.EOF: what is left is the checksum
+	}
+	return t.src.Read(p[:min(len(p), t.src.Buffered()-sha256.Size)])
 }
 
 // checkFile reads all of a database that no one has open, and changes nothing.
