@@ -415,7 +415,7 @@ func (s *Service) diagnose(ctx context.Context) string {
 			a, err := s.peer.status(ctx, base)
 			switch {
 			case err != nil:
-				trouble[i] = fmt.Sprintf("%s at %s %v", shortID(string(m.ID)), s.addressOf(m), err)
+				trouble[i] = fmt.Sprintf("%s: %v", shortID(string(m.ID)), explain(err, base))
 			case a.ID != string(m.ID):
 				trouble[i] = fmt.Sprintf("%s at %s is now %s", shortID(string(m.ID)), s.addressOf(m), shortID(a.ID))
 			case !a.Healthy:

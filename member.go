@@ -25,6 +25,7 @@ const (
 	promoteInterval = 100 * time.Millisecond
 	promoteLag      = 64 // entries that a voter, or who is to become one, may be behind: one append
 	probeTimeout    = time.Second
+	goneAfter       = 2 * time.Second // of silence, and another member may take its address
 )
 
 // peerTable is what this member knows of the others beside the configuration. It is a hint and never a proof.
@@ -377,10 +378,11 @@ func (s *Service) setServer(ctx context.Context, id, addr string) error {
 	return await(ctx, r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(addr), index, 0))
 }
 
-// promote makes the first non-voter that is ready a voter.
+// promote makes the first non-voter that is ready a voter. One that is not holds up no other.
 func (s *Service) promote() error {
 	r := s.raft.Load()
 	f := r.GetConfiguration()
+	var waiting []error
 	for _, m := range f.Configuration().Servers {
 		if m.Suffrage == raft.Voter {
 			continue
@@ -389,7 +391,8 @@ func (s *Service) promote() error {
 		err := s.mayPromote(ctx, m, f)
 		cancel()
 		if err != nil {
-			return err
+			waiting = append(waiting, err)
+			continue
 		}
 		s.changing.Lock()
 		ctx, cancel = context.WithTimeout(s.ctx, 5*time.Second)
@@ -401,7 +404,7 @@ func (s *Service) promote() error {
 		}
 		return err
 	}
-	return nil
+	return errors.Join(waiting...)
 }
 
 // mayPromote: the candidate and every voter answer, at their addresses, in this term, with the whole log.
@@ -412,7 +415,7 @@ func (s *Service) mayPromote(ctx context.Context, m raft.Server, f raft.Configur
 	all := append(voters(f.Configuration()), m)
 	for i, err := range s.probe(ctx, all, f.Index()) {
 		if err != nil {
-			return fmt.Errorf("%s at %s: %w", shortID(string(all[i].ID)), all[i].Address, err)
+			return fmt.Errorf("member %s: %w", shortID(string(all[i].ID)), err)
 		}
 	}
 	return nil
@@ -429,19 +432,20 @@ func (s *Service) probe(ctx context.Context, list []raft.Server, configIndex uin
 			continue
 		}
 		wg.Go(func() {
-			a, err := s.peer.status(ctx, baseURL(string(m.Address), s.conf.TLS))
+			base := baseURL(string(m.Address), s.conf.TLS)
+			a, err := s.peer.status(ctx, base)
 			last, _ := s.wal.last()
 			switch {
 			case err != nil:
-				errs[i] = err
+				errs[i] = explain(err, base)
 			case a.ID != string(m.ID) || a.Cluster != s.ident.cluster:
-				errs[i] = fmt.Errorf("%s answers there", shortID(a.ID))
+				errs[i] = fmt.Errorf("member %s answers at %s", shortID(a.ID), base)
 			case a.Term != r.CurrentTerm():
-				errs[i] = fmt.Errorf("it is in term %d, the leader in %d", a.Term, r.CurrentTerm())
+				errs[i] = fmt.Errorf("%s is in term %d, the leader in %d", base, a.Term, r.CurrentTerm())
 			case a.LastIndex < configIndex || a.LastIndex+promoteLag < last:
-				errs[i] = fmt.Errorf("its log ends at %d, the leader's at %d", a.LastIndex, last)
+				errs[i] = fmt.Errorf("the log of %s ends at %d, the leader's at %d", base, a.LastIndex, last)
 			case !a.Healthy:
-				errs[i] = errors.New("it reports a fault")
+				errs[i] = fmt.Errorf("%s reports a fault", base)
 			}
 		})
 	}
@@ -502,7 +506,8 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 	return a, nil
 }
 
-// replaceAt takes out the member that had this address before, whose directory was lost. It stays if it still answers there.
+// replaceAt takes out the member that had this address before, whose directory was lost. It stays if it still answers, there
+// or elsewhere.
 func (s *Service) replaceAt(ctx context.Context, addr, id string) error {
 	f := s.raft.Load().GetConfiguration()
 	for _, m := range f.Configuration().Servers {
@@ -514,6 +519,11 @@ func (s *Service) replaceAt(ctx context.Context, addr, id string) error {
 		cancel()
 		if err == nil && a.ID == string(m.ID) {
 			return refuse(http.StatusConflict, codeConflict, "member %s answers at %s: stop it, or remove it first", m.ID, addr)
+		}
+		// It may have moved: two members that come back at each other's addresses must not take each other out.
+		if heard := s.members.sinceHeard(string(m.ID)); heard >= 0 && heard < goneAfter {
+			return refuse(http.StatusServiceUnavailable, codeNotReady, "member %s, whose address %s was, lives: it was heard from %v ago",
+				m.ID, addr, heard.Round(time.Millisecond))
 		}
 		if err := s.removeServer(ctx, m, f); err != nil {
 			return refuse(http.StatusServiceUnavailable, codeNotReady, "the member that was at %s before can't be taken out now: %v", addr, err)
@@ -542,13 +552,18 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 		changed := s.changes.wait()
 		err := s.askToRemove(ctx, addr)
 		var r *refusal
-		switch definite := errors.As(err, &r); {
+		switch refused := errors.As(err, &r); {
 		case err == nil:
 			return nil
-		case definite && r.Code == codeConflict:
+		case refused && r.Code == codeConflict:
 			return notApplied(fmt.Errorf("%w: %s", ErrInvalid, r.Message))
-		case !definite && !errors.Is(err, ErrNoLeader):
+		case refused && r.Code == codeRemoved && addr == s.conf.Addr:
+			return nil // this member was removed; an answer that said so may have been lost
+		case refused && !r.definite(), !refused && !errors.Is(err, ErrNoLeader):
 			sent = true
+		}
+		if fault := s.faults.sticky(); fault != nil && !sent {
+			return notApplied(fault)
 		}
 		select {
 		case <-changed:
@@ -556,9 +571,9 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 		case <-time.After(backoff):
 			continue
 		case <-s.ctx.Done():
-			err = errors.Join(ErrClosed, err)
+			err = fmt.Errorf("%w: %w", err, ErrClosed)
 		case <-ctx.Done():
-			err = errors.Join(context.Cause(ctx), err)
+			err = fmt.Errorf("%w: %w", err, context.Cause(ctx))
 		}
 		if sent {
 			return fmt.Errorf("%w: %w", ErrUncertain, err)
@@ -637,7 +652,7 @@ func (s *Service) mayRemove(ctx context.Context, target raft.Server, f raft.Conf
 		if rest++; err == nil {
 			live++
 		} else {
-			dead = append(dead, fmt.Sprintf("%s: %v", all[i].Address, err))
+			dead = append(dead, err.Error())
 		}
 	}
 	liveRest := rest - len(dead)

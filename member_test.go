@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 const patience = 30 * time.Second
@@ -172,7 +174,7 @@ func TestJoinThatCannot(t *testing.T) {
 	c := newCluster(t, 1)
 	t.Run("nobody listens", func(t *testing.T) {
 		m := newMember(t, freeAddr(t))
-		m.conf.Timeout = 300 * time.Millisecond
+		m.conf.Timeout = 150 * time.Millisecond
 		_, err := m.open()
 		is(t, err, context.DeadlineExceeded, "http://"+m.conf.Join, "refused the connection")
 	})
@@ -180,7 +182,7 @@ func TestJoinThatCannot(t *testing.T) {
 		m := newMember(t, freeAddr(t))
 		ctx, cancel := context.WithCancelCause(t.Context())
 		enough := errors.New("enough")
-		time.AfterFunc(200*time.Millisecond, func() { cancel(enough) })
+		time.AfterFunc(100*time.Millisecond, func() { cancel(enough) })
 		_, err := Open(ctx, m.conf)
 		is(t, err, enough, m.conf.Join, "refused the connection")
 	})
@@ -188,7 +190,7 @@ func TestJoinThatCannot(t *testing.T) {
 		other := httptest.NewServer(http.NotFoundHandler())
 		defer other.Close()
 		m := newMember(t, other.URL)
-		m.conf.Timeout = 300 * time.Millisecond
+		m.conf.Timeout = 150 * time.Millisecond
 		_, err := m.open()
 		is(t, err, context.DeadlineExceeded, "nothing answers at "+other.URL+"/raft/: register the Service there")
 	})
@@ -196,7 +198,7 @@ func TestJoinThatCannot(t *testing.T) {
 		other := httptest.NewServer(http.RedirectHandler("http://"+c[0].conf.Addr+"/raft/join", http.StatusTemporaryRedirect))
 		defer other.Close()
 		m := newMember(t, other.URL)
-		m.conf.Timeout = 300 * time.Millisecond
+		m.conf.Timeout = 150 * time.Millisecond
 		_, err := m.open()
 		is(t, err, context.DeadlineExceeded, other.URL, "redirect")
 	})
@@ -204,7 +206,7 @@ func TestJoinThatCannot(t *testing.T) {
 		m := newMember(t, "")
 		must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
 		lb := balancer(t, nil, "http://"+c[0].conf.Addr)
-		m.conf.Join, m.conf.Timeout = lb.URL, 300*time.Millisecond
+		m.conf.Join, m.conf.Timeout = lb.URL, 150*time.Millisecond
 		c[0].cut()
 		defer c[0].heal()
 		_, err := m.open()
@@ -214,14 +216,14 @@ func TestJoinThatCannot(t *testing.T) {
 		m := newMember(t, c[0].conf.Addr)
 		must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
 		c[0].cut()
-		time.AfterFunc(300*time.Millisecond, c[0].heal)
+		time.AfterFunc(150*time.Millisecond, c[0].heal)
 		m.start()
 		c.awaitMember(t, m)
 		c.leave(t, m)
 	})
 	t.Run("to itself", func(t *testing.T) {
 		m := newMember(t, "")
-		m.conf.Join, m.conf.Timeout = m.conf.Addr, 300*time.Millisecond
+		m.conf.Join, m.conf.Timeout = m.conf.Addr, 150*time.Millisecond
 		_, err := m.open()
 		is(t, err, context.DeadlineExceeded, "refused the connection")
 	})
@@ -237,5 +239,168 @@ func TestJoinThatCannot(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(m.conf.Dir, "id")); err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+func TestRemoveMember(t *testing.T) {
+	c := newCluster(t, 3)
+	ctx := ctxFor(t, 3*time.Minute)
+	must(t, c[0].s.Set(ctx, "k", []byte("v")))
+	newOne := func(t *testing.T) *testMember {
+		t.Helper()
+		m := newMember(t, c[0].conf.Addr)
+		must(t, c[1].s.AddAllowedMember(ctx, m.conf.Addr))
+		m.start()
+		c.awaitMember(t, m)
+		return m
+	}
+	// removed waits until the member knows, and looks at what is left of it.
+	removed := func(t *testing.T, m *testMember) {
+		t.Helper()
+		eventually(t, patience, "the removed member's Err", func() error {
+			if err := m.s.Err(); !errors.Is(err, ErrRemoved) {
+				return fmt.Errorf("Err is %v", err)
+			}
+			return nil
+		})
+		if r := m.s.Status().Role; r != Removed {
+			t.Errorf("role %v", r)
+		}
+		if v := m.s.Stale().Get("k"); string(v) != "v" {
+			t.Errorf("Stale has %q", v)
+		}
+		for what, err := range map[string]error{
+			"Set": m.s.Set(ctx, "k", nil), "Insert": m.s.Insert(ctx, "x", nil), "Delete": m.s.Delete(ctx, "k"),
+			"AddAllowedMember": m.s.AddAllowedMember(ctx, "a.example:1"), "RemoveMember": m.s.RemoveMember(ctx, c[0].conf.Addr),
+		} {
+			if !errors.Is(err, ErrRemoved) || !errors.Is(err, ErrNotApplied) || errors.Is(err, ErrUncertain) {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		if _, err := m.s.Get(ctx, "k"); !errors.Is(err, ErrRemoved) {
+			t.Errorf("Get: %v", err)
+		}
+		if err := m.s.Ready(ctx); !errors.Is(err, ErrRemoved) {
+			t.Errorf("Ready: %v", err)
+		}
+		if st := m.s.Status(); st.LeaderID != "" {
+			t.Errorf("it still names a leader: %+v", st)
+		}
+	}
+	members := func(t *testing.T, want int) {
+		t.Helper()
+		for _, m := range c {
+			eventually(t, patience, "members at "+m.conf.Addr, func() error {
+				if _, n := m.counts(); n != want {
+					return fmt.Errorf("%d, want %d", n, want)
+				}
+				return nil
+			})
+		}
+	}
+	rejoins := func(t *testing.T, m *testMember) {
+		t.Helper()
+		m.stop()
+		if _, err := m.open(); err == nil { // its own log may not tell it
+			removed(t, m)
+			m.stop()
+		} else {
+			is(t, err, ErrRemoved, "empty the directory")
+		}
+		must(t, os.RemoveAll(m.conf.Dir))
+		_, err := m.open()
+		is(t, err, ErrNotAllowed, "AddAllowedMember")
+		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
+		m.start()
+		c.awaitMember(t, m)
+	}
+
+	t.Run("a live member, which comes back and removes itself", func(t *testing.T) {
+		m := newOne(t)
+		must(t, c.follower(t).s.RemoveMember(ctx, m.conf.Addr))
+		removed(t, m)
+		members(t, 3)
+		rejoins(t, m)
+		must(t, m.s.RemoveMember(ctx, m.conf.Addr)) // by itself
+		removed(t, m)
+		members(t, 3)
+		m.stop()
+	})
+	t.Run("a dead member", func(t *testing.T) {
+		m := newOne(t)
+		m.stop()
+		must(t, c[0].s.RemoveMember(ctx, m.conf.Addr))
+		members(t, 3)
+		m.start() // its log says nothing of it
+		removed(t, m)
+		m.stop()
+	})
+	t.Run("the leader", func(t *testing.T) {
+		m := newOne(t)
+		all := append(testCluster{m}, c...)
+		eventually(t, patience, "the fourth member leads", func() error {
+			l := all.leader(t)
+			if l == m {
+				return nil
+			}
+			await(ctx, l.s.raft.Load().LeadershipTransferToServer(raft.ServerID(m.s.Status().ID), raft.ServerAddress(m.conf.Addr)))
+			return errors.New("another one leads")
+		})
+		must(t, m.s.RemoveMember(ctx, m.conf.Addr))
+		removed(t, m)
+		members(t, 3)
+		must(t, c[0].s.Set(ctx, "k", []byte("v")))
+		m.stop()
+	})
+	t.Run("while it is cut off", func(t *testing.T) {
+		m := newOne(t)
+		m.isolate()
+		must(t, c[2].s.RemoveMember(ctx, m.conf.Addr))
+		members(t, 3)
+		must(t, c[0].s.Ready(ctx))
+		before := c.leader(t).s.Status().Term
+		m.rejoin()
+		removed(t, m)
+		if after := c.leader(t).s.Status().Term; after != before {
+			t.Errorf("the term was %d and is %d: the removed member disturbed the others", before, after)
+		}
+		m.stop()
+	})
+	t.Run("a permission that nobody has used", func(t *testing.T) {
+		m := newMember(t, c[0].conf.Addr)
+		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
+		must(t, c[1].s.RemoveMember(ctx, m.conf.Addr))
+		_, err := m.open()
+		is(t, err, ErrNotAllowed, m.conf.Addr)
+	})
+	t.Run("an address that nobody knows", func(t *testing.T) {
+		for _, m := range c {
+			must(t, m.s.RemoveMember(ctx, "nobody.example:1"))
+		}
+		is(t, c[0].s.RemoveMember(ctx, "nobody"), ErrInvalid)
+	})
+	t.Run("the rest would have no majority", func(t *testing.T) {
+		f := c.follower(t)
+		f.stop()
+		var target *testMember
+		for _, m := range c {
+			if m != f && m != c.leader(t) {
+				target = m
+			}
+		}
+		short, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+		defer cancel()
+		err := c.leader(t).s.RemoveMember(short, target.conf.Addr)
+		is(t, err, ErrNotApplied, "without "+target.conf.Addr+" 1 of 2 voters would answer, need 2", f.conf.Addr, "refused the connection")
+		is(t, err, context.DeadlineExceeded)
+		f.start()
+		c.awaitVoters(t, 3)
+		must(t, c.leader(t).s.RemoveMember(ctx, target.conf.Addr))
+		removed(t, target)
+	})
+	t.Run("the only voter", func(t *testing.T) {
+		alone := newCluster(t, 1)
+		is(t, alone[0].s.RemoveMember(ctx, alone[0].conf.Addr), ErrNotApplied, "only voter")
+		must(t, alone[0].s.Set(ctx, "k", nil))
 	})
 }
