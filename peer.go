@@ -244,8 +244,8 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 // checkTLS: that a certificate was issued by the right authority is not enough, or any holder of one could speak as any
 // member (CVE-2021-37219 in Consul): it must be good for the address that the sender claims.
 func (p *peer) checkTLS(x *exchange, asksWay bool) error {
-	if x.req.TLS == nil && asksWay {
-		return nil // it learns only where the leader is, as anyone does who asks for the status
+	if asksWay {
+		return nil // through a proxy, without TLS or with the proxy's certificate: it learns only where the leader is
 	}
 	if err := p.checkPlain(x); err != nil {
 		return err
@@ -596,7 +596,7 @@ func (r *stateReader) Close() error {
 	return r.body.Close()
 }
 
-// explain says what a failed call means for the person who runs the members. errors.Is and As still see err.
+// explain says what a failed call means for the person who runs the members. errors.Is and As still see what is in err.
 func explain(err error, base string) error {
 	var foreign *foreignAnswer
 	var refused *refusal

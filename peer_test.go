@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -825,7 +826,11 @@ func TestExplain(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), limit)
 		_, err := callerOf(t, nil, false).status(ctx, base)
 		cancel()
-		if got := explain(err, base); err == nil || !strings.Contains(got.Error(), want) || !errors.Is(got, err) {
+		got := explain(err, base)
+		if outer, ok := err.(*url.Error); ok {
+			err = outer.Err
+		}
+		if err == nil || !strings.Contains(got.Error(), want) || !errors.Is(got, err) {
 			t.Errorf("%s: %v, want %q", base, got, want)
 		}
 	}
