@@ -28,7 +28,7 @@ type batcher struct {
 	propose func(ctx context.Context, data []byte) (o outcome, sent bool, err error)
 	// begin hands an entry to raft at once and returns the function that waits for its outcome, or nil if this member does
 	// not lead. It saves a lone writer one switch of goroutines.
-	begin   func(data []byte) func() (outcome, bool, error)
+	begin   func(data []byte) func(ctx context.Context) (outcome, bool, error)
 	changed func() <-chan struct{} // closed when the leader, as this member knows it, changes
 	noLead  func() bool            // no leader is known
 	// applied waits until this member has applied the entry of this index and term, which is committed.
@@ -66,10 +66,10 @@ type flight struct {
 	session   uint64
 	seq       uint64 // given at the first send and never dropped after it; 0 = not sent yet
 	onWire    bool
-	uncertain bool                          // a send ended without a clear answer: the entry may be in the log
-	settled   chan struct{}                 // closed when every transaction has its answer
-	wait      func() (outcome, bool, error) // of a send that the caller has begun
-	cancel    context.CancelCauseFunc       // ends the send under way
+	uncertain bool                                         // a send ended without a clear answer: the entry may be in the log
+	settled   chan struct{}                                // closed when every transaction has its answer
+	wait      func(context.Context) (outcome, bool, error) // of a send that the caller has begun
+	cancel    context.CancelCauseFunc                      // ends the send under way
 }
 
 func newBatcher(ctx context.Context) *batcher {
@@ -218,19 +218,26 @@ var errSettled = errors.New("settled by this member's own apply")
 
 // send makes one attempt. A flight without transactions left is settled.
 func (b *batcher) send(f *flight) (outcome, bool, error) {
-	if wait := f.wait; wait != nil {
-		f.wait = nil
-		return wait()
-	}
-	data := b.prepare(f)
-	if data == nil {
-		return outcome{}, false, errSettled
+	wait := f.wait
+	f.wait = nil
+	var data []byte
+	if wait == nil {
+		if data = b.prepare(f); data == nil {
+			return outcome{}, false, errSettled
+		}
 	}
 	ctx, cancel := context.WithCancelCause(b.ctx)
 	defer cancel(nil)
 	b.mu.Lock()
 	f.cancel = cancel
+	settled := f.isSettledLocked()
 	b.mu.Unlock()
+	switch {
+	case settled: // from here on deliver cancels
+		return outcome{}, false, errSettled
+	case wait != nil:
+		return wait(ctx)
+	}
 	return b.propose(ctx, data)
 }
 

@@ -371,12 +371,19 @@ func await(ctx context.Context, f raft.Future) error {
 	}
 }
 
-// limited gives a context without a deadline the configured one, and ends it when the Service closes.
+// limited gives a context without a deadline the configured one.
 func (s *Service) limited(ctx context.Context) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
 		return context.WithCancel(ctx)
 	}
 	return context.WithTimeout(ctx, s.conf.Timeout)
+}
+
+// untilClose is ctx, ended when the Service closes. It is for what waits for others; quick paths do without its cost.
+func (s *Service) untilClose(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(s.ctx, func() { cancel(ErrClosed) })
+	return ctx, func() { stop(); cancel(nil) }
 }
 
 // Set sets key to val (nil is the empty value). nil means: on the disks of a majority and applied here. Errors are

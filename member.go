@@ -190,15 +190,16 @@ func (s *Service) lastEntry() (index, term uint64) {
 	return index, term
 }
 
-// begin hands an entry to raft if this member leads; the function that it returns waits for the outcome.
-func (s *Service) begin(data []byte) func() (outcome, bool, error) {
+// begin hands an entry to raft if this member leads; the function that it returns waits for the outcome, and never on raft
+// alone, which may shut down without an answer.
+func (s *Service) begin(data []byte) func(ctx context.Context) (outcome, bool, error) {
 	r := s.raft.Load()
 	if r.State() != raft.Leader {
 		return nil
 	}
 	future := r.Apply(data, 50*time.Millisecond)
-	return func() (outcome, bool, error) {
-		switch err := future.Error(); {
+	return func(ctx context.Context) (outcome, bool, error) {
+		switch err := await(ctx, future); {
 		case err == nil:
 			o, ok := future.Response().(outcome)
 			if !ok { // this member is closing, or had the entry's effect already
@@ -218,7 +219,7 @@ func (s *Service) begin(data []byte) func() (outcome, bool, error) {
 // propose sends an entry towards the log, here or on the leader.
 func (s *Service) propose(ctx context.Context, data []byte) (outcome, bool, error) {
 	if wait := s.begin(data); wait != nil {
-		return wait()
+		return wait(ctx)
 	}
 	id, addr := s.leader()
 	if id == "" || id == s.ident.id {
@@ -241,32 +242,17 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 	if wait == nil {
 		return nil, s.notLeader()
 	}
-	type answer struct {
-		o    outcome
-		sent bool
-		err  error
+	ctx, cancel := s.untilClose(ctx)
+	defer cancel()
+	switch o, sent, err := wait(ctx); {
+	case err == nil:
+		return encodeOutcome(o), nil
+	case sent:
+		return nil, err
+	case errors.Is(err, raft.ErrEnqueueTimeout), isFull(err):
+		return nil, refuse(http.StatusServiceUnavailable, codeNotApplied, "%v", err)
 	}
-	done := make(chan answer, 1)
-	go func() {
-		o, sent, err := wait()
-		done <- answer{o, sent, err}
-	}()
-	select {
-	case a := <-done:
-		switch {
-		case a.err == nil:
-			return encodeOutcome(a.o), nil
-		case !a.sent && !errors.Is(a.err, raft.ErrEnqueueTimeout) && !isFull(a.err):
-			return nil, s.notLeader()
-		case !a.sent:
-			return nil, refuse(http.StatusServiceUnavailable, codeNotApplied, "%v", a.err)
-		}
-		return nil, a.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	case <-s.ctx.Done():
-		return nil, ErrClosed
-	}
+	return nil, s.notLeader()
 }
 
 // notLeader names the leader, unless that is this member itself: then there is none yet.
@@ -346,7 +332,7 @@ func (s *Service) leadTerm(term uint64) {
 func (s *Service) beginTerm(term uint64) {
 	for s.leading(term) && s.store.meta().term != term && s.ctx.Err() == nil {
 		if wait := s.begin(encodeTermStart()); wait != nil {
-			if _, _, err := wait(); err == nil {
+			if _, _, err := wait(s.ctx); err == nil {
 				return
 			}
 		}
@@ -547,6 +533,8 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 	}
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
+	ctx, release := s.untilClose(ctx)
+	defer release()
 	sent := false
 	for backoff := resendMin; ; backoff = min(2*backoff, resendMax) {
 		changed := s.changes.wait()

@@ -1,0 +1,693 @@
+package quorate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// A wire is a batcher whose other end the test holds: it sees every entry that is sent, and answers it by hand. It lives
+// in a synctest bubble, so that backoffs take no time and "nothing is sent" can be told for sure.
+type wire struct {
+	*batcher
+	t          *testing.T
+	sends      chan *sending
+	moved      broadcast
+	level      watermark
+	leaderless atomic.Bool
+	end        context.CancelFunc
+	running    sync.WaitGroup
+}
+
+// sending is one attempt to send an entry.
+type sending struct {
+	entry
+	ctx   context.Context
+	reply chan reply
+}
+
+type reply struct {
+	o    outcome
+	sent bool
+	err  error
+}
+
+var errLost = errors.New("the connection broke")
+
+func (s *sending) done(o outcome)     { s.reply <- reply{o: o, sent: true} }
+func (s *sending) refuse()            { s.reply <- reply{err: ErrNoLeader} }
+func (s *sending) lose()              { s.reply <- reply{sent: true, err: errLost} }
+func (s *sending) gone()              { s.done(outcome{kind: outcomeGone}) }
+func (s *sending) number() [2]uint64  { return [2]uint64{s.batch.session, s.batch.seq} }
+func (s *sending) keys() (k []string) { return keysOf(s.batch.txs) }
+
+// settle answers that every transaction of the batch is done.
+func (s *sending) settle() {
+	s.done(outcome{kind: outcomeDone, results: make([]result, len(s.batch.txs))})
+}
+
+func keysOf(txs []transaction) (keys []string) {
+	for _, tx := range txs {
+		keys = append(keys, tx[0].key)
+	}
+	return keys
+}
+
+// inBubble gives the test a batcher with an open session, number 7.
+func inBubble(t *testing.T, f func(t *testing.T, l *wire)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		l := &wire{batcher: newBatcher(ctx), t: t, sends: make(chan *sending), end: cancel}
+		l.propose, l.changed, l.noLead = l.carryOut, l.moved.wait, l.leaderless.Load
+		l.applied = func(ctx context.Context, index, _ uint64) error { return l.level.wait(ctx, index) }
+		l.begin = func([]byte) func(context.Context) (outcome, bool, error) { return nil }
+		for range slots {
+			l.running.Go(l.carry)
+		}
+		l.running.Go(l.keepSession)
+		l.openWith(7)
+		f(t, l)
+		l.stop(ErrClosed)
+		cancel()
+		l.running.Wait()
+	})
+}
+
+func (l *wire) carryOut(ctx context.Context, data []byte) (outcome, bool, error) {
+	e, err := decodeEntry(data)
+	if err != nil {
+		l.t.Errorf("sent %x: %v", data, err)
+	}
+	s := &sending{entry: e, ctx: ctx, reply: make(chan reply, 1)}
+	select {
+	case l.sends <- s:
+	case <-ctx.Done():
+		return outcome{}, false, ctx.Err()
+	}
+	select {
+	case r := <-s.reply:
+		return r.o, r.sent, r.err
+	case <-ctx.Done():
+		return outcome{}, true, ctx.Err()
+	}
+}
+
+// openWith answers the request for a session that is due.
+func (l *wire) openWith(session uint64) {
+	l.t.Helper()
+	s := l.next()
+	if s.kind != entryOpen {
+		l.t.Fatalf("sent kind %d, want a request for a session", s.kind)
+	}
+	s.done(outcome{kind: outcomeDone, session: session})
+	synctest.Wait()
+}
+
+// next is the next entry on the wire; in the bubble a minute is nothing, and none in that time is none at all.
+func (l *wire) next() *sending {
+	l.t.Helper()
+	select {
+	case s := <-l.sends:
+		return s
+	case <-time.After(time.Minute):
+		l.t.Fatal("nothing is sent")
+		return nil
+	}
+}
+
+// quiet: nothing is sent, however long one waits.
+func (l *wire) quiet() {
+	l.t.Helper()
+	select {
+	case s := <-l.sends:
+		l.t.Fatalf("%v is sent with %v", s.number(), s.keys())
+	case <-time.After(time.Hour):
+	}
+}
+
+// A call is a submit under way.
+type call struct {
+	key    string
+	cancel context.CancelFunc
+	ended  chan struct{}
+	res    result
+	err    error
+}
+
+func (l *wire) set(key string) *call { return l.submitOp(op{kind: opSet, key: key, value: []byte("v")}) }
+
+// submitOp returns when the transaction waits or is on its way.
+func (l *wire) submitOp(o op) *call {
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &call{key: o.key, cancel: cancel, ended: make(chan struct{})}
+	go func() {
+		defer close(c.ended)
+		c.res, c.err = l.submit(ctx, appendTransaction(nil, transaction{o}))
+	}()
+	synctest.Wait()
+	return c
+}
+
+// verdict waits for the call's end and checks what its error is: nil, ErrNotApplied or ErrUncertain, and never two of them.
+func (c *call) verdict(t *testing.T, want error) {
+	t.Helper()
+	select {
+	case <-c.ended:
+	case <-time.After(time.Minute):
+		t.Fatalf("the write of %s has no answer", c.key)
+	}
+	defer c.cancel()
+	if want == nil {
+		if c.err != nil {
+			t.Fatalf("the write of %s: %v", c.key, c.err)
+		}
+		return
+	}
+	other := ErrUncertain
+	if want == ErrUncertain {
+		other = ErrNotApplied
+	}
+	if !errors.Is(c.err, want) || errors.Is(c.err, other) {
+		t.Fatalf("the write of %s: error %v, want %v", c.key, c.err, want)
+	}
+}
+
+func (c *call) pending(t *testing.T) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case <-c.ended:
+		t.Fatalf("the write of %s has an answer already: %v", c.key, c.err)
+	default:
+	}
+}
+
+func TestWaitingWritesTravelTogether(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		a := l.set("a")
+		first := l.next()
+		b := l.set("b")
+		second := l.next()
+		var waiting []*call
+		for i := range 100 {
+			waiting = append(waiting, l.set(fmt.Sprintf("k%02d", i)))
+		}
+		first.settle()
+		a.verdict(t, nil)
+		third := l.next()
+		if len(third.batch.txs) != 100 || third.keys()[0] != "k00" || third.keys()[99] != "k99" {
+			t.Errorf("the third batch has %v, want all hundred in their order", third.keys())
+		}
+		third.done(outcome{kind: outcomeDone, results: append(make([]result, 99), result{status: txUnsatisfied, revision: 9})})
+		for _, c := range waiting {
+			c.verdict(t, nil)
+		}
+		if waiting[99].res.status != txUnsatisfied || waiting[98].res.status != txDone {
+			t.Error("the answers went to the wrong callers")
+		}
+		second.settle()
+		b.verdict(t, nil)
+		if !l.empty() {
+			t.Error("everybody has an answer and the batcher is not empty")
+		}
+	})
+}
+
+func TestBatchLimits(t *testing.T) {
+	t.Run("number", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			calls, sent := l.fill(t)
+			for i := range maxTransactions + 10 {
+				calls = append(calls, l.set(fmt.Sprint("k", i)))
+			}
+			l.drainAll(t, calls, sent, []int{maxTransactions, 10})
+		})
+	})
+	t.Run("bytes", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			calls, sent := l.fill(t)
+			value := make([]byte, 100<<10)
+			for i := range 7 {
+				calls = append(calls, l.submitOp(op{kind: opSet, key: fmt.Sprint("k", i), value: value}))
+			}
+			l.drainAll(t, calls, sent, []int{5, 2})
+		})
+	})
+	t.Run("a larger one travels alone", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			calls, sent := l.fill(t)
+			calls = append(calls, l.set("small"), l.submitOp(op{kind: opSet, key: "large", value: make([]byte, maxBatch+1)}), l.set("small too"))
+			l.drainAll(t, calls, sent, []int{1, 1, 1})
+		})
+	})
+}
+
+// fill takes every slot, so that what comes next has to wait.
+func (l *wire) fill(t *testing.T) (calls []*call, sent []*sending) {
+	for i := range slots {
+		calls = append(calls, l.set(fmt.Sprint("first", i)))
+		sent = append(sent, l.next())
+	}
+	return calls, sent
+}
+
+// drainAll answers everything and checks how many transactions each of the batches that follow has.
+func (l *wire) drainAll(t *testing.T, calls []*call, sent []*sending, want []int) {
+	t.Helper()
+	for _, s := range sent {
+		s.settle()
+	}
+	var got []int
+	for range want {
+		s := l.next()
+		got = append(got, len(s.batch.txs))
+		s.settle()
+	}
+	for _, c := range calls {
+		c.verdict(t, nil)
+	}
+	// With two slots the batches may be met in either order.
+	count := map[int]int{}
+	for i := range want {
+		count[want[i]]++
+		count[got[i]]--
+	}
+	for _, n := range count {
+		if n != 0 {
+			t.Fatalf("batches of %v transactions, want %v", got, want)
+		}
+	}
+}
+
+func TestResendUntilSettled(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		c := l.set("k")
+		first := l.next()
+		first.lose()
+		for range 3 {
+			s := l.next()
+			if s.number() != first.number() || s.batch.sum != first.batch.sum {
+				t.Fatalf("sent again as %v with sum %x, first as %v with %x", s.number(), s.batch.sum, first.number(), first.batch.sum)
+			}
+			c.pending(t)
+			s.lose()
+		}
+		l.next().settle()
+		c.verdict(t, nil)
+		l.quiet()
+	})
+}
+
+func TestResendAtOnceToNewLeader(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		c := l.set("k")
+		for range 10 { // the backoff is at its longest now
+			l.next().refuse()
+		}
+		synctest.Wait()
+		began := time.Now()
+		l.moved.notify()
+		s := l.next()
+		if d := time.Since(began); d != 0 {
+			t.Errorf("sent %v after the leader changed", d)
+		}
+		s.settle()
+		c.verdict(t, nil)
+	})
+}
+
+func TestVerdictWhenCallerLeaves(t *testing.T) {
+	t.Run("after a send that may have arrived", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next().lose()
+			l.next().refuse() // a later refusal proves nothing about the first send
+			c.cancel()
+			c.verdict(t, ErrUncertain)
+			s := l.next() // the number is settled all the same
+			if len(s.batch.txs) != 1 {
+				t.Errorf("sent with %v, and the entry may be in the log with k", s.keys())
+			}
+			s.settle()
+		})
+	})
+	t.Run("while a send is under way", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			s := l.next()
+			c.cancel()
+			c.verdict(t, ErrUncertain)
+			s.settle()
+		})
+	})
+	t.Run("when every send was refused", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c, d := l.set("first"), (*call)(nil)
+			s := l.next()
+			d = l.set("second")
+			l.next().refuse()
+			s.refuse()
+			synctest.Wait()
+			c.cancel()
+			c.verdict(t, ErrNotApplied)
+			if errors.Is(c.err, ErrNoLeader) || !errors.Is(c.err, context.Canceled) {
+				t.Errorf("error %v: a leader is known, and the caller left", c.err)
+			}
+			s = l.next()
+			if s.keys()[0] != "second" {
+				t.Errorf("sent %v: its caller was told that it is not applied", s.keys())
+			}
+			s.settle()
+			d.verdict(t, nil)
+			l.quiet()
+		})
+	})
+	t.Run("when no leader is known", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			l.leaderless.Store(true)
+			c := l.set("k")
+			l.next().refuse()
+			synctest.Wait()
+			c.cancel()
+			c.verdict(t, ErrNotApplied)
+			if !errors.Is(c.err, ErrNoLeader) {
+				t.Errorf("error %v does not say that there is no leader", c.err)
+			}
+		})
+	})
+	t.Run("while it waits in the queue", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			c, d := l.set("left"), l.set("stayed")
+			c.cancel()
+			c.verdict(t, ErrNotApplied)
+			for _, s := range sent {
+				s.settle()
+			}
+			s := l.next()
+			if strings.Join(s.keys(), " ") != "stayed" {
+				t.Errorf("sent %v", s.keys())
+			}
+			s.settle()
+			d.verdict(t, nil)
+		})
+	})
+	t.Run("before it came", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			_, err := l.submit(ctx, appendTransaction(nil, transaction{{kind: opDelete, key: "k"}}))
+			if !errors.Is(err, ErrNotApplied) || !errors.Is(err, context.Canceled) {
+				t.Errorf("error %v", err)
+			}
+			l.quiet()
+		})
+	})
+}
+
+// One of two transactions of a refused batch is taken out; the other one goes on under the same number.
+func TestRefusedBatchWithoutTheOneWhoLeft(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		_, sent := l.fill(t)
+		a, b := l.set("a"), l.set("b")
+		sent[0].settle()
+		s := l.next()
+		s.refuse()
+		synctest.Wait()
+		a.cancel()
+		a.verdict(t, ErrNotApplied)
+		again := l.next()
+		if again.number() != s.number() || strings.Join(again.keys(), " ") != "b" {
+			t.Errorf("%v with %v, want %v with b", again.number(), again.keys(), s.number())
+		}
+		again.done(outcome{kind: outcomeDone, results: []result{{revision: 42}}})
+		b.verdict(t, nil)
+		if b.res.revision != 42 {
+			t.Errorf("b got revision %d, the answer says 42", b.res.revision)
+		}
+		sent[1].settle()
+	})
+}
+
+func TestSessionGone(t *testing.T) {
+	t.Run("a batch that had no effect goes into the next session", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next().gone()
+			l.openWith(8)
+			s := l.next()
+			if s.batch.session != 8 || s.keys()[0] != "k" {
+				t.Errorf("sent in session %d: %v", s.batch.session, s.keys())
+			}
+			s.settle()
+			c.verdict(t, nil)
+			if d := l.set("later"); l.next().batch.session != 8 {
+				d.cancel()
+				t.Error("a later write went into the session that is gone")
+			}
+		})
+	})
+	t.Run("a batch that may have had an effect is uncertain", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next().lose()
+			l.next().gone()
+			c.verdict(t, ErrUncertain)
+			l.openWith(8)
+			l.quiet()
+		})
+	})
+	t.Run("they go back in front of those that wait", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			l.set("late")
+			sent[0].gone()
+			sent[1].gone()
+			synctest.Wait()
+			l.openWith(8)
+			s := l.next()
+			if len(s.batch.txs) != 3 || s.keys()[2] != "late" {
+				t.Errorf("sent %v, want the two that were first, then late", s.keys())
+			}
+			s.settle()
+		})
+	})
+	t.Run("a caller leaves while there is none", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next().gone()
+			s := l.next() // the request for a new session, not answered
+			c.cancel()
+			c.verdict(t, ErrNotApplied)
+			if l.open() {
+				t.Error("open without a session")
+			}
+			s.done(outcome{kind: outcomeDone, session: 8})
+			l.quiet()
+		})
+	})
+}
+
+// The state forgets answers up to acked, so acked must not pass a batch that still needs its own.
+func TestAckedStopsAtTheOldestUnsettled(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		l.set("a")
+		one := l.next()
+		acked := func(key string, want uint64) *sending {
+			t.Helper()
+			l.set(key)
+			s := l.next()
+			if s.batch.acked != want {
+				t.Errorf("batch %d says that all up to %d are settled, want %d", s.batch.seq, s.batch.acked, want)
+			}
+			return s
+		}
+		acked("b", 0).settle()
+		synctest.Wait()
+		acked("c", 0).settle()
+		synctest.Wait()
+		one.lose()
+		one = l.next()
+		if one.batch.seq != 1 || one.batch.acked != 0 {
+			t.Errorf("batch %d sent again with acked %d", one.batch.seq, one.batch.acked)
+		}
+		one.settle()
+		synctest.Wait()
+		acked("d", 3).settle()
+	})
+}
+
+// A write returns when this member has applied it, and not merely when the leader has answered.
+func TestAnswerWaitsForOwnApply(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		c := l.set("k")
+		l.next().done(outcome{kind: outcomeDone, index: 5, results: make([]result, 1)})
+		c.pending(t)
+		l.level.advance(5)
+		c.verdict(t, nil)
+	})
+}
+
+func TestOwnApplyAnswersFirst(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		c := l.set("k")
+		s := l.next()
+		l.deliver(6, 1, outcome{kind: outcomeDone, results: make([]result, 1)}) // of somebody else's session
+		c.pending(t)
+		l.deliver(7, 1, outcome{kind: outcomeDone, results: []result{{revision: 3}}})
+		c.verdict(t, nil)
+		if c.res.revision != 3 {
+			t.Errorf("revision %d, want 3", c.res.revision)
+		}
+		<-s.ctx.Done() // the answer of the leader is not waited for, or the slot would be lost
+		l.quiet()
+		if !l.empty() {
+			t.Error("the slot is still taken")
+		}
+	})
+}
+
+// Raft may leave a future without an answer for ever. The write has its answer from apply, and the slot must not wait.
+func TestSlotSurvivesUnansweredFuture(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		silent := true
+		l.begin = func(data []byte) func(context.Context) (outcome, bool, error) {
+			if !silent {
+				return nil
+			}
+			return func(ctx context.Context) (outcome, bool, error) {
+				<-ctx.Done()
+				return outcome{}, true, ctx.Err()
+			}
+		}
+		for i := range slots {
+			c := l.set(fmt.Sprint("k", i))
+			l.deliver(7, uint64(i+1), outcome{kind: outcomeDone, results: make([]result, 1)})
+			c.verdict(t, nil)
+		}
+		silent = false
+		c := l.set("next")
+		l.next().settle()
+		c.verdict(t, nil)
+	})
+}
+
+func TestWrongNumberOfAnswers(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		c := l.set("k")
+		l.next().done(outcome{kind: outcomeDone, results: make([]result, 2)})
+		c.verdict(t, ErrUncertain)
+	})
+}
+
+func TestStopAnswersEverybody(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		onWire := l.set("on the wire")
+		l.next()
+		refused := l.set("refused")
+		l.next().refuse()
+		waiting := l.set("waiting")
+		l.refuse(ErrClosed)
+		l.set("late").verdict(t, ErrNotApplied)
+		waiting.pending(t)
+		l.stop(ErrClosed)
+		onWire.verdict(t, ErrUncertain)
+		refused.verdict(t, ErrNotApplied)
+		waiting.verdict(t, ErrNotApplied)
+		for _, c := range []*call{onWire, refused, waiting} {
+			if !errors.Is(c.err, ErrClosed) {
+				t.Errorf("%s: error %v does not say why", c.key, c.err)
+			}
+		}
+		l.stop(ErrClosed)
+		l.end()
+	})
+}
+
+func TestFullQueue(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		_, sent := l.fill(t)
+		large := func(key string) *call { return l.submitOp(op{kind: opSet, key: key, value: make([]byte, queueBytes/4)}) }
+		for i := range 3 {
+			large(fmt.Sprint("k", i))
+		}
+		waits, leaves := large("waits"), large("leaves")
+		leaves.cancel()
+		leaves.verdict(t, ErrNotApplied)
+		waits.pending(t)
+		sent[0].settle()
+		for range 4 {
+			l.next().settle()
+		}
+		waits.verdict(t, nil)
+		sent[1].settle()
+		l.quiet()
+	})
+}
+
+// What a batch means when raft's log holds it more than once, or late: the real state machine answers.
+func TestBatchTakesEffectOnce(t *testing.T) {
+	f, apply := newTestFSM(t)
+	session := apply(encodeOpen([16]byte{1})).session
+	insert := func(session, seq, acked uint64, key string) []byte {
+		return encodeEntry(batchOf(session, seq, acked, transaction{{kind: opIfNotExists, key: key}, {kind: opSet, key: key, value: []byte("v")}}))
+	}
+	expect := func(words string, o outcome, kind outcomeKind, status txStatus, revision uint64) {
+		t.Helper()
+		if o.kind != kind {
+			t.Fatalf("%s: outcome %d, want %d", words, o.kind, kind)
+		}
+		if kind == outcomeDone && (len(o.results) != 1 || o.results[0].status != status || o.results[0].revision != revision) {
+			t.Fatalf("%s: %+v, want status %d, revision %d", words, o.results, status, revision)
+		}
+		if r := f.store.meta().revision; kind != outcomeDone && r != revision {
+			t.Fatalf("%s: revision %d, want %d", words, r, revision)
+		}
+	}
+	expect("the first", apply(insert(session, 1, 0, "a")), outcomeDone, txDone, 1)
+	expect("the same again does not meet itself", apply(insert(session, 1, 0, "a")), outcomeDone, txDone, 1)
+	expect("another insert of the key", apply(insert(session, 3, 0, "a")), outcomeDone, txUnsatisfied, 1)
+	expect("an older number, later", apply(insert(session, 2, 0, "b")), outcomeDone, txDone, 2)
+	expect("and that again, with the same body and a newer acked", apply(insert(session, 2, 1, "b")), outcomeDone, txDone, 2)
+	expect("one that its sender had settled", apply(insert(session, 1, 1, "a")), outcomeStale, 0, 2)
+	expect("the refused one again", apply(insert(session, 3, 1, "a")), outcomeDone, txUnsatisfied, 1)
+	for i := range maxSessions {
+		apply(encodeOpen([16]byte{2, byte(i), byte(i >> 8)}))
+	}
+	expect("after its session was evicted", apply(insert(session, 2, 1, "c")), outcomeGone, 0, 2)
+	if _, ok, _ := f.store.get("c"); ok {
+		t.Error("a batch of an evicted session had an effect")
+	}
+}
+
+// newTestFSM is a state machine on a file of its own, and a function that applies the next entry.
+func newTestFSM(t *testing.T) (*fsm, func(data []byte) outcome) {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	st, err := openStore(storeOptions{path: filepath.Join(t.TempDir(), "snap"), memory: 1 << 20, log: log})
+	must(t, err)
+	t.Cleanup(func() { st.close() })
+	f, err := newFSM(st, log)
+	must(t, err)
+	index := uint64(0)
+	return f, func(data []byte) outcome {
+		t.Helper()
+		index++
+		o, ok := f.Apply(&raft.Log{Index: index, Term: 1, Type: raft.LogCommand, Data: data}).(outcome)
+		if !ok {
+			t.Fatalf("apply gave no outcome for entry %d", index)
+		}
+		return o
+	}
+}
