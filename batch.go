@@ -43,7 +43,7 @@ type batcher struct {
 	room    []chan struct{}    // callers that wait for room in the queue
 	idle    int                // slots that carry nothing
 	session uint64             // 0 = not open
-	reopen  chan struct{}      // closed when a new session is wanted
+	reopen  chan struct{}      // closed when the session is lost; made anew with each session
 	seq     uint64             // the newest that was given
 	active  map[*flight]bool   // formed and not settled
 	flights map[uint64]*flight // those of active that have a seq
@@ -474,9 +474,6 @@ func (b *batcher) stop(cause error) {
 // is sent before a session is open, for nothing could be sent twice safely.
 func (b *batcher) keepSession() {
 	for b.ctx.Err() == nil {
-		b.mu.Lock()
-		reopen := b.reopen
-		b.mu.Unlock()
 		id, ok := b.openSession()
 		if !ok {
 			return
@@ -484,7 +481,7 @@ func (b *batcher) keepSession() {
 		b.mu.Lock()
 		b.session = id
 		b.reopen = make(chan struct{})
-		reopen = b.reopen
+		reopen := b.reopen
 		var fs []*flight
 		for f := b.takeLocked(); f != nil; f = b.takeLocked() {
 			fs = append(fs, f)

@@ -170,14 +170,13 @@ func cutEntries(entries []*raft.Log) []*raft.Log {
 }
 
 func encodeAppend(a *raft.AppendEntriesRequest) []byte {
-	size := 128 + len(a.ID) + len(a.Addr) + len(a.Leader)
+	size := 128 + len(a.ID) + len(a.Addr)
 	for _, e := range a.Entries {
 		size += len(e.Data) + len(e.Extensions) + 48
 	}
 	b := append(make([]byte, 0, size), frameVersion)
 	b = appendHeader(b, a.RPCHeader)
 	b = binary.AppendUvarint(b, a.Term)
-	b = appendBytes(b, a.Leader)
 	b = binary.AppendUvarint(b, a.PrevLogEntry)
 	b = binary.AppendUvarint(b, a.PrevLogTerm)
 	b = binary.AppendUvarint(b, a.LeaderCommitIndex)
@@ -201,7 +200,6 @@ func decodeAppend(data []byte) (*raft.AppendEntriesRequest, error) {
 	}
 	a := &raft.AppendEntriesRequest{RPCHeader: r.header()}
 	a.Term = r.uint()
-	a.Leader = r.some(maxHeaderBytes)
 	a.PrevLogEntry, a.PrevLogTerm, a.LeaderCommitIndex = r.uint(), r.uint(), r.uint()
 	n := r.count(maxAppendEntries)
 	if n > len(r.b)/minLogBytes {

@@ -20,7 +20,6 @@ func someAppend() *raft.AppendEntriesRequest {
 	return &raft.AppendEntriesRequest{
 		RPCHeader:    raft.RPCHeader{ProtocolVersion: 3, ID: []byte("a"), Addr: []byte("127.0.0.1:1")},
 		Term:         7,
-		Leader:       []byte("127.0.0.1:1"),
 		PrevLogEntry: 41,
 		PrevLogTerm:  6,
 		Entries: []*raft.Log{
