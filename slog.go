@@ -10,6 +10,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"os"
 	"runtime"
 	"slices"
 	"strconv"
@@ -17,6 +18,18 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 )
+
+// init gives the application its standard logger back. raft-wal imports an old etcd package, whose capnslog takes over the
+// whole of package log when it is initialized: other lines, or the journal if this process is a child of init.
+func init() {
+	if fmt.Sprintf("%T", log.Writer()) != "capnslog.packageWriter" {
+		return // a newer raft-wal, or somebody has set the output since
+	}
+	log.SetOutput(os.Stderr)
+	if log.Flags() == 0 {
+		log.SetFlags(log.LstdFlags)
+	}
+}
 
 // hclogger returns a logger for raft and raft-wal; nil is silence.
 func hclogger(l *slog.Logger) hclog.Logger {

@@ -3,6 +3,7 @@ package quorate
 import (
 	"bytes"
 	"errors"
+	"log"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -26,6 +27,12 @@ func logTo(level slog.Level, source bool) (*slog.Logger, *bytes.Buffer) {
 			return a
 		},
 	})), &buf
+}
+
+func TestStandardLogIsTheApplications(t *testing.T) {
+	if log.Writer() != os.Stderr || log.Flags() != log.LstdFlags {
+		t.Errorf("package log writes to a %T with flags %d, as a dependency has set it", log.Writer(), log.Flags())
+	}
 }
 
 func TestHclogLines(t *testing.T) {
