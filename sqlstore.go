@@ -50,6 +50,8 @@ const (
 	walAgain      = 4 << 20   // while a reader keeps the WAL from restarting, the writer checkpoints once per this growth
 	statEvery     = 512 << 10 // the WAL's size is looked at after about this many bytes of page writes
 
+	pinLimit = 32 << 20 // WAL that a copy may keep from restarting; then what is left of it moves into a file
+
 	chunkRows  = 4096    // of the scan: one snapshot each
 	chunkBytes = 4 << 20 // values read before a chunk is cut short
 	copyPages  = 64      // a backup is written in pieces of this many pages
@@ -1280,6 +1282,11 @@ func (s *store) checkpoint(ctx context.Context) {
 	}()
 	var seen *meta
 	for s.pause(ctx, 100*time.Millisecond) {
+		for _, cp := range s.openCopies() {
+			if cp.pinned() > pinLimit {
+				cp.spool()
+			}
+		}
 		if m := s.last.Load(); m == seen {
 			continue
 		} else {
@@ -1353,7 +1360,8 @@ func (s *store) openCopies() (copies []*storeCopy) {
 	return copies
 }
 
-// A storeCopy streams the pages of one snapshot, and the SHA-256 of them. Until it is closed the WAL cannot restart.
+// A storeCopy streams the pages of one snapshot, and the SHA-256 of them. While it holds its read transaction the WAL cannot
+// restart; a slow reader's copy moves into a file for that reason.
 type storeCopy struct {
 	meta meta
 	size int64 // of the whole stream
@@ -1361,20 +1369,27 @@ type storeCopy struct {
 	s      *store
 	before int64 // WAL's size when it began
 
-	mu    sync.Mutex // guards the fields below; held across reads of the connection, which is used by one at a time
-	c     *conn      // nil when closed
-	rows  driver.Rows
-	pages int64 // still to come
-	hash  hash.Hash
-	buf   []byte // what Read has not returned yet
-	head  bool   // the first page has been read
-	tail  bool   // the checksum has been put into buf
+	mu      sync.Mutex // guards the fields below; held across reads of the connection, which is used by one at a time
+	c       *conn      // nil when closed or spooled
+	rows    driver.Rows
+	pages   int64 // still to come
+	hash    hash.Hash
+	buf     []byte   // what Read has not returned yet
+	head    bool     // the first page has been read
+	tail    bool     // the checksum has been put into buf
+	spooled *os.File // what was still to come when the transaction was ended
+	failed  error    // of spooling
 }
 
 func (c *storeCopy) Read(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.c == nil {
+	switch {
+	case c.spooled != nil:
+		return c.spooled.Read(p)
+	case c.failed != nil:
+		return 0, c.s.explain("copy", c.failed)
+	case c.c == nil:
 		return 0, os.ErrClosed
 	}
 	if len(c.buf) == 0 {
@@ -1388,6 +1403,48 @@ func (c *storeCopy) Read(p []byte) (int, error) {
 	n := copy(p, c.buf)
 	c.buf = c.buf[n:]
 	return n, nil
+}
+
+// spool ends the read transaction: what is still to come goes into a file, or the copy ends with an error.
+func (c *storeCopy) spool() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.c == nil {
+		return
+	}
+	f, err := os.CreateTemp(filepath.Dir(c.s.path), filepath.Base(c.s.path)+".copy-")
+	if err == nil {
+		os.Remove(f.Name()) // where the system lets us; release does it otherwise
+		if err = c.spoolTo(f); err != nil {
+			f.Close()
+			os.Remove(f.Name())
+		} else {
+			c.spooled = f
+		}
+	}
+	if err != nil {
+		c.failed = fmt.Errorf("its reader is slow, and the rest does not go into a file: %w", err)
+	}
+	c.endTransaction()
+}
+
+func (c *storeCopy) spoolTo(f *os.File) error {
+	w := bufio.NewWriterSize(f, copyPages*pageSize)
+	for {
+		if _, err := w.Write(c.buf); err != nil {
+			return err
+		}
+		if err := c.fill(); err == io.EOF {
+			break
+		} else if err != nil {
+			return err
+		}
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	_, err := f.Seek(0, io.SeekStart)
+	return err
 }
 
 func (c *storeCopy) fill() error {
@@ -1430,7 +1487,7 @@ func (c *storeCopy) page() ([]byte, error) {
 	return page, nil
 }
 
-// pinned is about how many bytes the WAL has grown by since the copy began, which it cannot give back before Close.
+// pinned is about how many bytes the WAL has grown by since the copy began and cannot give back before its transaction ends.
 func (c *storeCopy) pinned() int64 { return max(0, c.s.walSize()-c.before) }
 
 func (c *storeCopy) Close() error {
@@ -1443,6 +1500,15 @@ func (c *storeCopy) Close() error {
 func (c *storeCopy) release() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if f := c.spooled; f != nil {
+		c.spooled = nil
+		f.Close()
+		os.Remove(f.Name())
+	}
+	return c.endTransaction()
+}
+
+func (c *storeCopy) endTransaction() error {
 	if c.c == nil {
 		return nil
 	}

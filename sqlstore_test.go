@@ -1222,3 +1222,47 @@ func BenchmarkGet(b *testing.B) {
 		})
 	}
 }
+
+// A copy that nobody reads from keeps the WAL from restarting. It must not keep it for ever, and stay right all the same.
+func TestSlowCopyLetsGoOfTheWAL(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	keepUp(t, s)
+	value := bytes.Repeat([]byte("v"), 64<<10)
+	write := func(i int) {
+		apply(t, s, func(tx *storeTx) {
+			for k := range 16 {
+				must(t, tx.set(fmt.Sprintf("key%03d", (i*16+k)%64), row{value: value, version: uint64(i + 1), created: 1}))
+			}
+		})
+	}
+	for i := range 4 {
+		write(i)
+	}
+	c, err := s.copy()
+	must(t, err)
+	defer c.Close()
+	want := s.meta()
+	first := make([]byte, 5000)
+	_, err = io.ReadFull(c, first)
+	must(t, err)
+	for i := 4; c.pinned() <= pinLimit; i++ {
+		write(i)
+	}
+	spooled := func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.spooled != nil }
+	soon(t, "the copy is in a file", spooled)
+	for i := range 64 {
+		write(i)
+	}
+	if size := s.walSize(); size > 64<<20 {
+		t.Errorf("the WAL has %d bytes", size)
+	}
+	m, err := receive(filepath.Join(t.TempDir(), "copy"), io.MultiReader(bytes.NewReader(first), c))
+	must(t, err)
+	if m.applied != want.applied || m.kvSum != want.kvSum {
+		t.Errorf("the copy holds %+v, want %+v", m, want)
+	}
+	must(t, c.Close())
+	if left, _ := filepath.Glob(s.path + ".copy-*"); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
