@@ -1,0 +1,289 @@
+//go:build unix
+
+package quorate
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Members in processes of their own, which can be killed and stopped as a machine would do it: the test binary runs itself
+// with processEnv set, and the parent drives it by POST /do beside /raft/.
+
+const processEnv = "QUORATE_TEST_MEMBER"
+
+// An order is one call that the parent has a member make.
+type order struct {
+	Op      string // set, insert, delete, get, stale, allow, ready, status, load
+	Key     string
+	Value   []byte
+	Timeout time.Duration
+	Writers int // load: that many writers write until Timeout
+}
+
+type report struct {
+	Verdict string // see verdict
+	Value   []byte // nil is missing
+	Status  Status
+	Count   int64 // load: writes that returned nil
+	Error   string
+}
+
+// TestMemberProcess is no test: it is the member in a process of its own. It ends when its standard input does.
+func TestMemberProcess(t *testing.T) {
+	text := os.Getenv(processEnv)
+	if text == "" {
+		t.Skip("run by other tests")
+	}
+	c := Config{Logger: testLogger(t)}
+	var given struct{ Dir, Addr, Join string }
+	must(t, json.Unmarshal([]byte(text), &given))
+	c.Dir, c.Addr, c.Join = given.Dir, given.Addr, given.Join
+	s, err := Open(context.Background(), c)
+	must(t, err)
+	mux := http.NewServeMux()
+	mux.Handle("/raft/", s)
+	mux.HandleFunc("POST /do", func(w http.ResponseWriter, req *http.Request) {
+		var o order
+		if err := json.NewDecoder(req.Body).Decode(&o); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		json.NewEncoder(w).Encode(obey(s, o))
+	})
+	l, err := net.Listen("tcp", c.Addr)
+	must(t, err)
+	go http.Serve(l, mux)
+	io.Copy(io.Discard, os.Stdin)
+	must(t, s.Close())
+}
+
+func obey(s *Service, o order) report {
+	ctx, cancel := context.WithTimeout(context.Background(), o.Timeout)
+	defer cancel()
+	var r report
+	var err error
+	switch o.Op {
+	case "set":
+		err = s.Set(ctx, o.Key, o.Value)
+	case "insert":
+		err = s.Insert(ctx, o.Key, o.Value)
+	case "delete":
+		err = s.Delete(ctx, o.Key)
+	case "get":
+		r.Value, err = s.Get(ctx, o.Key)
+	case "stale":
+		r.Value = s.Stale().Get(o.Key)
+	case "allow":
+		err = s.AddAllowedMember(ctx, o.Key)
+	case "ready":
+		err = s.Ready(ctx)
+	case "status":
+		r.Status = s.Status()
+	case "load":
+		r.Count = load(ctx, s, o.Writers)
+	default:
+		err = errors.New("unknown order")
+	}
+	r.Verdict = verdict(err)
+	if err != nil {
+		r.Error = err.Error()
+	}
+	return r
+}
+
+// load writes 256 bytes at a time to a thousand keys.
+func load(ctx context.Context, s *Service, writers int) int64 {
+	var done atomic.Int64
+	var wg sync.WaitGroup
+	value := bytes.Repeat([]byte("x"), 256)
+	for w := range writers {
+		wg.Go(func() {
+			for i := w; ctx.Err() == nil; i += writers {
+				if s.Set(ctx, fmt.Sprint("load/", i%1000), value) == nil {
+					done.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return done.Load()
+}
+
+type process struct {
+	t               *testing.T
+	dir, addr, join string
+	client          *http.Client
+
+	mu    sync.Mutex // guards the fields below
+	cmd   *exec.Cmd  // nil while it is down
+	stdin io.Closer
+}
+
+// newProcesses starts a cluster of three, all of them voters when it returns.
+func newProcesses(t *testing.T) []*process {
+	t.Helper()
+	var list []*process
+	for i := range 3 {
+		p := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), client: newClient(t, new(line))}
+		t.Cleanup(p.stop)
+		if i > 0 {
+			p.join = list[0].addr
+			list[0].must(order{Op: "allow", Key: p.addr})
+		}
+		p.start()
+		list = append(list, p)
+	}
+	for _, p := range list {
+		p.awaitReady()
+		eventually(t, 30*time.Second, "three voters", func() error {
+			r, err := p.do(order{Op: "status"})
+			if err == nil && countVoters(r.Status) != 3 {
+				err = fmt.Errorf("%d voters", countVoters(r.Status))
+			}
+			return err
+		})
+	}
+	return list
+}
+
+func (p *process) start() {
+	p.t.Helper()
+	text, err := json.Marshal(struct{ Dir, Addr, Join string }{p.dir, p.addr, p.join})
+	must(p.t, err)
+	cmd := exec.Command(os.Args[0], "-test.run=^TestMemberProcess$", "-test.timeout=0")
+	cmd.Env = append(os.Environ(), processEnv+"="+string(text))
+	cmd.Stderr = os.Stderr
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	stdin, err := cmd.StdinPipe()
+	must(p.t, err)
+	must(p.t, cmd.Start())
+	p.mu.Lock()
+	p.cmd, p.stdin = cmd, stdin
+	p.mu.Unlock()
+	eventually(p.t, 30*time.Second, "a process that answers", func() error {
+		_, err := p.do(order{Op: "status"})
+		return err
+	})
+}
+
+// awaitReady waits until it would accept a write.
+func (p *process) awaitReady() {
+	p.t.Helper()
+	p.must(order{Op: "ready", Timeout: 30 * time.Second})
+}
+
+// kill is kill -9.
+func (p *process) kill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd == nil {
+		return
+	}
+	p.cmd.Process.Kill()
+	p.cmd.Wait()
+	p.cmd = nil
+}
+
+func (p *process) stop() {
+	p.mu.Lock()
+	cmd, stdin := p.cmd, p.stdin
+	p.cmd = nil
+	p.mu.Unlock()
+	if cmd == nil {
+		return
+	}
+	cmd.Process.Signal(syscall.SIGCONT)
+	stdin.Close()
+	if err := cmd.Wait(); err != nil {
+		p.t.Errorf("member at %s ended with %v:\n%s", p.addr, err, cmd.Stdout)
+	}
+}
+
+// freeze stops the process where it is, as a suspended machine is.
+func (p *process) freeze() { p.signal(syscall.SIGSTOP) }
+func (p *process) thaw()   { p.signal(syscall.SIGCONT) }
+
+func (p *process) signal(sig os.Signal) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	must(p.t, p.cmd.Process.Signal(sig))
+}
+
+// do has the member make a call. An error means that no answer came, and leaves open whether the call was made.
+func (p *process) do(o order) (report, error) {
+	if o.Timeout == 0 {
+		o.Timeout = 10 * time.Second
+	}
+	var r report
+	body, err := json.Marshal(o)
+	if err != nil {
+		return r, err
+	}
+	resp, err := p.client.Post("http://"+p.addr+"/do", "application/json", bytes.NewReader(body))
+	if err != nil {
+		return r, err
+	}
+	defer resp.Body.Close()
+	return r, json.NewDecoder(resp.Body).Decode(&r)
+}
+
+func (p *process) must(o order) report {
+	p.t.Helper()
+	r, err := p.do(o)
+	if err != nil || r.Verdict != "ok" {
+		p.t.Fatalf("%s %s at %s: %v %s %s", o.Op, o.Key, p.addr, err, r.Verdict, r.Error)
+	}
+	return r
+}
+
+// leaderProcess is the one that leads, when all that answer agree on it.
+func leaderProcess(t *testing.T, list []*process) *process {
+	t.Helper()
+	var leader *process
+	eventually(t, 30*time.Second, "a leader", func() error {
+		leader = nil
+		for _, p := range list {
+			r, err := p.do(order{Op: "status"})
+			if err != nil {
+				return err
+			}
+			if r.Status.LeaderAddr == "" {
+				return fmt.Errorf("%s knows no leader", p.addr)
+			}
+			if r.Status.Role == Leader {
+				leader = p
+			}
+		}
+		if leader == nil {
+			return errors.New("none of them leads")
+		}
+		return nil
+	})
+	return leader
+}
+
+func without(list []*process, p *process) []*process {
+	var rest []*process
+	for _, q := range list {
+		if q != p {
+			rest = append(rest, q)
+		}
+	}
+	return rest
+}
