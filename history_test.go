@@ -32,10 +32,10 @@ type history struct {
 	acks    []time.Duration // when writes were acknowledged
 }
 
-type call struct{ op, key, value string }
+type asked struct{ op, key, value string }
 
-// answer is what a call returned; an unknown one may have taken effect at any time after the call, or never.
-type answer struct {
+// told is what a call returned; an unknown one may have taken effect at any time after the call, or never.
+type told struct {
 	verdict, value string
 	unknown        bool
 }
@@ -45,7 +45,7 @@ var registers = porcupine.Model{
 	Partition: func(ops []porcupine.Operation) [][]porcupine.Operation {
 		byKey := make(map[string][]porcupine.Operation)
 		for _, o := range ops {
-			byKey[o.Input.(call).key] = append(byKey[o.Input.(call).key], o)
+			byKey[o.Input.(asked).key] = append(byKey[o.Input.(asked).key], o)
 		}
 		var parts [][]porcupine.Operation
 		for _, p := range byKey {
@@ -55,7 +55,7 @@ var registers = porcupine.Model{
 	},
 	Init: func() any { return "" },
 	Step: func(state, input, output any) (bool, any) {
-		now, c, a := state.(string), input.(call), output.(answer)
+		now, c, a := state.(string), input.(asked), output.(told)
 		switch {
 		case c.op == "get":
 			return a.value == now, now
@@ -78,7 +78,7 @@ func (h *history) run(ctx context.Context, t *testing.T, client int, p *process)
 	rnd := rand.New(rand.NewPCG(uint64(client), 1))
 	for i := 0; ctx.Err() == nil; i++ {
 		// The keys change with time, so that each has a short history that is quick to check.
-		c := call{op: "get", key: fmt.Sprintf("%d/%d", time.Since(h.start)/(250*time.Millisecond), rnd.IntN(4))}
+		c := asked{op: "get", key: fmt.Sprintf("%d/%d", time.Since(h.start)/(250*time.Millisecond), rnd.IntN(4))}
 		if n := rnd.IntN(20); n < 12 {
 			c.op = [...]string{"set", "insert", "delete"}[n/4]
 			c.value = fmt.Sprintf("%d-%d", client, i)
@@ -94,14 +94,14 @@ func (h *history) run(ctx context.Context, t *testing.T, client int, p *process)
 }
 
 // make makes one call and records it. False: nobody was there.
-func (h *history) make(t *testing.T, client int, p *process, c call) bool {
+func (h *history) make(t *testing.T, client int, p *process, c asked) bool {
 	began := time.Since(h.start)
 	r, err := p.do(order{Op: c.op, Key: c.key, Value: []byte(c.value), Timeout: 5 * time.Second})
 	ended := time.Since(h.start)
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return false
 	}
-	a := answer{verdict: r.Verdict, value: string(r.Value)}
+	a := told{verdict: r.Verdict, value: string(r.Value)}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.keys[c.key] = true
@@ -144,7 +144,7 @@ func (h *history) check(t *testing.T) {
 	defer h.mu.Unlock()
 	last, unknown := int64(time.Since(h.start)), 0
 	for i, o := range h.ops {
-		c, a := o.Input.(call), o.Output.(answer)
+		c, a := o.Input.(asked), o.Output.(told)
 		if a.unknown {
 			unknown++
 			h.ops[i].Return = last + 1
@@ -229,7 +229,7 @@ func TestHistory(t *testing.T) {
 	clients.Wait()
 	awaitEqualProcesses(t, list)
 	for key := range h.keys {
-		h.make(t, 99, list[0], call{op: "get", key: key})
+		h.make(t, 99, list[0], asked{op: "get", key: key})
 		want := list[0].must(order{Op: "stale", Key: key}).Value
 		for _, p := range list[1:] {
 			if v := p.must(order{Op: "stale", Key: key}).Value; string(v) != string(want) {
