@@ -137,16 +137,7 @@ func makeLogDir(dir string) error {
 	} else if err != nil {
 		return err
 	}
-	return syncLogDir(filepath.Dir(dir))
-}
-
-func syncLogDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return syncDir(filepath.Dir(dir))
 }
 
 // load reads the bounds and the last entry.
@@ -735,7 +726,7 @@ func (l *logStore) explain(what string, err error) error {
 	return fmt.Errorf("log %s: %s: %w", l.dir, what, err)
 }
 
-// isFull also looks at the text: bbolt v1.3.6 hands on what the system said while its file grew as text alone.
+// diskFull also looks at the text: bbolt v1.3.6 hands on what the system said while its file grew as text alone.
 func diskFull(err error) bool {
 	if err == nil {
 		return false
