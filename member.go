@@ -32,13 +32,17 @@ const (
 type peerTable struct {
 	mu        sync.Mutex // guards the fields below
 	heard     map[string]time.Time
-	announced map[string]string // by id: an address newer than the configuration's
-	sends     int               // snapshots being sent
+	announced map[string]announced // by id
+	sends     int                  // snapshots being sent
 	strange   struct {
 		at              time.Time
 		cluster, sender string
 	}
 }
+
+// An announced address stands as long as the configuration says what it said then, or nothing: after that the configuration
+// is the newer one.
+type announced struct{ addr, instead string }
 
 func (t *peerTable) contact(id string) {
 	t.mu.Lock()
@@ -59,19 +63,23 @@ func (t *peerTable) sinceHeard(id string) time.Duration {
 	return -1
 }
 
-func (t *peerTable) announce(id, addr string) {
+func (t *peerTable) announce(id, addr, instead string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.announced == nil {
-		t.announced = make(map[string]string)
+		t.announced = make(map[string]announced)
 	}
-	t.announced[id] = addr
+	t.announced[id] = announced{addr, instead}
 }
 
-func (t *peerTable) announcedAddr(id string) string {
+// announcedAddr is empty if nothing newer than the configured address is known.
+func (t *peerTable) announcedAddr(id, configured string) string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.announced[id]
+	if a := t.announced[id]; a.instead == configured || placeholder(configured) {
+		return a.addr
+	}
+	return ""
 }
 
 func (t *peerTable) snapshots(delta int) {
@@ -110,7 +118,7 @@ func (s *Service) startPeer() {
 		self:       func() (string, string, string) { return s.ident.id, s.ident.cluster, s.conf.Addr },
 		ready:      func() bool { return raftNow() != nil },
 		server:     s.server,
-		announced:  s.members.announcedAddr,
+		announced:  s.announcedAddr,
 		removed:    func(id string) bool { return s.fsm.members.Load().removed[id] != 0 },
 		silent:     s.silent,
 		leading:    s.leading,
@@ -147,10 +155,15 @@ func (s *Service) server(id string) (addr string, known, voter bool) {
 }
 
 func (s *Service) addressOf(m raft.Server) string {
-	if addr := s.members.announcedAddr(string(m.ID)); addr != "" {
+	if addr := s.members.announcedAddr(string(m.ID), string(m.Address)); addr != "" {
 		return addr
 	}
 	return string(m.Address)
+}
+
+func (s *Service) announcedAddr(id string) string {
+	configured, _, _ := s.server(id)
+	return s.members.announcedAddr(id, configured)
 }
 
 // others are the members of the configuration that raft uses now, without this one.
@@ -176,7 +189,7 @@ func (s *Service) leader() (id, addr string) {
 		return "", ""
 	}
 	a, i := r.LeaderWithID()
-	if other := s.members.announcedAddr(string(i)); other != "" {
+	if other := s.announcedAddr(string(i)); other != "" {
 		return string(i), other
 	}
 	return string(i), string(a)
@@ -352,9 +365,17 @@ func (s *Service) ownAddress() {
 	if !placeholder(addr) && len(s.others()) > 0 && !s.fsm.members.Load().allowed[s.conf.Addr] {
 		return
 	}
+	s.changing.Lock()
+	defer s.changing.Unlock()
 	ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second)
 	defer cancel()
-	s.setServer(ctx, s.ident.id, s.conf.Addr)
+	err := s.awaitRoom(ctx, s.conf.Addr, s.ident.id)
+	if err == nil {
+		err = s.setServer(ctx, s.ident.id, s.conf.Addr)
+	}
+	if err != nil {
+		s.log.Debug("this leader's address is not in the configuration yet", "error", err)
+	}
 }
 
 // setServer adds a non-voter, or changes the address of a member of any kind.
@@ -449,10 +470,10 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 	if !validID(req.ID) {
 		return joinAnswer{}, refuse(http.StatusBadRequest, codeBadRequest, "malformed id")
 	}
+	if current, known, _ := s.server(req.ID); req.Announce && known && s.fsm.members.Load().allowed[addr] {
+		s.members.announce(req.ID, addr, current)
+	}
 	if s.raft.Load().State() != raft.Leader {
-		if _, known, _ := s.server(req.ID); req.Announce && known && s.fsm.members.Load().allowed[addr] {
-			s.members.announce(req.ID, addr)
-		}
 		return joinAnswer{}, s.notLeader()
 	}
 	s.changing.Lock()
@@ -466,7 +487,7 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
 	m := s.fsm.members.Load()
-	current, _, _ := s.server(req.ID)
+	current, known, _ := s.server(req.ID)
 	switch format := s.store.meta().format; {
 	case m.removed[req.ID] != 0:
 		return joinAnswer{}, refuse(http.StatusGone, codeRemoved, "this id was removed from the cluster")
@@ -477,7 +498,11 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		return joinAnswer{}, refuse(http.StatusForbidden, codeNotAllowed, "%s is not on the list", addr)
 	}
 	if current != addr {
-		if err := s.replaceAt(ctx, addr, req.ID); err != nil {
+		makeRoom := s.replaceAt
+		if known {
+			makeRoom = s.awaitRoom
+		}
+		if err := makeRoom(ctx, addr, req.ID); err != nil {
 			return joinAnswer{}, err
 		}
 		if err := s.setServer(ctx, req.ID, addr); err != nil {
@@ -490,6 +515,23 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		a.Members = append(a.Members, memberAddr{ID: string(m.ID), Addr: string(m.Address), Voter: m.Suffrage == raft.Voter})
 	}
 	return a, nil
+}
+
+// awaitRoom: a member may come back at the address of another one that has moved too, and nobody is taken out for that. If
+// each waits for the other's address, this one gives up its own: meanwhile it is called where it announced itself.
+func (s *Service) awaitRoom(ctx context.Context, addr, id string) error {
+	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
+		if string(m.Address) != addr || string(m.ID) == id {
+			continue
+		}
+		if current, _, _ := s.server(id); !placeholder(current) && s.addressOf(m) != addr {
+			if err := s.setServer(ctx, id, placeholderAddr(id)); err != nil {
+				s.log.Warn("no room for a member that moved", "id", id, "address", addr, "error", err)
+			}
+		}
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "%s is the address of member %s until that one moves or is removed", addr, m.ID)
+	}
+	return nil
 }
 
 // replaceAt takes out the member that had this address before, whose directory was lost. It stays if it still answers, there
@@ -506,7 +548,7 @@ func (s *Service) replaceAt(ctx context.Context, addr, id string) error {
 		if err == nil && a.ID == string(m.ID) {
 			return refuse(http.StatusConflict, codeConflict, "member %s answers at %s: stop it, or remove it first", m.ID, addr)
 		}
-		// It may have moved: two members that come back at each other's addresses must not take each other out.
+		// It may have moved, and its new address is not in the configuration yet.
 		if heard := s.members.sinceHeard(string(m.ID)); heard >= 0 && heard < goneAfter {
 			return refuse(http.StatusServiceUnavailable, codeNotReady, "member %s, whose address %s was, lives: it was heard from %v ago",
 				m.ID, addr, heard.Round(time.Millisecond))
@@ -673,10 +715,11 @@ func (s *Service) announce() {
 			if !known {
 				break // a joiner that has heard nothing yet
 			}
-			ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
-			_, err := s.peer.join(ctx, baseURL(s.addressOf(m), s.conf.TLS), string(m.ID),
-				joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: entryFormat, Announce: true})
-			cancel()
+			err := s.announceTo(string(m.ID), s.addressOf(m))
+			var r *refusal
+			if errors.As(err, &r) && r.Code == codeNotLeader && r.LeaderAddr != "" { // who may have moved too
+				err = s.announceTo(r.LeaderID, r.LeaderAddr)
+			}
 			if err != nil {
 				s.log.Debug("announce this member's address", "to", m.Address, "answer", err)
 			}
@@ -687,6 +730,13 @@ func (s *Service) announce() {
 			return
 		}
 	}
+}
+
+func (s *Service) announceTo(id, addr string) error {
+	ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
+	defer cancel()
+	_, err := s.peer.join(ctx, baseURL(addr, s.conf.TLS), id, joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: entryFormat, Announce: true})
+	return err
 }
 
 // Role is what a member is at the moment.

@@ -1,9 +1,11 @@
 package quorate
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -402,5 +404,308 @@ func TestRemoveMember(t *testing.T) {
 		alone := newCluster(t, 1)
 		is(t, alone[0].s.RemoveMember(ctx, alone[0].conf.Addr), ErrNotApplied, "only voter")
 		must(t, alone[0].s.Set(ctx, "k", nil))
+	})
+}
+
+// admit makes a non-voter of a member that is not opened.
+func admit(t testing.TB, by *testMember, id, addr string) {
+	t.Helper()
+	ctx := ctxFor(t, patience)
+	must(t, by.s.AddAllowedMember(ctx, addr))
+	_, err := by.s.peer.join(ctx, "http://"+by.conf.Addr, by.s.Status().ID, joinRequest{ID: id, Addr: addr, Format: entryFormat, Announce: true})
+	var r *refusal
+	if !errors.As(err, &r) || r.Code != codeBadRequest {
+		t.Fatalf("asked for another member: %v", err)
+	}
+	_, err = by.s.serveJoin(ctx, joinRequest{ID: id, Addr: addr, Format: entryFormat})
+	must(t, err)
+}
+
+func TestPromotion(t *testing.T) {
+	c := newCluster(t, 2)
+	ctx := ctxFor(t, 2*time.Minute)
+	l := c.leader(t)
+	// One that will never listen comes first, and one at whose address another member answers.
+	admit(t, l, newID(), freeAddr(t))
+	imposter := &testMember{t: t, conf: Config{Addr: freeAddr(t)}}
+	server, err := imposter.serve(c.follower(t).s)
+	must(t, err)
+	defer server.Close()
+	admit(t, l, newID(), imposter.conf.Addr)
+
+	// The third is admitted and does not listen yet.
+	m := newMember(t, l.conf.Addr)
+	must(t, l.s.AddAllowedMember(ctx, m.conf.Addr))
+	m.wrap = func(http.Handler) http.Handler { return http.NotFoundHandler() }
+	m.start()
+	for i := range 50 {
+		must(t, c[i%2].s.Set(ctx, fmt.Sprint(i), nil))
+	}
+	if voters, members := l.counts(); voters != 2 || members != 5 {
+		t.Errorf("%d voters of %d members, want 2 of 5", voters, members)
+	}
+	m.cut()
+	m.wrap = nil
+	m.heal()
+	c.awaitMember(t, m)
+	if voters, members := l.counts(); voters != 3 || members != 5 {
+		t.Errorf("%d voters of %d members, want 3 of 5", voters, members)
+	}
+	for _, v := range l.s.Status().Members {
+		if v.Addr == imposter.conf.Addr && v.Voter {
+			t.Error("a member at whose address another one answers is a voter")
+		}
+	}
+}
+
+// Each case: a cluster of two grows, and its second voter is cut off when the promotion of the third comes or has just been
+// taken. Then the leader is lost and the second one returns: it and the third must agree on a leader, though the second one
+// does not know that the third has a vote.
+func TestGrowingFromTwoToThree(t *testing.T) {
+	for _, when := range []string{"at the promotion", "just after the promotion"} {
+		t.Run(when, func(t *testing.T) {
+			var armed atomic.Bool
+			var hit = make(chan struct{}, 1)
+			c := testCluster{newMember(t, "")}
+			c[0].start()
+			second := newMember(t, c[0].conf.Addr)
+			second.wrap = func(h http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if !armed.Load() || r.URL.Path != "/raft/append" {
+						h.ServeHTTP(w, r)
+						return
+					}
+					body, err := io.ReadAll(r.Body)
+					r.Body = io.NopCloser(bytes.NewReader(body))
+					promotes := false
+					if a, decodeErr := decodeAppend(body); err == nil && decodeErr == nil {
+						for _, e := range a.Entries {
+							promotes = promotes || e.Type == raft.LogConfiguration && len(voters(raft.DecodeConfiguration(e.Data))) == 3
+						}
+					}
+					if promotes {
+						armed.Store(false)
+						if when == "just after the promotion" {
+							h.ServeHTTP(httptest.NewRecorder(), r)
+						}
+						hit <- struct{}{}
+						panic(http.ErrAbortHandler)
+					}
+					h.ServeHTTP(w, r)
+				})
+			}
+			third := newMember(t, c[0].conf.Addr)
+			for _, m := range []*testMember{second, third} {
+				must(t, c[0].s.AddAllowedMember(ctxFor(t, patience), m.conf.Addr))
+			}
+			second.start()
+			c = append(c, second)
+			c.awaitVoters(t, 2)
+			must(t, c[0].s.Set(ctxFor(t, patience), "before", []byte("v")))
+			first := c.leader(t)
+			if first != c[0] {
+				t.Fatal("the second member leads")
+			}
+			armed.Store(true)
+			go func() {
+				<-hit
+				second.isolate()
+			}()
+			third.start()
+			c = append(c, third)
+			c.awaitMember(t, third) // by itself and the first one alone
+			must(t, third.s.Set(ctxFor(t, patience), "during", []byte("v")))
+
+			first.isolate()
+			second.rejoin()
+			rest := testCluster{second, third}
+			rest.leader(t)
+			for _, m := range rest {
+				must(t, m.s.Set(ctxFor(t, 20*time.Second), "after "+m.conf.Addr, []byte("v")))
+				for _, key := range []string{"before", "during"} {
+					if v, err := m.s.Get(ctxFor(t, patience), key); err != nil || string(v) != "v" {
+						t.Errorf("%s at %s: %q, %v", key, m.conf.Addr, v, err)
+					}
+				}
+			}
+			first.rejoin()
+			c.awaitVoters(t, 3)
+			c.awaitEqual(t)
+		})
+	}
+}
+
+// move restarts a stopped member at another address.
+func (m *testMember) move(t testing.TB) {
+	t.Helper()
+	m.stop()
+	m.conf.Addr = freeAddr(t)
+}
+
+func (c testCluster) awaitAddresses(t testing.TB) {
+	t.Helper()
+	for _, m := range c {
+		eventually(t, patience, "addresses at "+m.conf.Addr, func() error {
+			want := map[string]bool{}
+			for _, o := range c {
+				want[o.s.Status().ID+" "+o.conf.Addr] = true
+			}
+			got := m.s.Status().Members
+			for _, v := range got {
+				if !want[v.ID+" "+v.Addr] {
+					return fmt.Errorf("%v, want %v", got, want)
+				}
+			}
+			return nil
+		})
+	}
+}
+
+func TestNewAddress(t *testing.T) {
+	first := newMember(t, "")
+	addr := first.conf.Addr
+	first.conf.Addr = ""
+	s, err := Open(t.Context(), first.conf)
+	must(t, err)
+	must(t, s.Set(t.Context(), "k", []byte("v")))
+	must(t, s.Close())
+	first.conf.Addr = addr
+	first.start()
+	must(t, first.s.Ready(ctxFor(t, patience)))
+	testCluster{first}.awaitAddresses(t) // from none to one
+	first.move(t)
+	first.start()
+	testCluster{first}.awaitAddresses(t) // alone, it asks nobody
+
+	c := testCluster{first}
+	ctx := ctxFor(t, 3*time.Minute)
+	for range 2 {
+		m := newMember(t, first.conf.Addr)
+		must(t, first.s.AddAllowedMember(ctx, m.conf.Addr))
+		m.start()
+		c = append(c, m)
+	}
+	c.awaitVoters(t, 3)
+	awaitWrites := func(t *testing.T) {
+		t.Helper()
+		c.awaitVoters(t, 3)
+		for _, m := range c {
+			must(t, m.s.Set(ctx, "k", []byte(m.conf.Addr)))
+		}
+		c.awaitEqual(t)
+	}
+
+	t.Run("one that is not allowed", func(t *testing.T) {
+		f := c.follower(t)
+		old := f.conf.Addr
+		f.move(t)
+		f.start()
+		short, cancel := context.WithTimeout(ctx, 1500*time.Millisecond)
+		defer cancel()
+		err := f.s.Ready(short)
+		is(t, err, context.DeadlineExceeded)
+		if st := f.s.Status(); st.LeaderID != "" {
+			t.Errorf("the others call it at an address that is not allowed: %+v", st)
+		}
+		f.stop()
+		f.conf.Addr = old
+		f.start()
+		awaitWrites(t)
+	})
+	t.Run("one that is allowed", func(t *testing.T) {
+		f := c.follower(t)
+		f.move(t)
+		must(t, c.leader(t).s.AddAllowedMember(ctx, f.conf.Addr))
+		f.start()
+		awaitWrites(t)
+		c.awaitAddresses(t)
+	})
+	t.Run("two of three at once", func(t *testing.T) {
+		f := c.follower(t)
+		var moving []*testMember
+		for _, m := range c {
+			if m != f {
+				moving = append(moving, m)
+			}
+		}
+		next := []string{freeAddr(t), freeAddr(t)}
+		for _, a := range next {
+			must(t, f.s.AddAllowedMember(ctx, a))
+		}
+		c.awaitEqual(t)
+		for i, m := range moving {
+			m.stop()
+			m.conf.Addr = next[i]
+		}
+		for _, m := range moving {
+			m.start()
+		}
+		awaitWrites(t)
+		c.awaitAddresses(t)
+	})
+	t.Run("two change places", func(t *testing.T) {
+		c[1].stop()
+		c[2].stop()
+		c[1].conf.Addr, c[2].conf.Addr = c[2].conf.Addr, c[1].conf.Addr
+		c[1].start()
+		c[2].start()
+		awaitWrites(t)
+		c.awaitAddresses(t)
+		if voters, members := c[0].counts(); voters != 3 || members != 3 {
+			t.Errorf("%d voters of %d members, want 3 of 3", voters, members)
+		}
+		for _, m := range c {
+			if err := m.s.Err(); err != nil {
+				t.Errorf("%s: %v", m.conf.Addr, err)
+			}
+		}
+	})
+}
+
+func TestReplacement(t *testing.T) {
+	c := newCluster(t, 3)
+	ctx := ctxFor(t, 2*time.Minute)
+	must(t, c[0].s.Set(ctx, "k", []byte("v")))
+	lost := c[2]
+	oldDir, oldID := lost.conf.Dir, lost.s.Status().ID
+
+	t.Run("refused while the old one answers", func(t *testing.T) {
+		other := newMember(t, c[0].conf.Addr)
+		other.conf.Addr = lost.conf.Addr
+		_, err := other.open()
+		is(t, err, ErrInvalid, oldID, "answers at "+lost.conf.Addr, "stop it, or remove it first")
+		if voters, members := c[0].counts(); voters != 3 || members != 3 {
+			t.Errorf("%d voters of %d members, want 3 of 3", voters, members)
+		}
+	})
+	newDir := filepath.Join(t.TempDir(), "data")
+	t.Run("works when it is down", func(t *testing.T) {
+		lost.stop()
+		lost.conf.Dir, lost.conf.Join = newDir, c[1].conf.Addr
+		lost.start()
+		c.awaitMember(t, lost)
+		c.awaitVoters(t, 3)
+		for _, m := range c {
+			for _, v := range m.s.Status().Members {
+				if v.ID == oldID {
+					t.Errorf("the old one is still there: %+v", v)
+				}
+			}
+		}
+		if v, err := lost.s.Get(ctx, "k"); err != nil || string(v) != "v" {
+			t.Errorf("%q, %v", v, err)
+		}
+	})
+	t.Run("the old directory is of a removed member", func(t *testing.T) {
+		lost.stop()
+		lost.conf.Dir = oldDir
+		lost.start()
+		eventually(t, patience, "ErrRemoved", func() error {
+			if err := lost.s.Err(); !errors.Is(err, ErrRemoved) {
+				return fmt.Errorf("Err is %v", err)
+			}
+			return nil
+		})
+		must(t, c[0].s.Set(ctx, "k", []byte("v")))
 	})
 }
