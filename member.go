@@ -238,12 +238,35 @@ func (s *Service) propose(ctx context.Context, data []byte) (outcome, bool, erro
 	if id == "" || id == s.ident.id {
 		return outcome{}, false, ErrNoLeader
 	}
+	ctx, cancel := s.whileLed(ctx, id)
+	defer cancel()
 	answer, sent, err := s.peer.propose(ctx, id, addr, data)
 	if err != nil {
 		return outcome{}, sent, err
 	}
 	o, err := decodeOutcome(answer)
 	return o, true, err
+}
+
+// whileLed ends ctx as soon as this member takes another one for the leader, or nobody. A leader whose machine is gone does not
+// even refuse: a call to it would hang for as long as TCP does, and the batches that wait behind it too.
+func (s *Service) whileLed(ctx context.Context, id string) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		defer cancel()
+		for {
+			changed := s.changes.wait()
+			if now, _ := s.leader(); now != id {
+				return
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return ctx, cancel
 }
 
 // servePropose takes a batch that another member has forwarded. It is never forwarded again.
@@ -619,6 +642,8 @@ func (s *Service) askToRemove(ctx context.Context, addr string) error {
 	case s.ident.id:
 		return s.serveRemove(ctx, addr)
 	default:
+		ctx, cancel := s.whileLed(ctx, id)
+		defer cancel()
 		return s.peer.remove(ctx, id, leaderAddr, addr)
 	}
 }

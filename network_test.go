@@ -23,6 +23,7 @@ type memNet struct {
 	on      map[string]http.Handler
 	cuts    map[memPath]bool
 	delays  map[memPath]time.Duration
+	resets  map[string]int // by address: how often its connections were reset
 	arrived map[string]int // requests that reached "ADDRESS ROUTE"
 }
 
@@ -30,7 +31,7 @@ type memPath struct{ from, to string }
 
 func newMemNet() *memNet {
 	return &memNet{on: make(map[string]http.Handler), cuts: make(map[memPath]bool), delays: make(map[memPath]time.Duration),
-		arrived: make(map[string]int)}
+		resets: make(map[string]int), arrived: make(map[string]int)}
 }
 
 // serve puts a handler on the network; nil takes it off.
@@ -64,6 +65,14 @@ func (n *memNet) heal() {
 	n.changed.notify()
 }
 
+// reset breaks what is held on its way to the address.
+func (n *memNet) reset(addr string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.resets[addr]++
+	n.changed.notify()
+}
+
 func (n *memNet) arrivals() map[string]int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -73,7 +82,7 @@ func (n *memNet) arrivals() map[string]int {
 // cross takes one message over the network, or waits for the way to be healed.
 func (n *memNet) cross(ctx context.Context, from, to string) error {
 	n.mu.Lock()
-	wait := n.delays[memPath{from, to}]
+	wait, resets := n.delays[memPath{from, to}], n.resets[to]
 	n.mu.Unlock()
 	if wait > 0 {
 		select {
@@ -85,9 +94,11 @@ func (n *memNet) cross(ctx context.Context, from, to string) error {
 	for {
 		changed := n.changed.wait()
 		n.mu.Lock()
-		there, cut := n.on[from] != nil && n.on[to] != nil, n.cuts[memPath{from, to}]
+		there, cut, reset := n.on[from] != nil && n.on[to] != nil, n.cuts[memPath{from, to}], n.resets[to] != resets
 		n.mu.Unlock()
 		switch {
+		case reset:
+			return syscall.ECONNRESET
 		case !there:
 			return syscall.ECONNREFUSED
 		case !cut:

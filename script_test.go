@@ -142,6 +142,9 @@ func (c *script) run(words []string) string {
 		must(c.t, err)
 		c.net.delay(c.member(args[0]).conf.Addr, c.member(args[2]).conf.Addr, d)
 		return "ok"
+	case "reset": // reset NAME: what is held on its way there is lost
+		c.net.reset(c.member(args[0]).conf.Addr)
+		return "ok"
 	case "heal":
 		c.net.heal()
 		return "ok"
