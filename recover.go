@@ -99,11 +99,16 @@ func (s *Service) openState(ctx context.Context) error {
 func (s *Service) startRule() error {
 	m := s.store.meta()
 	first, last := s.wal.bounds()
-	if term, ok := s.wal.termAt(m.applied); ok && m.applied > 0 && term != m.term {
+	term, ok := s.wal.termAt(m.applied)
+	otherWay := ok && m.applied > 0 && term != m.term
+	switch {
+	case otherWay && m.applied == m.installed:
+		// An install passed entries that were never committed: no quorum can hold what follows an entry that another one has
+		// replaced. It had ended and the log was not yet emptied.
+		return s.wal.reset()
+	case otherWay:
 		return fmt.Errorf("%w: snap has applied entry %d of term %d, and in wal that entry is of term %d: the two are not of one member; "+
 			"move the directory away and start empty with a bootURL", ErrCorrupt, m.applied, m.term, term)
-	}
-	switch {
 	case m.applied == 0 && last == 0:
 		return nil
 	case last >= m.applied && first <= m.applied+1:
