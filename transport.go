@@ -120,9 +120,14 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	args.Entries = cutEntries(args.Entries)
 	body := encodeAppend(args)
 	timeout := appendTimeout + timeFor(int64(len(body)))
-	return t.hold("append", id, target, args.Term, func() error {
+	err := t.hold("append", id, target, args.Term, func() error {
 		return t.append(id, target, body, resp, timeout)
 	})
+	if addr, known, _ := t.p.host.server(string(id)); err == nil && known && addr != string(target) {
+		// Raft reads its record of the peer without the lock now, and may be writing the new address into it: let it ask again.
+		return fmt.Errorf("append to %s: its address is now %s", id, addr)
+	}
+	return err
 }
 
 func isHeartbeat(a *raft.AppendEntriesRequest) bool {
