@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -172,6 +173,13 @@ func (m *testMember) serve(s *Service) (*http.Server, error) {
 		addr = m.listen
 	}
 	l, err := net.Listen("tcp", addr)
+	for range 5 {
+		if !errors.Is(err, syscall.EADDRINUSE) { // an outgoing connection may have this port for a moment
+			break
+		}
+		<-time.After(200 * time.Millisecond)
+		l, err = net.Listen("tcp", addr)
+	}
 	if err != nil {
 		return nil, err
 	}

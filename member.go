@@ -25,7 +25,7 @@ const (
 	promoteInterval = 100 * time.Millisecond
 	promoteLag      = 64 // entries that a voter, or who is to become one, may be behind: one append
 	probeTimeout    = time.Second
-	goneAfter       = 2 * time.Second // of silence, and another member may take its address
+	goneAfter       = time.Second // of silence, and another member may take its address
 )
 
 // peerTable is what this member knows of the others beside the configuration. It is a hint and never a proof.

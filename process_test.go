@@ -28,7 +28,7 @@ const processEnv = "QUORATE_TEST_MEMBER"
 
 // An order is one call that the parent has a member make.
 type order struct {
-	Op      string // set, insert, delete, get, stale, allow, ready, status, load
+	Op      string // set, insert, delete, get, stale, allow, ready, err, status, load
 	Key     string
 	Value   []byte
 	Timeout time.Duration
@@ -92,6 +92,8 @@ func obey(s *Service, o order) report {
 		err = s.AddAllowedMember(ctx, o.Key)
 	case "ready":
 		err = s.Ready(ctx)
+	case "err":
+		err = s.Err()
 	case "status":
 		r.Status = s.Status()
 	case "load":
@@ -163,6 +165,16 @@ func newProcesses(t *testing.T) []*process {
 
 func (p *process) start() {
 	p.t.Helper()
+	p.launch()
+	eventually(p.t, 30*time.Second, "a process that answers", func() error {
+		_, err := p.do(order{Op: "status"})
+		return err
+	})
+}
+
+// launch starts it and waits for nothing.
+func (p *process) launch() {
+	p.t.Helper()
 	text, err := json.Marshal(struct{ Dir, Addr, Join string }{p.dir, p.addr, p.join})
 	must(p.t, err)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestMemberProcess$", "-test.timeout=0")
@@ -176,10 +188,6 @@ func (p *process) start() {
 	p.mu.Lock()
 	p.cmd, p.stdin = cmd, stdin
 	p.mu.Unlock()
-	eventually(p.t, 30*time.Second, "a process that answers", func() error {
-		_, err := p.do(order{Op: "status"})
-		return err
-	})
 }
 
 // awaitReady waits until it would accept a write.

@@ -1,0 +1,228 @@
+//go:build unix
+
+package quorate
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Directories as a kill at some step of the first Open leaves them, each made by hand out of real parts; and kills at
+// random moments.
+
+var discarded = slog.New(slog.DiscardHandler)
+
+// halfMade is a directory after the steps of Open up to the one that a kill came in.
+type halfMade struct {
+	ident      identity
+	wal, term  bool // the log exists; a term is stored in it
+	snap, used bool // the file exists; the first entry is in the log
+}
+
+func (h halfMade) build(t *testing.T, m *testMember) {
+	t.Helper()
+	dir := m.conf.Dir
+	lock, err := lockDir(dir, m.conf.Addr)
+	must(t, err)
+	must(t, writeIdentity(dir, h.ident))
+	if h.wal {
+		l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), log: discarded})
+		must(t, err)
+		if h.term {
+			must(t, l.SetUint64([]byte("CurrentTerm"), 1))
+		}
+		must(t, l.close())
+	}
+	if h.snap {
+		st, err := openStore(storeOptions{path: filepath.Join(dir, "snap"), memory: -1, log: discarded})
+		must(t, err)
+		must(t, st.close())
+	}
+	putFile(t, filepath.Join(dir, "id.tmp"), "half an id")
+	putFile(t, filepath.Join(dir, "snap.incoming"), "half a snapshot")
+	must(t, lock.unlock())
+}
+
+func TestOpenAfterAKillWhileBootstrapping(t *testing.T) {
+	ident := func() identity { return identity{id: newID(), cluster: newID(), intent: intentBootstrap} }
+	for name, h := range map[string]halfMade{
+		"id only":             {ident: ident()},
+		"id and wal":          {ident: ident(), wal: true},
+		"id, wal and snap":    {ident: ident(), wal: true, snap: true},
+		"term but no entry":   {ident: ident(), wal: true, term: true, snap: true},
+		"term and no snap":    {ident: ident(), wal: true, term: true},
+		"id and snap, no wal": {ident: ident(), snap: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMember(t, "")
+			h.build(t, m)
+			s := m.start()
+			must(t, s.Set(t.Context(), "k", []byte("v")))
+			if st := s.Status(); st.ID != h.ident.id || st.Cluster != h.ident.cluster || len(st.Members) != 1 {
+				t.Errorf("%+v", st)
+			}
+			m.stop()
+			if got := names(t, m.conf.Dir); got != "id snap wal" {
+				t.Errorf("the directory holds %s", got)
+			}
+		})
+	}
+	t.Run("with a bootURL at the second try", func(t *testing.T) {
+		c := newCluster(t, 1)
+		m := newMember(t, c[0].conf.Addr)
+		h := halfMade{ident: ident(), wal: true, snap: true}
+		h.build(t, m)
+		must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
+		m.start()
+		c.awaitMember(t, m)
+		if st := m.s.Status(); st.ID == h.ident.id || st.Cluster != c[0].s.Status().Cluster {
+			t.Errorf("an id that began a cluster joined another: %+v", st)
+		}
+		c.leave(t, m)
+	})
+	t.Run("no id", func(t *testing.T) {
+		m := newMember(t, "")
+		halfMade{ident: ident(), wal: true, snap: true}.build(t, m)
+		must(t, os.Remove(filepath.Join(m.conf.Dir, "id")))
+		_, err := m.open()
+		is(t, err, ErrCorrupt, "id is missing", "put id back")
+	})
+}
+
+func TestOpenAfterAKillWhileJoining(t *testing.T) {
+	c := newCluster(t, 1)
+	for name, h := range map[string]halfMade{
+		"id only":           {},
+		"id, wal and snap":  {wal: true, snap: true},
+		"term but no entry": {wal: true, term: true, snap: true},
+	} {
+		for _, admitted := range []bool{false, true} {
+			for _, told := range []bool{false, true} {
+				if told && !admitted {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s, admitted %v, told %v", name, admitted, told), func(t *testing.T) {
+					m := newMember(t, c[0].conf.Addr)
+					h.ident = identity{id: newID(), intent: intentJoin}
+					must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
+					if admitted {
+						admit(t, c[0], h.ident.id, m.conf.Addr)
+					}
+					if told {
+						h.ident.cluster = c[0].s.Status().Cluster
+					}
+					h.build(t, m)
+
+					m.conf.Join = ""
+					_, err := m.open()
+					is(t, err, ErrInvalid, "began by joining", "give the bootURL")
+					m.conf.Join = c[0].conf.Addr
+					m.start()
+					c.awaitMember(t, m)
+					if st := m.s.Status(); st.ID != h.ident.id || len(st.Members) != 2 {
+						t.Errorf("%+v", st)
+					}
+					c.leave(t, m)
+				})
+			}
+		}
+	}
+}
+
+// A child process opens a directory and is killed some time after it has begun to write there.
+func TestOpenKilledAtAnyMoment(t *testing.T) {
+	c := newCluster(t, 1)
+	for round := range 30 {
+		m := newMember(t, "")
+		if round%2 == 1 {
+			m.conf.Join = c[0].conf.Addr
+			must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
+		}
+		p := &process{t: t, dir: m.conf.Dir, addr: m.conf.Addr, join: m.conf.Join}
+		p.launch()
+		eventually(t, patience, "a child that begins", func() error {
+			_, err := os.Lstat(filepath.Join(p.dir, "wal"))
+			return err
+		})
+		<-time.After(time.Duration(rand.IntN(60)) * time.Millisecond)
+		p.kill()
+		left := names(t, p.dir)
+		if _, err := m.open(); err != nil {
+			t.Fatalf("round %d, with %s: %v", round, left, err)
+		}
+		must(t, m.s.Set(ctxFor(t, patience), "k", []byte("v")))
+		if round%2 == 1 {
+			c.awaitMember(t, m)
+			c.leave(t, m)
+		} else {
+			if n := len(m.s.Status().Members); n != 1 {
+				t.Errorf("round %d: %d members", round, n)
+			}
+			m.stop()
+		}
+	}
+}
+
+// The first member loses its directory and is started again as at the very first time, with an empty bootURL: that makes a
+// second cluster, whose only member the others still call.
+func TestWipedFirstMember(t *testing.T) {
+	list := newProcesses(t)
+	first, rest := list[0], list[1:]
+	rest[0].must(order{Op: "set", Key: "k", Value: []byte("v")})
+	cluster := rest[0].must(order{Op: "status"}).Status.Cluster
+	wipe := func() {
+		first.kill()
+		must(t, os.RemoveAll(first.dir))
+	}
+	wipe()
+	first.start()
+	eventually(t, patience, "its Err", func() error {
+		r, err := first.do(order{Op: "err"})
+		must(t, err)
+		for _, word := range []string{"members of cluster " + cluster, "know this address", "empty the directory and start with a bootURL"} {
+			if !strings.Contains(r.Error, word) {
+				return fmt.Errorf("Err is %q, without %q", r.Error, word)
+			}
+		}
+		return nil
+	})
+	first.must(order{Op: "set", Key: "foreign", Value: []byte("x")})
+	for _, p := range rest {
+		p.awaitReady()
+		p.must(order{Op: "set", Key: "k", Value: []byte("w")})
+		if v := p.must(order{Op: "get", Key: "foreign"}).Value; v != nil {
+			t.Errorf("a value of another cluster: %q", v)
+		}
+		p.must(order{Op: "err"})
+	}
+	if st := first.must(order{Op: "status"}).Status; len(st.Members) != 1 || st.Cluster == cluster {
+		t.Errorf("the wiped member took part: %+v", st)
+	}
+
+	wipe()
+	first.join = rest[1].addr
+	first.start()
+	first.awaitReady()
+	eventually(t, patience, "three voters again", func() error {
+		for _, p := range list {
+			r, err := p.do(order{Op: "status"})
+			if err != nil || countVoters(r.Status) != 3 || len(r.Status.Members) != 3 {
+				return fmt.Errorf("%w %+v", errors.Join(err, errors.New("not yet")), r.Status)
+			}
+		}
+		return nil
+	})
+	if v := first.must(order{Op: "get", Key: "k"}).Value; string(v) != "w" {
+		t.Errorf("read %q", v)
+	}
+	if v := first.must(order{Op: "get", Key: "foreign"}).Value; v != nil {
+		t.Errorf("a value of another cluster: %q", v)
+	}
+}
