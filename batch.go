@@ -124,7 +124,7 @@ func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 
 // takeLocked forms the next flight out of what waits, if there is a slot and a session.
 func (b *batcher) takeLocked() *flight {
-	if b.idle == 0 || b.session == 0 || len(b.queue) == 0 || b.closed != nil {
+	if b.idle == 0 || b.session == 0 || len(b.queue) == 0 {
 		return nil
 	}
 	f := &flight{session: b.session, settled: make(chan struct{})}

@@ -145,7 +145,9 @@ type call struct {
 	err    error
 }
 
-func (l *wire) set(key string) *call { return l.submitOp(op{kind: opSet, key: key, value: []byte("v")}) }
+func (l *wire) set(key string) *call {
+	return l.submitOp(op{kind: opSet, key: key, value: []byte("v")})
+}
 
 // submitOp returns when the transaction waits or is on its way.
 func (l *wire) submitOp(o op) *call {
@@ -615,10 +617,27 @@ func TestStopAnswersEverybody(t *testing.T) {
 	})
 }
 
+// Close waits for what was accepted, so that must still be sent.
+func TestRefuseSendsWhatWasAccepted(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		calls, sent := l.fill(t)
+		calls = append(calls, l.set("waiting"))
+		l.refuse(ErrClosed)
+		l.set("late").verdict(t, ErrNotApplied)
+		l.drainAll(t, calls, sent, []int{1})
+		synctest.Wait()
+		if !l.empty() {
+			t.Error("the batcher is not empty")
+		}
+	})
+}
+
 func TestFullQueue(t *testing.T) {
 	inBubble(t, func(t *testing.T, l *wire) {
 		_, sent := l.fill(t)
-		large := func(key string) *call { return l.submitOp(op{kind: opSet, key: key, value: make([]byte, queueBytes/4)}) }
+		large := func(key string) *call {
+			return l.submitOp(op{kind: opSet, key: key, value: make([]byte, queueBytes/4)})
+		}
 		for i := range 3 {
 			large(fmt.Sprint("k", i))
 		}
