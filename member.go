@@ -612,7 +612,7 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 			return notApplied(fmt.Errorf("%w: %s", ErrInvalid, r.Message))
 		case refused && r.Code == codeRemoved && addr == s.conf.Addr:
 			return nil // this member was removed; an answer that said so may have been lost
-		case refused && !r.definite(), !refused && !errors.Is(err, ErrNoLeader):
+		case refused && !r.definite(), !refused && !errors.Is(err, ErrNoLeader) && !errors.Is(err, ErrNotApplied):
 			sent = true
 		}
 		if fault := s.faults.sticky(); fault != nil && !sent {
@@ -623,15 +623,12 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 			continue
 		case <-time.After(backoff):
 			continue
-		case <-s.ctx.Done():
-			err = fmt.Errorf("%w: %w", err, ErrClosed)
 		case <-ctx.Done():
-			err = fmt.Errorf("%w: %w", err, context.Cause(ctx))
 		}
-		if sent {
-			return fmt.Errorf("%w: %w", ErrUncertain, err)
+		if sent { // the last attempt's error, which may well say that this attempt was not applied, is no verdict
+			return fmt.Errorf("%w: %w: %v", ErrUncertain, context.Cause(ctx), err)
 		}
-		return notApplied(err)
+		return notApplied(fmt.Errorf("%w: %w", err, context.Cause(ctx)))
 	}
 }
 
