@@ -315,7 +315,7 @@ func (s *Service) close() error {
 func (s *Service) drain(limit time.Duration) {
 	ctx, cancel := context.WithTimeout(s.ctx, limit)
 	defer cancel()
-	for !s.batch.empty() && s.faults.sticky() == nil {
+	for !s.batch.empty() && s.faults.first(faultRemoved, faultLog, faultApply, faultState) == nil {
 		wait, stop := context.WithTimeout(ctx, 5*time.Millisecond)
 		<-wait.Done()
 		stop()
@@ -549,6 +549,9 @@ func (s *Service) Stale() Getter { return stale{s} }
 type stale struct{ s *Service }
 
 func (g stale) Get(key string) []byte {
+	if g.s.faults.err() == ErrClosed { // one atomic load; nothing hides this fault
+		return nil
+	}
 	v, err := g.s.value(key)
 	if err != nil {
 		return nil

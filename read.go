@@ -144,19 +144,24 @@ func (s *Service) leaderRound(ctx context.Context) (readPoint, error) {
 // words of an append without entries: the leader of this term holds this entry and has committed it. Raft refuses that, as it
 // would from the leader, if the entry in its log is another one.
 func (s *Service) awaitApplied(ctx context.Context, index, term uint64) error {
-	for try := 0; try < 10; try++ {
-		if s.fsm.applied.at() >= index {
-			return nil
-		}
+	if s.fsm.applied.at() >= index {
+		return nil
+	}
+	ctx, cancel := s.untilClose(ctx)
+	defer cancel()
+	for try := 0; try < 10 && ctx.Err() == nil; try++ {
 		wait, cancel := context.WithTimeout(ctx, time.Millisecond<<try)
 		s.peer.committed(wait, index, term)
 		err := s.fsm.applied.wait(wait, index)
 		cancel()
-		if err == nil || ctx.Err() != nil {
-			return err
+		if err == nil {
+			return nil
 		}
 	}
-	return s.fsm.applied.wait(ctx, index)
+	if s.fsm.applied.wait(ctx, index) != nil {
+		return context.Cause(ctx)
+	}
+	return nil
 }
 
 // awaitTerm waits until this member has applied an entry of its own term. From that entry on every index is one that apply
