@@ -1,6 +1,6 @@
-// Package quorate is a durable, replicated, queryable key-value store inside your own processes: the configuration,
-// flags, leases and registry of a service, without a server to run beside it. One process is an embedded store; start the
-// next with the first one's address and they are a cluster. It needs neither CGO nor gRPC.
+// Package quorate is a durable, replicated key-value store inside your own processes: the configuration, flags, ownership
+// and registry of a service, without a server to run beside it. One process is an embedded store; start the next with the
+// first one's address and they are a cluster. Its state is an SQLite file. It needs neither CGO nor gRPC.
 //
 //	s, err := quorate.Start("10.0.0.1:7001", "/var/lib/app/quorate", "", nil, false)
 //	if err != nil { … }
@@ -12,7 +12,10 @@
 //
 // Set, Insert and Delete return nil once the write is in the log on the disks of a majority of the members (with fsync),
 // and applied on the member that was called. Get is linearizable on every member: it sees every write that returned before
-// it was called, and no clock takes part in that. Stale reads this member's memory at once, without asking anybody.
+// it was called, and no clock takes part in that. Stale reads this member's own copy at once, without asking anybody.
+//
+// An error of a write says what became of it: ErrUnsatisfied and ErrNotApplied, that nothing happened and nothing will;
+// ErrUncertain, that the caller must look.
 //
 // # What lies on disk
 //
@@ -34,7 +37,7 @@
 // One Set: db.go (the call) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and logstore.go (the log)
 // → fsm.go (apply) → sqlstore.go and memory.go (the rows). One Get: read.go (the round) → memory.go. The other rooms:
 // peer.go, transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is),
-// slog.go (what raft says).
+// recover.go (how a directory comes to life), health.go (what is wrong now), slog.go (what raft says).
 package quorate
 
 import (
