@@ -3,6 +3,7 @@ package quorate
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -859,4 +860,155 @@ func wantMode(t *testing.T, path string, want fs.FileMode) {
 	if fi.Mode() != want {
 		t.Errorf("%s: mode is %v, want %v", path, fi.Mode(), want)
 	}
+}
+
+// secure gives a member that is not started TLS, with a certificate for these hosts as client and as server.
+func (m *testMember) secure(pool *x509.CertPool, auth tls.ClientAuthType, cert ...tls.Certificate) {
+	m.conf.TLS = true
+	m.tls = &tls.Config{Certificates: cert, ClientCAs: pool, ClientAuth: auth}
+	m.conf.Client.Transport.(*http.Transport).TLSClientConfig = &tls.Config{RootCAs: pool, Certificates: cert}
+}
+
+func TestClusterOverTLS(t *testing.T) {
+	pool, issue := authority(t)
+	cert := issue("127.0.0.1")
+	ctx := ctxFor(t, 2*time.Minute)
+	var protocols sync.Map
+	secured := func(join string) *testMember {
+		m := newMember(t, join)
+		m.secure(pool, tls.RequireAndVerifyClientCert, cert)
+		m.wrap = func(h http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				protocols.Store(r.Proto, true)
+				h.ServeHTTP(w, r)
+			})
+		}
+		return m
+	}
+	c := testCluster{secured("")}
+	c[0].start()
+	for range 2 {
+		m := secured(c[0].conf.Addr)
+		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
+		m.start()
+		c = append(c, m)
+	}
+	c.awaitVoters(t, 3)
+	for _, m := range c {
+		must(t, m.s.Set(ctx, m.conf.Addr, []byte("v")))
+		for _, o := range c {
+			if v, err := o.s.Get(ctx, m.conf.Addr); err != nil || string(v) != "v" {
+				t.Errorf("%q, %v", v, err)
+			}
+		}
+	}
+	protocols.Range(func(p, _ any) bool {
+		if p != "HTTP/2.0" {
+			t.Errorf("members speak %v", p)
+		}
+		return true
+	})
+	refuses := func(t *testing.T, m *testMember, words ...string) {
+		t.Helper()
+		m.conf.Timeout = 150 * time.Millisecond
+		_, err := m.open()
+		is(t, err, context.DeadlineExceeded, words...)
+	}
+	allowed := func(t *testing.T, m *testMember) *testMember {
+		t.Helper()
+		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
+		return m
+	}
+
+	t.Run("through a proxy that ends TLS", func(t *testing.T) {
+		proxy := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{issue("proxy.test")}}}}
+		lb := balancer(t, proxy, "https://"+c[0].conf.Addr, "https://"+c[1].conf.Addr)
+		m := allowed(t, secured(lb.URL))
+		m.start()
+		c.awaitMember(t, m)
+		c.leave(t, m)
+	})
+	t.Run("plain http to TLS", func(t *testing.T) {
+		m := newMember(t, c[0].conf.Addr)
+		refuses(t, allowed(t, m), "http://"+c[0].conf.Addr+" speaks TLS, this member plain http")
+	})
+	t.Run("TLS to plain http", func(t *testing.T) {
+		plain := newCluster(t, 1)
+		m := secured(plain[0].conf.Addr)
+		refuses(t, m, "https://"+plain[0].conf.Addr+" speaks plain http, this member expects TLS")
+	})
+	t.Run("an authority that nobody knows", func(t *testing.T) {
+		otherPool, otherIssue := authority(t)
+		m := newMember(t, c[0].conf.Addr)
+		m.secure(otherPool, tls.RequireAndVerifyClientCert, otherIssue("127.0.0.1"))
+		refuses(t, allowed(t, m), "the certificate of https://"+c[0].conf.Addr+" is not trusted")
+	})
+	t.Run("no certificate where one is wanted", func(t *testing.T) {
+		m := newMember(t, c[0].conf.Addr)
+		m.secure(pool, tls.RequireAndVerifyClientCert)
+		refuses(t, allowed(t, m), "not take this member's", "certificate")
+	})
+	t.Run("the right authority and another name, unchecked by the client", func(t *testing.T) {
+		m := newMember(t, c[0].conf.Addr)
+		m.secure(pool, tls.RequireAndVerifyClientCert, issue("other.test"))
+		m.conf.Client = &http.Client{Transport: wrapped{m.conf.Client.Transport}}
+		refuses(t, allowed(t, m), "the sender's certificate", "127.0.0.1")
+		if _, members := c[0].counts(); members != 3 {
+			t.Errorf("%d members, want 3", members)
+		}
+	})
+	t.Run("a wrapped transport with the right name warns once", func(t *testing.T) {
+		m := allowed(t, secured(c[0].conf.Addr))
+		m.conf.Client = &http.Client{Transport: wrapped{m.conf.Client.Transport}}
+		log, buf := logTo(slog.LevelWarn, false)
+		m.conf.Logger = log
+		m.start()
+		c.awaitMember(t, m)
+		c.leave(t, m)
+		if n := strings.Count(buf.String(), "certificate not checked"); n != 1 {
+			t.Errorf("%d warnings:\n%s", n, buf)
+		}
+	})
+	t.Run("no client certificates at all", func(t *testing.T) {
+		bare := testCluster{newMember(t, "")}
+		for i := range 2 {
+			if i == 1 {
+				bare = append(bare, newMember(t, bare[0].conf.Addr))
+				must(t, bare[0].s.AddAllowedMember(ctx, bare[1].conf.Addr))
+			}
+			bare[i].secure(pool, tls.NoClientCert, cert)
+			bare[i].conf.Client.Transport.(*http.Transport).TLSClientConfig.Certificates = nil
+			bare[i].start()
+		}
+		bare.awaitVoters(t, 2)
+		must(t, bare[1].s.Set(ctx, "k", nil))
+	})
+	t.Run("a name that is not the address is refused before anything exists", func(t *testing.T) {
+		m := newMember(t, c[0].conf.Addr)
+		m.secure(pool, tls.RequireAndVerifyClientCert, issue("other.test"))
+		_, err := m.open()
+		is(t, err, ErrInvalid, "other.test", "127.0.0.1")
+		if _, err := os.Lstat(m.conf.Dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the directory: %v", err)
+		}
+		used := secured("")
+		used.start()
+		used.stop()
+		before := tree(t, used.conf.Dir)
+		used.secure(pool, tls.RequireAndVerifyClientCert, issue("other.test"))
+		_, err = used.open()
+		is(t, err, ErrInvalid, "other.test")
+		if after := tree(t, used.conf.Dir); after != before {
+			t.Errorf("it changed the directory:\n%s\n%s", before, after)
+		}
+	})
+	t.Run("the name may be a wildcard's", func(t *testing.T) {
+		m := newMember(t, "")
+		m.conf.Addr = "db1.cluster.test:7000"
+		m.secure(pool, tls.RequireAndVerifyClientCert, issue("*.cluster.test"))
+		s, err := Open(ctx, m.conf)
+		must(t, err)
+		must(t, s.Set(ctx, "k", nil))
+		must(t, s.Close())
+	})
 }

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -707,4 +708,136 @@ func TestReplacement(t *testing.T) {
 		})
 		must(t, c[0].s.Set(ctx, "k", []byte("v")))
 	})
+}
+
+func TestReadySaysWhatIsMissing(t *testing.T) {
+	c := newCluster(t, 3)
+	c[1].stop()
+	c[2].cut()
+	c[2].wrap = func(http.Handler) http.Handler { return http.NotFoundHandler() }
+	c[2].heal()
+	ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
+	defer cancel()
+	is(t, c[0].s.Ready(ctx), context.DeadlineExceeded, "not ready: 1 of 3 voters reachable, need 2: ",
+		"http://"+c[1].conf.Addr+" refused the connection", "nothing answers at http://"+c[2].conf.Addr+"/raft/: register the Service there")
+	c[2].cut()
+	c[2].wrap = nil
+	c[2].heal()
+	must(t, c[0].s.Ready(ctxFor(t, patience)))
+	must(t, c[2].s.Ready(ctxFor(t, patience)))
+}
+
+// Whatever comes to whatever route, with headers that let it in, the member answers and works on.
+func TestGarbage(t *testing.T) {
+	c := newCluster(t, 2)
+	l := c.leader(t)
+	st := l.s.Status()
+	from := c.follower(t)
+	client := from.conf.Client
+	ctx := ctxFor(t, time.Minute)
+	bodies := [][]byte{nil, {0}, []byte("{}"), []byte("[]"), []byte("null"), []byte(`{"ID":"x","Addr":"y"}`), []byte(`{"Term":18446744073709551615}`),
+		bytes.Repeat([]byte{0xff}, 4096), bytes.Repeat([]byte{1}, 70<<10)}
+	for _, route := range []string{"append", "vote", "prevote", "timeoutnow", "snapshot", "propose", "readindex", "term", "join", "remove",
+		"status", "state", "", "nothing", "../raft/term"} {
+		for _, method := range []string{"POST", "GET", "DELETE"} {
+			for _, body := range bodies {
+				for _, cluster := range []string{st.Cluster, newID(), ""} {
+					req, err := http.NewRequestWithContext(ctx, method, "http://"+l.conf.Addr+"/raft/"+route, bytes.NewReader(body))
+					must(t, err)
+					if route == "remove" && method == "POST" && cluster == st.Cluster {
+						req.Header.Set(headerProtocol, "7") // its {} is no garbage but a question
+					} else {
+						req.Header.Set(headerProtocol, "1")
+					}
+					req.Header.Set(headerCluster, cluster)
+					req.Header.Set(headerFrom, from.s.Status().ID)
+					req.Header.Set(headerFromAddr, from.conf.Addr)
+					req.Header.Set(headerTo, st.ID)
+					resp, err := client.Do(req)
+					if err != nil {
+						t.Fatalf("%s %s %.20q: %v", method, route, body, err)
+					}
+					io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+					if resp.StatusCode == http.StatusInternalServerError {
+						t.Errorf("%s %s %.20q: %s", method, route, body, resp.Status)
+					}
+				}
+			}
+		}
+	}
+	for _, m := range c {
+		must(t, m.s.Err())
+		must(t, m.s.Ready(ctx))
+		must(t, m.s.Set(ctx, "k", []byte("v")))
+	}
+	if voters, members := l.counts(); voters != 2 || members != 2 {
+		t.Errorf("%d voters of %d members, want 2 of 2", voters, members)
+	}
+	c.awaitEqual(t)
+}
+
+func TestJoinWithAnIDOfAnotherCluster(t *testing.T) {
+	c := newCluster(t, 1)
+	m := newMember(t, c[0].conf.Addr)
+	must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
+	lock, err := lockDir(m.conf.Dir, "")
+	must(t, err)
+	other := newID()
+	must(t, errors.Join(writeIdentity(m.conf.Dir, identity{id: newID(), cluster: other, intent: intentJoin}), lock.unlock()))
+	_, err = m.open()
+	is(t, err, ErrInvalid, "cluster "+other+", and this is "+c[0].s.Status().Cluster)
+}
+
+func TestRollingRestartOfFive(t *testing.T) {
+	c := newCluster(t, 5)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	acked := make([]map[string]bool, 8)
+	for w := range acked {
+		acked[w] = map[string]bool{}
+		wg.Go(func() {
+			for i := 0; !stop.Load(); i++ {
+				m := c[(w+i)%len(c)]
+				m.mu.Lock()
+				s := m.s
+				m.mu.Unlock()
+				if s == nil {
+					continue
+				}
+				key := fmt.Sprintf("%d/%d", w, i)
+				switch err := s.Insert(ctx, key, []byte(key)); {
+				case err == nil:
+					acked[w][key] = true
+				case errors.Is(err, ErrUnsatisfied):
+					t.Errorf("%s met its own write", key)
+				case !errors.Is(err, ErrClosed):
+					t.Errorf("%s: %v", key, err)
+				}
+			}
+		})
+	}
+	for _, m := range c {
+		m.stop()
+		m.start()
+		must(t, m.s.Ready(ctxFor(t, patience)))
+	}
+	stop.Store(true)
+	wg.Wait()
+	c.awaitVoters(t, 5)
+	c.awaitEqual(t)
+	n := 0
+	for w := range acked {
+		for key := range acked[w] {
+			n++
+			for _, m := range c {
+				if v := m.s.Stale().Get(key); string(v) != key {
+					t.Fatalf("%s at %s is %q, and it was acknowledged", key, m.conf.Addr, v)
+				}
+			}
+		}
+	}
+	t.Logf("%d acknowledged writes", n)
 }

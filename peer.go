@@ -624,6 +624,8 @@ func explain(err error, base string) error {
 		return fmt.Errorf("the certificate of %s is not trusted: %w", base, err)
 	case errors.As(err, &op) && op.Op == "remote error": // a TLS alert
 		return fmt.Errorf("%s does not take this member's TLS or certificate: %w", base, err)
+	case strings.Contains(err.Error(), "http2: client conn could not be established"): // the alert came too late to be its cause
+		return fmt.Errorf("%s closes the connection: it may not take this member's certificate: %w", base, err)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%s refused the connection: %w", base, err)
 	case errors.As(err, &dns) && dns.IsNotFound:
