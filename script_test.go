@@ -53,7 +53,7 @@ func firstDifference(want, got string) string {
 
 // play returns the text with the output that the commands gave.
 func play(t *testing.T, text string) string {
-	c := &script{t: t, net: newMemNet(), cast: make(map[string]*scriptMember), going: make(map[string]chan string)}
+	c := newScript(t)
 	defer c.end()
 	var out bytes.Buffer
 	old := false // inside the old output of a block
@@ -89,6 +89,18 @@ type scriptMember struct {
 	name string
 	conf Config
 	s    *Service // nil while it is down
+}
+
+func newScript(t *testing.T) *script {
+	return &script{t: t, net: newMemNet(), cast: make(map[string]*scriptMember), going: make(map[string]chan string)}
+}
+
+// obey is a command that must be answered with ok.
+func (c *script) obey(line string) {
+	c.t.Helper()
+	if got := c.run(strings.Fields(line)); got != "ok" {
+		c.t.Fatalf("%s: %s", line, got)
+	}
 }
 
 // scriptLimit is of cluster time, for one command that does not say another.

@@ -1,0 +1,267 @@
+package quorate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// bubble runs f with a cluster of three in a synctest bubble: a, b and c, of which l leads.
+func bubble(t *testing.T, f func(t *testing.T, c *script, l, f1, f2 *scriptMember)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		for _, line := range []string{"start a", "join b via a", "join c via a", "await voters 3", "cast leader L followers F G"} {
+			c.obey(line)
+		}
+		f(t, c, c.cast["L"], c.cast["F"], c.cast["G"])
+	})
+}
+
+// A Get that comes while a round is in flight waits for the next one: the index of the one in flight may have been taken
+// before a write that has returned meanwhile.
+func TestRoundInFlightIsNotJoined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		runs := uint64(0)
+		land := make(chan struct{})
+		r := newRounds(ctx, func(ctx context.Context) (readPoint, error) {
+			runs++
+			at := readPoint{index: runs}
+			select {
+			case <-land:
+				return at, nil
+			case <-ctx.Done():
+				return at, ctx.Err()
+			}
+		})
+		var carry sync.WaitGroup
+		carry.Go(r.carry)
+		type landed struct {
+			index uint64
+			err   error
+		}
+		join := func(ctx context.Context) chan landed {
+			c := make(chan landed, 1)
+			go func() {
+				at, err := r.join(ctx)
+				c <- landed{at.index, err}
+			}()
+			synctest.Wait()
+			return c
+		}
+		want := func(c chan landed, index uint64, err error) {
+			t.Helper()
+			if got := <-c; got.index != index || !errors.Is(got.err, err) {
+				t.Errorf("a round ends with %d, %v, want %d, %v", got.index, got.err, index, err)
+			}
+		}
+
+		first := join(ctx)
+		impatient, leave := context.WithCancel(ctx)
+		second, third, gone := join(ctx), join(ctx), join(impatient)
+		leave()
+		want(gone, 0, context.Canceled)
+		land <- struct{}{}
+		want(first, 1, nil)
+		synctest.Wait() // the second round is in flight
+		fourth := join(ctx)
+		land <- struct{}{}
+		want(second, 2, nil)
+		want(third, 2, nil)
+		land <- struct{}{}
+		want(fourth, 3, nil)
+
+		// Who flies a round alone takes it down with its own context, and nobody else's.
+		impatient, leave = context.WithCancel(ctx)
+		fifth := join(impatient)
+		sixth := join(ctx)
+		leave()
+		want(fifth, 4, context.Canceled)
+		land <- struct{}{}
+		want(sixth, 5, nil)
+
+		// A round that nobody answers ends by itself.
+		seventh := join(ctx)
+		want(seventh, 6, context.DeadlineExceeded)
+
+		eighth := join(context.WithoutCancel(ctx))
+		ninth := join(context.WithoutCancel(ctx))
+		cancel()
+		want(ninth, 0, ErrClosed)
+		want(eighth, 7, context.DeadlineExceeded)
+		carry.Wait()
+	})
+}
+
+func TestLeaderRoundNeedsQuorumOfItsTerm(t *testing.T) {
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		term := l.s.Status().Term
+		config := l.s.raft.Load().GetConfiguration().Configuration()
+		confirm := func(term uint64) error {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			return l.s.confirmTerm(ctx, term, config)
+		}
+		must(t, confirm(term))
+		if err := confirm(term - 1); !errors.Is(err, errNotLeading) {
+			t.Errorf("a quorum in a later term: %v, want %v", err, errNotLeading)
+		}
+		if err := confirm(term + 1); !errors.Is(err, ErrNoLeader) {
+			t.Errorf("a quorum in an earlier term: %v, want %v", err, ErrNoLeader)
+		}
+		if _, err := f.s.leaderRound(t.Context()); !errors.Is(err, errNotLeading) {
+			t.Errorf("a round on a follower: %v, want %v", err, errNotLeading)
+		}
+		c.obey("cut L to F")
+		must(t, confirm(term))
+		c.obey("cut G to L")
+		if err := confirm(term); !errors.Is(err, ErrNoLeader) {
+			t.Errorf("no other voter answers: %v, want %v", err, ErrNoLeader)
+		}
+	})
+}
+
+// A cut off member answers a Get with an error that tells both, that nobody leads and that the time is over.
+func TestGetOnMemberCutOff(t *testing.T) {
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		must(t, l.s.Set(t.Context(), "k", []byte("old")))
+		c.obey("partition {L} {F} {G}")
+		for _, limit := range []time.Duration{time.Millisecond, time.Second, 5 * time.Second} {
+			for _, m := range []*scriptMember{l, f} {
+				ctx, cancel := context.WithTimeout(t.Context(), limit)
+				began := time.Now()
+				v, err := m.s.Get(ctx, "k")
+				cancel()
+				if v != nil || !errors.Is(err, ErrNoLeader) || !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("after %v %s answers %q, %v", limit, m.name, v, err)
+				}
+				if late := time.Since(began) - limit; late > time.Millisecond {
+					t.Errorf("Get returns %v after its context ended", late)
+				}
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := f.s.Get(ctx, "k"); !errors.Is(err, context.Canceled) || errors.Is(err, ErrNoLeader) {
+			t.Errorf("with a context that has ended Get says %v", err)
+		}
+	})
+}
+
+// TestGetSeesWriteElsewhere writes on one member and reads on each, while others write.
+func TestGetSeesWriteElsewhere(t *testing.T) {
+	c := newCluster(t, 3)
+	ctx := ctxFor(t, time.Minute)
+	noise, stop := context.WithCancel(ctx)
+	var writers sync.WaitGroup
+	for i, m := range c {
+		writers.Go(func() {
+			for n := 0; noise.Err() == nil; n++ {
+				m.s.Set(noise, fmt.Sprint("noise", i), []byte(fmt.Sprint(n)))
+			}
+		})
+	}
+	var rounds sync.WaitGroup
+	for i, writer := range c {
+		rounds.Go(func() {
+			key := fmt.Sprint("k", i)
+			for n := range 60 {
+				want := fmt.Sprint(n)
+				if err := writer.s.Set(ctx, key, []byte(want)); err != nil {
+					t.Error(err)
+					return
+				}
+				if v := writer.s.Stale().Get(key); string(v) != want {
+					t.Errorf("Set returned and Stale on the same member is %q, want %q", v, want)
+				}
+				for j, reader := range c {
+					if v, err := reader.s.Get(ctx, key); err != nil || string(v) != want {
+						t.Errorf("member %d reads %q, %v after member %d has written %q", j, v, err, i, want)
+					}
+				}
+			}
+		})
+	}
+	rounds.Wait()
+	stop()
+	writers.Wait()
+}
+
+// Nobody passes a forwarded write on: two members that take each other for the leader would do it for ever.
+func TestForwardedWriteIsNotForwarded(t *testing.T) {
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		before := c.net.arrivals()
+		_, sent, err := f.s.peer.propose(t.Context(), g.s.ident.id, g.conf.Addr, encodeOpen([16]byte{1}))
+		var r *refusal
+		if sent || !errors.As(err, &r) {
+			t.Fatalf("a write sent to a follower: sent %v, %v", sent, err)
+		}
+		if r.Status != http.StatusMisdirectedRequest || r.LeaderID != l.s.ident.id || r.LeaderAddr != l.conf.Addr {
+			t.Errorf("a follower answers %+v, want status 421 and the leader at %s", r, l.conf.Addr)
+		}
+		after := c.net.arrivals()
+		if n := after[g.conf.Addr+" propose"] - before[g.conf.Addr+" propose"]; n != 1 {
+			t.Errorf("%d writes came to the follower, want 1", n)
+		}
+		if n := after[l.conf.Addr+" propose"] - before[l.conf.Addr+" propose"]; n != 0 {
+			t.Errorf("the follower passed on %d", n)
+		}
+	})
+}
+
+// TestForwardedWritesThroughLeaderDeaths kills leader after leader under the followers' inserts. Each insert is of a key of
+// its own, so each must succeed, and as every effect takes one revision, the revision counts how often they had any.
+func TestForwardedWritesThroughLeaderDeaths(t *testing.T) {
+	bubble(t, func(t *testing.T, c *script, _, _, _ *scriptMember) {
+		for round := range 6 {
+			c.obey("cast leader L followers F G")
+			before := c.cast["L"].s.Status().Revision
+			var done atomic.Uint64
+			var writers sync.WaitGroup
+			var stop atomic.Bool
+			for _, name := range []string{"F", "G"} {
+				m := c.cast[name]
+				for w := range 4 {
+					writers.Go(func() {
+						for n := 0; !stop.Load(); n++ {
+							key := fmt.Sprintf("%d/%s/%d/%d", round, name, w, n)
+							ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+							err := m.s.Insert(ctx, key, []byte(key))
+							cancel()
+							if err != nil {
+								t.Errorf("insert %s: %v", key, err)
+								return
+							}
+							done.Add(1)
+							time.Sleep(time.Millisecond) // time passes only while everybody waits
+						}
+					})
+				}
+			}
+			// Messages take time, so that some of every kind are on their way when the leader dies.
+			for _, way := range []string{"L to F", "F to L", "L to G", "G to L"} {
+				c.obey(fmt.Sprintf("delay %s %dms", way, round))
+			}
+			time.Sleep(100*time.Millisecond + time.Duration(round)*time.Millisecond)
+			c.obey("kill L")
+			c.obey("heal")
+			c.obey("elect N among F G")
+			time.Sleep(100 * time.Millisecond)
+			stop.Store(true)
+			writers.Wait()
+			c.obey("restart L")
+			c.obey("await equal")
+			if got := c.cast["N"].s.Status().Revision - before; got != done.Load() {
+				t.Errorf("%d inserts returned nil, and %d took effect", done.Load(), got)
+			}
+		}
+	})
+}
