@@ -1,12 +1,19 @@
 package quorate
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // A prepared directory is that of a member without a network, with some writes, closed.
@@ -159,4 +166,217 @@ func flipBit(t testing.TB, path string, at int64) {
 	b[0] ^= 1
 	_, err = f.WriteAt(b[:], at)
 	must(t, err)
+}
+
+// writers writes on a member until stopped, and counts what was acknowledged.
+type writers struct {
+	stop func() int64
+}
+
+func startWriters(t testing.TB, n int, on func() *Service) writers {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var acked atomic.Int64
+	var all sync.WaitGroup
+	for w := range n {
+		all.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				if on().Set(ctx, fmt.Sprintf("w%d/%d", w, i%50), fmt.Append(nil, i)) == nil {
+					acked.Add(1)
+				}
+			}
+		})
+	}
+	end := sync.OnceValue(func() int64 { cancel(); all.Wait(); return acked.Load() })
+	t.Cleanup(func() { end() })
+	return writers{end}
+}
+
+// cutLogs makes every running member keep no more than a few entries of its log, and none up to past.
+func (c testCluster) cutLogs(t testing.TB, past uint64) {
+	t.Helper()
+	for _, m := range c {
+		if m.s == nil {
+			continue
+		}
+		eventually(t, 20*time.Second, "a short log", func() error {
+			r := m.s.raft.Load()
+			conf := r.ReloadableConfig()
+			conf.TrailingLogs = 4 // until tuneLog looks again
+			if err := r.ReloadConfig(conf); err != nil {
+				return err
+			}
+			err := r.Snapshot().Error()
+			if first, last := m.s.wal.bounds(); last-first > 40 || first <= past {
+				m.s.Set(ctxFor(t, time.Second), "cut", nil) // raft's own newest entry makes no snapshot
+				return fmt.Errorf("log of %d to %d: %v", first, last, err)
+			}
+			return nil
+		})
+	}
+}
+
+func (c testCluster) fill(t testing.TB, prefix string, n int) {
+	t.Helper()
+	l := c.leader(t)
+	var wg sync.WaitGroup
+	for w := range 16 {
+		wg.Go(func() {
+			for i := w; i < n; i += 16 {
+				if err := l.s.Set(ctxFor(t, 20*time.Second), fmt.Sprint(prefix, i), []byte("v")); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// A member that was away comes back to the others' state, whatever became of their logs and of its own meanwhile.
+func TestMemberComesBack(t *testing.T) {
+	c := newCluster(t, 3)
+	away := c.follower(t)
+	others := func() *Service {
+		for _, m := range c {
+			if m != away {
+				return m.s
+			}
+		}
+		return nil
+	}
+	back := func(t *testing.T) {
+		t.Helper()
+		away.start()
+		c.awaitVoters(t, 3)
+		must(t, away.s.Set(ctxFor(t, 20*time.Second), "back", []byte(t.Name())))
+		c.awaitEqual(t)
+	}
+	t.Run("its log goes another way, and it starts once more", func(t *testing.T) {
+		away.stop()
+		c.strayLog(t, away, 7)
+		c.fill(t, "conflict", 20)
+		back(t)
+		away.stop()
+		back(t)
+	})
+	t.Run("by a snapshot, while writes go on", func(t *testing.T) {
+		past := away.s.Status().LastIndex
+		away.stop()
+		w := startWriters(t, 4, others)
+		c.fill(t, "missed", 300)
+		c.cutLogs(t, past)
+		away.start()
+		c.awaitVoters(t, 3)
+		eventually(t, 20*time.Second, "an install", func() error {
+			if m := away.s.store.meta(); m.installed == 0 {
+				return fmt.Errorf("at %d without an install", m.applied)
+			}
+			return nil
+		})
+		if n := w.stop(); n == 0 {
+			t.Error("no write went on")
+		}
+		c.awaitEqual(t)
+		if v, err := away.s.Get(ctxFor(t, 20*time.Second), "missed299"); err != nil || string(v) != "v" {
+			t.Errorf("a key of the snapshot is %q, %v", v, err)
+		}
+		if first, _ := away.s.wal.bounds(); first < 2 {
+			t.Errorf("its log begins at %d", first)
+		}
+	})
+	t.Run("from what it has, after the snapshot", func(t *testing.T) {
+		away.stop()
+		c.fill(t, "more", 20)
+		back(t)
+	})
+	t.Run("without its file, which the others have", func(t *testing.T) {
+		away.stop()
+		must(t, os.Remove(filepath.Join(away.conf.Dir, "snap")))
+		c.fill(t, "again", 20)
+		back(t)
+	})
+	t.Run("with a tail that the snapshot does not reach", func(t *testing.T) {
+		// hashicorp/raft#697: raft's memory of the tail outlives the install, and every append is refused after it.
+		past := away.s.Status().LastIndex
+		away.stop()
+		c.fill(t, "first", 100) // or the next leader begins where the tail does, and sees the conflict
+		c.strayLog(t, away, 3000)
+		c.fill(t, "short", 200)
+		c.cutLogs(t, past)
+		away.start()
+		before := away.s.raft.Load()
+		c.awaitVoters(t, 3)
+		c.fill(t, "after", 20)
+		c.awaitEqual(t)
+		eventually(t, 30*time.Second, "it takes appends", func() error {
+			must(t, others().Set(ctxFor(t, 20*time.Second), "to append", nil))
+			_, last := away.s.wal.bounds()
+			if at := c.leader(t).s.Status().LastIndex; last < at {
+				return fmt.Errorf("its log ends at %d (raft says %d) and the leader's at %d", last, away.s.raft.Load().LastIndex(), at)
+			}
+			return nil
+		})
+		// Now and then an append that was on its way ends the tail before the snapshot comes.
+		t.Logf("raft was started anew: %v", away.s.raft.Load() != before)
+		must(t, away.s.Set(ctxFor(t, 20*time.Second), "back", []byte(t.Name())))
+		c.awaitEqual(t)
+		away.stop()
+		back(t)
+	})
+	t.Run("a snapshot that was held up does nothing", func(t *testing.T) {
+		leader := c.leader(t)
+		old, body, err := leader.s.snaps.Open(snapshotState)
+		must(t, err)
+		data := make([]byte, 0, old.Size)
+		b := bytes.NewBuffer(data)
+		_, err = b.ReadFrom(body)
+		must(t, errors.Join(err, body.Close()))
+		c.fill(t, "later", 100)
+		c.awaitEqual(t)
+		first, last := away.s.wal.bounds()
+		install := away.s.store.meta().installed
+		req := &raft.InstallSnapshotRequest{
+			RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(leader.s.ident.id), Addr: []byte(leader.conf.Addr)}, SnapshotVersion: 1, Term: leader.s.Status().Term, Leader: []byte(leader.conf.Addr),
+			LastLogIndex: old.Index, LastLogTerm: old.Term, Configuration: raft.EncodeConfiguration(old.Configuration),
+			ConfigurationIndex: old.ConfigurationIndex, Size: old.Size}
+		var resp raft.InstallSnapshotResponse
+		tr := leader.s.peer.current.Load()
+		must(t, tr.InstallSnapshot(raft.ServerID(away.s.ident.id), raft.ServerAddress(away.conf.Addr), req, &resp, b))
+		if !resp.Success {
+			t.Errorf("answered %+v", resp)
+		}
+		if f, l := away.s.wal.bounds(); f > first || l < last || away.s.store.meta().installed != install {
+			t.Errorf("log of %d to %d, was %d to %d; last install %d", f, l, first, last, away.s.store.meta().installed)
+		}
+		c.awaitEqual(t)
+	})
+}
+
+// skipTerms makes the leader give up its office to a term far ahead, so that the terms between are nobody's.
+func (c testCluster) skipTerms(t testing.TB) {
+	t.Helper()
+	l := c.leader(t)
+	term := l.s.Status().Term + 10
+	_, err := l.s.peer.current.Load().deliver(ctxFor(t, 10*time.Second), &raft.RequestVoteRequest{
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}, Term: term, LeadershipTransfer: true})
+	must(t, err)
+	eventually(t, 20*time.Second, "a leader of a later term", func() error {
+		if now := c.leader(t).s.Status().Term; now < term {
+			return fmt.Errorf("term %d", now)
+		}
+		return nil
+	})
+}
+
+// strayLog gives a stopped member entries that it has from a leader of a term that nobody else knows.
+func (c testCluster) strayLog(t *testing.T, m *testMember, n uint64) {
+	t.Helper()
+	term := c.leader(t).s.Status().Term + 5
+	c.skipTerms(t)
+	editLog(t, m.conf.Dir, func(l *logStore) {
+		last, _ := l.last()
+		appendLog(t, l, last+1, term, n)
+		must(t, l.SetUint64([]byte("CurrentTerm"), term))
+	})
 }
