@@ -5,7 +5,6 @@ package quorate
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -16,39 +15,6 @@ import (
 
 // Directories as a kill at some step of the first Open leaves them, each made by hand out of real parts; and kills at
 // random moments.
-
-var discarded = slog.New(slog.DiscardHandler)
-
-// halfMade is a directory after the steps of Open up to the one that a kill came in.
-type halfMade struct {
-	ident      identity
-	wal, term  bool // the log exists; a term is stored in it
-	snap, used bool // the file exists; the first entry is in the log
-}
-
-func (h halfMade) build(t *testing.T, m *testMember) {
-	t.Helper()
-	dir := m.conf.Dir
-	lock, err := lockDir(dir, m.conf.Addr)
-	must(t, err)
-	must(t, writeIdentity(dir, h.ident))
-	if h.wal {
-		l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), log: discarded})
-		must(t, err)
-		if h.term {
-			must(t, l.SetUint64([]byte("CurrentTerm"), 1))
-		}
-		must(t, l.close())
-	}
-	if h.snap {
-		st, err := openStore(storeOptions{path: filepath.Join(dir, "snap"), memory: -1, log: discarded})
-		must(t, err)
-		must(t, st.close())
-	}
-	putFile(t, filepath.Join(dir, "id.tmp"), "half an id")
-	putFile(t, filepath.Join(dir, "snap.incoming"), "half a snapshot")
-	must(t, lock.unlock())
-}
 
 func TestOpenAfterAKillWhileBootstrapping(t *testing.T) {
 	ident := func() identity { return identity{id: newID(), cluster: newID(), intent: intentBootstrap} }

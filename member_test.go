@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -371,6 +373,17 @@ func TestRemoveMember(t *testing.T) {
 		_, err := m.open()
 		is(t, err, ErrNotAllowed, m.conf.Addr)
 	})
+	t.Run("one that was admitted and never came", func(t *testing.T) {
+		m := newMember(t, c[0].conf.Addr)
+		ident := identity{id: newID(), intent: intentJoin}
+		admit(t, c.leader(t), ident.id, m.conf.Addr)
+		must(t, c[1].s.RemoveMember(ctx, m.conf.Addr))
+		members(t, 3)
+		must(t, c[1].s.AddAllowedMember(ctx, m.conf.Addr))
+		halfMade{ident: ident}.build(t, m)
+		_, err := m.open()
+		is(t, err, ErrRemoved, "empty the directory to join as a new member")
+	})
 	t.Run("an address that nobody knows", func(t *testing.T) {
 		for _, m := range c {
 			must(t, m.s.RemoveMember(ctx, "nobody.example:1"))
@@ -632,10 +645,14 @@ func TestNewAddress(t *testing.T) {
 			must(t, f.s.AddAllowedMember(ctx, a))
 		}
 		c.awaitEqual(t)
+		// The one that stays misses a write, so that one of those that moved must lead: the other one can't know where.
+		f.isolate()
+		must(t, moving[0].s.Set(ctx, "k", []byte("missed")))
 		for i, m := range moving {
 			m.stop()
 			m.conf.Addr = next[i]
 		}
+		f.rejoin()
 		for _, m := range moving {
 			m.start()
 		}
@@ -840,4 +857,117 @@ func TestRollingRestartOfFive(t *testing.T) {
 		}
 	}
 	t.Logf("%d acknowledged writes", n)
+}
+
+func TestBehindAProxyPerMember(t *testing.T) {
+	var passed atomic.Int64
+	behind := func(m *testMember) *testMember {
+		m.listen = freeAddr(t)
+		lb := balancer(t, nil, "http://"+m.listen)
+		l, err := net.Listen("tcp", m.conf.Addr)
+		must(t, err)
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			passed.Add(1)
+			lb.Config.Handler.ServeHTTP(w, r)
+		})}
+		go server.Serve(l)
+		t.Cleanup(func() { server.Close() })
+		return m
+	}
+	ctx := ctxFor(t, time.Minute)
+	c := testCluster{behind(newMember(t, ""))}
+	c[0].start()
+	for range 2 {
+		m := behind(newMember(t, c[0].conf.Addr))
+		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
+		m.start()
+		c = append(c, m)
+	}
+	c.awaitVoters(t, 3)
+	c.leader(t).stop() // its proxy answers 502 now
+	for _, m := range c {
+		if m.s != nil {
+			must(t, m.s.Set(ctx, "k", []byte(m.conf.Addr)))
+		}
+	}
+	for _, m := range c {
+		if m.s == nil {
+			m.start()
+		}
+	}
+	c.awaitVoters(t, 3)
+	c.awaitEqual(t)
+	if passed.Load() == 0 {
+		t.Error("nothing went through a proxy")
+	}
+}
+
+// Members that come at the same time are promoted one after the other, whoever is ready first.
+func TestFourJoinAtOnce(t *testing.T) {
+	c := newCluster(t, 1)
+	var wg sync.WaitGroup
+	for range 4 {
+		m := newMember(t, c[0].conf.Addr)
+		must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
+		c = append(c, m)
+	}
+	for _, m := range c[1:] {
+		wg.Go(func() {
+			if _, err := m.open(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for i := range 100 {
+		must(t, c[0].s.Set(ctxFor(t, patience), fmt.Sprint(i), nil))
+	}
+	wg.Wait()
+	c.awaitVoters(t, 5)
+	c.awaitEqual(t)
+}
+
+func TestAnnouncedAddressEndsWithTheConfiguredOne(t *testing.T) {
+	var p peerTable
+	p.announce("m", "new:1", "old:1")
+	for configured, want := range map[string]string{"old:1": "new:1", placeholderAddr("m"): "new:1", "newer:1": ""} {
+		if got := p.announcedAddr("m", configured); got != want {
+			t.Errorf("configured %s: %q, want %q", configured, got, want)
+		}
+	}
+	if got := p.announcedAddr("other", placeholderAddr("other")); got != "" {
+		t.Errorf("of another member: %q", got)
+	}
+}
+
+var discarded = slog.New(slog.DiscardHandler)
+
+// halfMade is a directory after the steps of Open up to the one that a kill came in.
+type halfMade struct {
+	ident      identity
+	wal, term  bool // the log exists; a term is stored in it
+	snap, used bool // the file exists; the first entry is in the log
+}
+
+func (h halfMade) build(t *testing.T, m *testMember) {
+	t.Helper()
+	dir := m.conf.Dir
+	lock, err := lockDir(dir, m.conf.Addr)
+	must(t, err)
+	must(t, writeIdentity(dir, h.ident))
+	if h.wal {
+		l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), log: discarded})
+		must(t, err)
+		if h.term {
+			must(t, l.SetUint64([]byte("CurrentTerm"), 1))
+		}
+		must(t, l.close())
+	}
+	if h.snap {
+		st, err := openStore(storeOptions{path: filepath.Join(dir, "snap"), memory: -1, log: discarded})
+		must(t, err)
+		must(t, st.close())
+	}
+	putFile(t, filepath.Join(dir, "id.tmp"), "half an id")
+	putFile(t, filepath.Join(dir, "snap.incoming"), "half a snapshot")
+	must(t, lock.unlock())
 }
