@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 // the calls that explains all answers (porcupine), did anything that was refused happen, and do the members agree.
 type history struct {
 	start time.Time
+	clock atomic.Int64 // orders calls and returns, also where time stands still
 
 	mu      sync.Mutex // guards the fields below
 	ops     []porcupine.Operation
@@ -73,8 +75,15 @@ var registers = porcupine.Model{
 	DescribeOperation: func(input, output any) string { return fmt.Sprint(input, " → ", output) },
 }
 
-// run makes calls on one member until ctx ends. Every value that is written is unique.
-func (h *history) run(ctx context.Context, t *testing.T, client int, p *process) {
+func newHistory() *history {
+	return &history{start: time.Now(), refused: make(map[string]string), keys: make(map[string]bool)}
+}
+
+// errDown: nobody was there to be asked.
+var errDown = errors.New("down")
+
+// run makes calls on one member until ctx ends, and rests between two of them. Every value that is written is unique.
+func (h *history) run(ctx context.Context, t *testing.T, client int, do func(order) (report, error), rest time.Duration) {
 	rnd := rand.New(rand.NewPCG(uint64(client), 1))
 	for i := 0; ctx.Err() == nil; i++ {
 		// The keys change with time, so that each has a short history that is quick to check.
@@ -83,22 +92,26 @@ func (h *history) run(ctx context.Context, t *testing.T, client int, p *process)
 			c.op = [...]string{"set", "insert", "delete"}[n/4]
 			c.value = fmt.Sprintf("%d-%d", client, i)
 		}
-		if h.make(t, client, p, c) {
+		pause := rest
+		if !h.make(t, client, do, c) {
+			pause = 10 * time.Millisecond
+		}
+		if pause == 0 {
 			continue
 		}
-		select { // a member that is down is not asked in a hurry
-		case <-time.After(10 * time.Millisecond):
+		select {
+		case <-time.After(pause):
 		case <-ctx.Done():
 		}
 	}
 }
 
 // make makes one call and records it. False: nobody was there.
-func (h *history) make(t *testing.T, client int, p *process, c asked) bool {
-	began := time.Since(h.start)
-	r, err := p.do(order{Op: c.op, Key: c.key, Value: []byte(c.value), Timeout: 5 * time.Second})
-	ended := time.Since(h.start)
-	if errors.Is(err, syscall.ECONNREFUSED) {
+func (h *history) make(t *testing.T, client int, do func(order) (report, error), c asked) bool {
+	began := h.clock.Add(1)
+	r, err := do(order{Op: c.op, Key: c.key, Value: []byte(c.value), Timeout: 5 * time.Second})
+	ended := h.clock.Add(1)
+	if errors.Is(err, errDown) || errors.Is(err, syscall.ECONNREFUSED) {
 		return false
 	}
 	a := told{verdict: r.Verdict, value: string(r.Value)}
@@ -119,9 +132,9 @@ func (h *history) make(t *testing.T, client int, p *process, c asked) bool {
 		t.Errorf("%v: an answer that is not one: %s", c, r.Error)
 	}
 	if c.op != "get" && !a.unknown {
-		h.acks = append(h.acks, ended)
+		h.acks = append(h.acks, time.Since(h.start))
 	}
-	h.ops = append(h.ops, porcupine.Operation{ClientId: client, Input: c, Call: int64(began), Output: a, Return: int64(ended)})
+	h.ops = append(h.ops, porcupine.Operation{ClientId: client, Input: c, Call: began, Output: a, Return: ended})
 	return true
 }
 
@@ -142,7 +155,7 @@ func (h *history) check(t *testing.T) {
 	t.Helper()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	last, unknown := int64(time.Since(h.start)), 0
+	last, unknown := h.clock.Load(), 0
 	for i, o := range h.ops {
 		c, a := o.Input.(asked), o.Output.(told)
 		if a.unknown {
@@ -165,16 +178,27 @@ func (h *history) check(t *testing.T) {
 	}
 }
 
+// campaign is how long QUORATE_CAMPAIGN wants the tests here to go on; without it they end as soon as they can.
+func campaign(t *testing.T) time.Duration {
+	text := os.Getenv("QUORATE_CAMPAIGN")
+	if text == "" {
+		return 0
+	}
+	d, err := time.ParseDuration(text)
+	must(t, err)
+	return d
+}
+
 // TestHistory lets clients on three real processes write and read while members are killed and stopped. QUORATE_CAMPAIGN
-// makes it as long as that duration says.
+// makes it longer.
 func TestHistory(t *testing.T) {
 	list := newProcesses(t)
-	h := &history{start: time.Now(), refused: make(map[string]string), keys: make(map[string]bool)}
+	h := newHistory()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var clients sync.WaitGroup
 	for i := range 12 {
-		clients.Go(func() { h.run(ctx, t, i, list[i%3]) })
+		clients.Go(func() { h.run(ctx, t, i, list[i%3].do, 0) })
 	}
 	after := func(d time.Duration) { <-time.After(d) }
 	faults := []struct {
@@ -207,12 +231,7 @@ func TestHistory(t *testing.T) {
 			f.start()
 		}},
 	}
-	end := time.Now()
-	if text := os.Getenv("QUORATE_CAMPAIGN"); text != "" {
-		d, err := time.ParseDuration(text)
-		must(t, err)
-		end = end.Add(d)
-	}
+	end := time.Now().Add(campaign(t))
 	for again := true; again; again = time.Now().Before(end) {
 		for _, f := range faults {
 			after(300 * time.Millisecond)
@@ -229,13 +248,104 @@ func TestHistory(t *testing.T) {
 	clients.Wait()
 	awaitEqualProcesses(t, list)
 	for key := range h.keys {
-		h.make(t, 99, list[0], asked{op: "get", key: key})
+		h.make(t, 99, list[0].do, asked{op: "get", key: key})
 		want := list[0].must(order{Op: "stale", Key: key}).Value
 		for _, p := range list[1:] {
 			if v := p.must(order{Op: "stale", Key: key}).Value; string(v) != string(want) {
 				t.Errorf("%s is %q on one member and %q on another", key, want, v)
 			}
 		}
+	}
+	h.check(t)
+}
+
+// TestHistoryInBubble is the same with faults that a machine does not make on request: partitions, messages that go one way
+// only, come late or break, in an order that the seed gives. QUORATE_SEED plays one again, as far as the scheduler lets it.
+func TestHistoryInBubble(t *testing.T) {
+	seed := rand.Uint64()
+	if text := os.Getenv("QUORATE_SEED"); text != "" {
+		var err error
+		seed, err = strconv.ParseUint(text, 10, 64)
+		must(t, err)
+	}
+	end := time.Now().Add(campaign(t))
+	for again := true; again; again = time.Now().Before(end) && !t.Failed() {
+		t.Logf("QUORATE_SEED=%d", seed)
+		bubble(t, func(t *testing.T, c *script, _, _, _ *scriptMember) { disturb(t, c, rand.New(rand.NewPCG(seed, 2))) })
+		seed++
+	}
+}
+
+func disturb(t *testing.T, c *script, rnd *rand.Rand) {
+	h := newHistory()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var up [3]atomic.Pointer[Service] // what the clients see; the script's own view is not for many goroutines
+	for i, m := range c.members {
+		up[i].Store(m.s)
+	}
+	do := func(i int) func(order) (report, error) {
+		return func(o order) (report, error) {
+			s := up[i].Load()
+			if s == nil {
+				return report{}, errDown
+			}
+			return obey(s, o), nil
+		}
+	}
+	var clients sync.WaitGroup
+	for i := range 9 {
+		clients.Go(func() { h.run(ctx, t, i, do(i%3), time.Duration(10+5*i)*time.Millisecond) })
+	}
+	names := []string{"a", "b", "c"}
+	for range 6 {
+		rnd.Shuffle(3, func(i, j int) { names[i], names[j] = names[j], names[i] })
+		x, y, z := names[0], names[1], names[2]
+		var fault []string
+		switch rnd.IntN(7) {
+		case 0:
+			fault = []string{fmt.Sprintf("partition {%s} {%s %s}", x, y, z)}
+		case 1:
+			fault = []string{fmt.Sprintf("partition {%s} {%s} {%s}", x, y, z)}
+		case 2:
+			fault = []string{fmt.Sprintf("cut %s to %s", x, y)}
+		case 3:
+			fault = []string{fmt.Sprintf("cut %s to %s", x, y), fmt.Sprintf("cut %s to %s", x, z)}
+		case 4:
+			fault = []string{fmt.Sprintf("cut %s to %s", x, z), fmt.Sprintf("cut %s to %s", y, z)}
+		case 5:
+			fault = []string{fmt.Sprintf("delay %s to %s %dms", x, y, rnd.IntN(400)), fmt.Sprintf("delay %s to %s %dms", y, x, rnd.IntN(400))}
+		}
+		for _, line := range fault {
+			c.obey(line)
+		}
+		time.Sleep(time.Duration(rnd.IntN(1500)) * time.Millisecond)
+		dead := rnd.IntN(6) // one to three members die at some of these moments, with the network as it is
+		for i, m := range c.members {
+			if dead == 0 || dead == i+1 {
+				c.obey("kill " + m.name)
+				up[i].Store(nil)
+			}
+		}
+		if rnd.IntN(2) == 0 {
+			c.obey("reset " + x)
+		}
+		time.Sleep(time.Duration(rnd.IntN(1000)) * time.Millisecond)
+		c.obey("heal")
+		for i, m := range c.members {
+			if m.s == nil {
+				c.obey("restart " + m.name)
+				up[i].Store(m.s)
+			}
+		}
+		time.Sleep(time.Duration(rnd.IntN(700)) * time.Millisecond)
+	}
+	cancel()
+	clients.Wait()
+	c.obey("await ready a b c")
+	c.obey("await equal")
+	for key := range h.keys {
+		h.make(t, 99, do(0), asked{op: "get", key: key})
 	}
 	h.check(t)
 }
@@ -307,12 +417,7 @@ func TestMemoryWithMemberDown(t *testing.T) {
 	l := leaderProcess(t, list)
 	rest := without(list, l)
 	down, other := rest[0], rest[1]
-	limit := 5 * time.Second
-	if text := os.Getenv("QUORATE_CAMPAIGN"); text != "" {
-		d, err := time.ParseDuration(text)
-		must(t, err)
-		limit = max(limit, d)
-	}
+	limit := max(5*time.Second, campaign(t))
 	down.freeze()
 	defer down.thaw()
 	ended := make(chan int64, 1)
