@@ -943,9 +943,9 @@ var discarded = slog.New(slog.DiscardHandler)
 
 // halfMade is a directory after the steps of Open up to the one that a kill came in.
 type halfMade struct {
-	ident      identity
-	wal, term  bool // the log exists; a term is stored in it
-	snap, used bool // the file exists; the first entry is in the log
+	ident     identity
+	wal, term bool // the log exists; a term is stored in it
+	snap      bool // the file exists
 }
 
 func (h halfMade) build(t *testing.T, m *testMember) {
