@@ -43,7 +43,7 @@ func TestOpenAfterAKillWhileBootstrapping(t *testing.T) {
 	t.Run("with a bootURL at the second try", func(t *testing.T) {
 		c := newCluster(t, 1)
 		m := newMember(t, c[0].conf.Addr)
-		h := halfMade{ident: ident(), wal: true, snap: true}
+		h := halfMade{ident: ident(), wal: true, term: true, snap: true}
 		h.build(t, m)
 		must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
 		m.start()

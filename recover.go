@@ -277,7 +277,7 @@ func (s *Service) enter(ctx context.Context) error {
 			"(or empty the directory to begin a new cluster)", ErrInvalid)
 	case s.ident.intent == intentJoin:
 		return s.join(ctx)
-	case s.conf.Join != "" && term == 0:
+	case s.conf.Join != "" && term <= 1:
 		// It was about to begin a cluster and never did. An id is never used for two things, so it becomes another member.
 		s.ident = identity{id: newID(), intent: intentJoin}
 		if err := writeIdentity(s.conf.Dir, s.ident); err != nil {
