@@ -5,6 +5,7 @@ package quorate
 // membership. The rooms report to it; it restarts what can be restarted.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -397,15 +398,13 @@ func (s *Service) diagnose(ctx context.Context) string {
 	if err := s.faults.err(); err != nil {
 		return err.Error()
 	}
-	c := s.raft.Load().GetConfiguration().Configuration()
-	all := voters(c)
-	if len(all) == 0 {
-		return "the leader has not sent this member anything yet"
-	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	trouble := make([]string, len(all))
+	all := voters(s.raft.Load().GetConfiguration().Configuration())
+	trouble, leaders := make([]string, len(all)), make([]string, len(all))
+	own, leader := "", ""
 	var wg sync.WaitGroup
+	wg.Go(func() { own = s.askOwnAddress(ctx) })
 	for i, m := range all {
 		if string(m.ID) == s.ident.id {
 			continue
@@ -413,6 +412,7 @@ func (s *Service) diagnose(ctx context.Context) string {
 		wg.Go(func() {
 			base := baseURL(s.addressOf(m), s.conf.TLS)
 			a, err := s.peer.status(ctx, base)
+			leaders[i] = a.LeaderAddr
 			switch {
 			case err != nil:
 				trouble[i] = fmt.Sprintf("%s: %v", shortID(string(m.ID)), explain(err, base))
@@ -424,20 +424,48 @@ func (s *Service) diagnose(ctx context.Context) string {
 		})
 	}
 	wg.Wait()
-	reach, words := len(all), []string(nil)
-	for _, t := range trouble {
+	var words []string
+	for i, t := range trouble {
 		if t != "" {
-			reach--
 			words = append(words, t)
 		}
+		leader = cmp.Or(leader, leaders[i])
 	}
-	head := fmt.Sprintf("%d of %d voters reachable, need %d", reach, len(all), len(all)/2+1)
-	if id, addr := s.leader(); id == "" {
+	reach := len(all) - len(words)
+	switch id, addr := s.leader(); {
+	case len(all) == 0:
+		words = append(words, "the leader has not sent this member anything yet")
+	case id == "" && leader == "":
 		words = append(words, "no leader is elected")
-	} else if len(words) == 0 {
+	case id == "":
+		words = append(words, fmt.Sprintf("the leader, %s, has not reached this member", leader))
+	case len(words) == 0:
 		words = append(words, "waiting for the leader at "+addr)
 	}
-	return head + ": " + strings.Join(words, "; ")
+	if own != "" {
+		words = append(words, own)
+	}
+	what := strings.Join(words, "; ")
+	if len(all) == 0 {
+		return what
+	}
+	return fmt.Sprintf("%d of %d voters reachable, need %d: %s", reach, len(all), len(all)/2+1, what)
+}
+
+// askOwnAddress calls this member as the others do: a handler that is not registered, or a server that does not listen, shows
+// here and nowhere else on this member.
+func (s *Service) askOwnAddress(ctx context.Context) string {
+	if s.conf.Addr == "" {
+		return ""
+	}
+	base := baseURL(s.conf.Addr, s.conf.TLS)
+	switch a, err := s.peer.status(ctx, base); {
+	case err != nil:
+		return fmt.Sprintf("this member does not reach itself: %v", explain(err, base))
+	case a.ID != s.ident.id:
+		return fmt.Sprintf("at this member's own address, %s, %s answers", s.conf.Addr, shortID(a.ID))
+	}
+	return ""
 }
 
 // shortID is enough of an id for a person to tell members apart.

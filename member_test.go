@@ -448,6 +448,10 @@ func TestPromotion(t *testing.T) {
 	must(t, l.s.AddAllowedMember(ctx, m.conf.Addr))
 	m.wrap = func(http.Handler) http.Handler { return http.NotFoundHandler() }
 	m.start()
+	short, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+	defer cancel()
+	is(t, m.s.Ready(short), context.DeadlineExceeded, "the leader has not sent this member anything yet",
+		"this member does not reach itself: nothing answers at http://"+m.conf.Addr+"/raft/: register the Service there")
 	for i := range 50 {
 		must(t, c[i%2].s.Set(ctx, fmt.Sprint(i), nil))
 	}
@@ -742,6 +746,14 @@ func TestReadySaysWhatIsMissing(t *testing.T) {
 	c[2].heal()
 	must(t, c[0].s.Ready(ctxFor(t, patience)))
 	must(t, c[2].s.Ready(ctxFor(t, patience)))
+
+	c[1].wrap = func(http.Handler) http.Handler { return http.NotFoundHandler() }
+	c[1].start()
+	ctx, cancel = context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	is(t, c[1].s.Ready(ctx), context.DeadlineExceeded, "3 of 3 voters reachable",
+		"the leader, "+testCluster{c[0], c[2]}.leader(t).conf.Addr+", has not reached this member",
+		"this member does not reach itself: nothing answers at http://"+c[1].conf.Addr+"/raft/: register the Service there")
 }
 
 // Whatever comes to whatever route, with headers that let it in, the member answers and works on.
