@@ -139,9 +139,9 @@ type Service struct {
 
 	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
 	faults   faults
-	changes  broadcast  // the leader, as this member knows it, or its state changed
-	members  peerTable  // what is known of the others beside the configuration
-	changing sync.Mutex // one change of the configuration at a time on this leader
+	changes  broadcast     // the leader, as this member knows it, or its state changed
+	members  peerTable     // what is known of the others beside the configuration
+	changing chan struct{} // one change of the configuration at a time on this leader: see changeMembers
 
 	ctx       context.Context // of everything that runs in the background; ends in Close
 	cancel    context.CancelFunc
@@ -169,7 +169,7 @@ func Open(ctx context.Context, c Config) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("quorate: %w", err)
 	}
-	s := &Service{conf: c, log: c.Logger, closed: make(chan struct{}), rebuildCh: make(chan struct{}, 1)}
+	s := &Service{conf: c, log: c.Logger, closed: make(chan struct{}), changing: make(chan struct{}, 1), rebuildCh: make(chan struct{}, 1)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.faults.log = c.Logger
 	if err := s.open(ctx); err != nil {

@@ -388,16 +388,30 @@ func (s *Service) ownAddress() {
 	if !placeholder(addr) && len(s.others()) > 0 && !s.fsm.members.Load().allowed[s.conf.Addr] {
 		return
 	}
-	s.changing.Lock()
-	defer s.changing.Unlock()
 	ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second)
 	defer cancel()
-	err := s.awaitRoom(ctx, s.conf.Addr, s.ident.id)
+	end, err := s.changeMembers(ctx)
+	if err != nil {
+		return
+	}
+	defer end()
+	err = s.awaitRoom(ctx, s.conf.Addr, s.ident.id)
 	if err == nil {
 		err = s.setServer(ctx, s.ident.id, s.conf.Addr)
 	}
 	if err != nil {
 		s.log.Debug("this leader's address is not in the configuration yet", "error", err)
+	}
+}
+
+// changeMembers is this caller's turn to change the configuration; a turn may take as long as a majority does not answer, so
+// that waiting for it ends with ctx.
+func (s *Service) changeMembers(ctx context.Context) (end func(), err error) {
+	select {
+	case s.changing <- struct{}{}:
+		return func() { <-s.changing }, nil
+	case <-ctx.Done():
+		return nil, refuse(http.StatusServiceUnavailable, codeNotReady, "another change of the members is under way: %v", context.Cause(ctx))
 	}
 }
 
@@ -424,11 +438,14 @@ func (s *Service) promote() error {
 			waiting = append(waiting, err)
 			continue
 		}
-		s.changing.Lock()
 		ctx, cancel = context.WithTimeout(s.ctx, 5*time.Second)
+		defer cancel()
+		end, err := s.changeMembers(ctx)
+		if err != nil {
+			return err
+		}
+		defer end()
 		err = await(ctx, r.AddVoter(m.ID, m.Address, f.Index(), 0))
-		cancel()
-		s.changing.Unlock()
 		if err == nil {
 			s.log.Info("a member is a voter now", "id", m.ID, "address", m.Address)
 		}
@@ -499,8 +516,11 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 	if s.raft.Load().State() != raft.Leader {
 		return joinAnswer{}, s.notLeader()
 	}
-	s.changing.Lock()
-	defer s.changing.Unlock()
+	end, err := s.changeMembers(ctx)
+	if err != nil {
+		return joinAnswer{}, err
+	}
+	defer end()
 	// A permission that was acknowledged anywhere before this request came is applied here after this.
 	at, err := s.reads.join(ctx)
 	if err == nil {
@@ -651,8 +671,11 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 	if r.State() != raft.Leader {
 		return s.notLeader()
 	}
-	s.changing.Lock()
-	defer s.changing.Unlock()
+	end, err := s.changeMembers(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	if _, err := s.reads.join(ctx); err != nil {
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
