@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -525,18 +526,23 @@ func TestSentinels(t *testing.T) {
 }
 
 func TestCloseWithCallsInFlight(t *testing.T) {
-	for _, way := range []string{"while all is well", "without a majority"} {
+	for _, way := range []string{"while all is well", "without a majority", "on a follower that hears of nothing"} {
 		t.Run(way, func(t *testing.T) {
 			c := newCluster(t, 3)
 			l := c.leader(t)
 			s := l.s
 			must(t, s.Set(ctxFor(t, patience), "k", []byte("v")))
-			if way == "without a majority" {
+			switch way {
+			case "without a majority":
 				for _, m := range c {
 					if m != l {
 						m.isolate()
 					}
 				}
+			case "on a follower that hears of nothing":
+				l = c.follower(t)
+				s = l.s
+				l.cut()
 			}
 			closing := make(chan struct{})
 			var start time.Time
@@ -612,6 +618,45 @@ func TestCloseWithCallsInFlight(t *testing.T) {
 	}
 }
 
+// A member alone hands over to nobody: what it has accepted ends with an answer all the same.
+func TestCloseWaitsForAcceptedWrites(t *testing.T) {
+	m := newCluster(t, 1)[0]
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	wrote := make(map[string]bool)
+	s := m.s
+	under := make(chan struct{}, 1<<20)
+	for w := range 64 {
+		wg.Go(func() {
+			for n := 0; ; n++ {
+				key := fmt.Sprint(w, "/", n)
+				if err := s.Set(context.Background(), key, nil); err != nil {
+					wantIs(t, key, err, ErrClosed, ErrNotApplied)
+					checkVerdict(t, key, err)
+					return
+				}
+				mu.Lock()
+				wrote[key] = true
+				mu.Unlock()
+				under <- struct{}{}
+			}
+		})
+	}
+	for range 1000 {
+		<-under
+	}
+	m.stop()
+	wg.Wait()
+	s = m.start()
+	must(t, s.Ready(ctxFor(t, patience)))
+	if keys := s.store.meta().keys; keys != uint64(len(wrote)) {
+		t.Errorf("%d writes were acknowledged and there are %d keys", len(wrote), keys)
+	}
+	for key := range wrote {
+		wantStale(t, s, key, []byte{})
+	}
+}
+
 // A member that has an index to wait for, which nobody will send it, gives it up when it closes.
 func TestCloseEndsGetThatWaits(t *testing.T) {
 	c := newCluster(t, 3)
@@ -645,7 +690,10 @@ func TestCloseEndsGetThatWaits(t *testing.T) {
 
 func TestClose(t *testing.T) {
 	before := runtime.NumGoroutine()
-	c := newCluster(t, 3)
+	calls := &callCounter{counts: make(map[string]int)}
+	c := newCluster(t, 3, func(c *Config) {
+		c.Client = &http.Client{Transport: counting{c.Client.Transport.(*http.Transport), calls}}
+	})
 	ctx := ctxFor(t, 2*patience)
 	l := c.leader(t)
 	for i := range 100 {
@@ -663,6 +711,9 @@ func TestClose(t *testing.T) {
 	}
 	wg.Wait()
 	took := time.Since(began)
+	if n := calls.of("/raft/timeoutnow"); n != 1 {
+		t.Errorf("the leader has handed over %d times, want once", n)
+	}
 	if took > 5*time.Second {
 		t.Errorf("Close took %v with a healthy majority", took)
 	}
@@ -732,6 +783,30 @@ func TestClose(t *testing.T) {
 		}
 		wantGet(t, l.s, "after", []byte("v"))
 	})
+}
+
+// callCounter counts what members ask of each other, by path.
+type callCounter struct {
+	mu     sync.Mutex // guards counts
+	counts map[string]int
+}
+
+func (c *callCounter) of(path string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.counts[path]
+}
+
+type counting struct {
+	*http.Transport
+	calls *callCounter
+}
+
+func (c counting) RoundTrip(r *http.Request) (*http.Response, error) {
+	c.calls.mu.Lock()
+	c.calls.counts[r.URL.Path]++
+	c.calls.mu.Unlock()
+	return c.Transport.RoundTrip(r)
 }
 
 // underRace: the race detector makes SQLite, which is Go here, about ten times slower.
