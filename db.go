@@ -81,12 +81,12 @@ var (
 
 // LimitError says which limit a call broke. It is ErrTooLarge.
 type LimitError struct {
-	What       string // "key", "value", …
-	Limit, Got int64  // bytes, or a count
+	What       string // what is counted: "key bytes", "value bytes"
+	Limit, Got int64
 }
 
 func (e *LimitError) Error() string {
-	return fmt.Sprintf("%v: %s of %d, the limit is %d", ErrTooLarge, e.What, e.Got, e.Limit)
+	return fmt.Sprintf("%v: %d %s, the limit is %d", ErrTooLarge, e.Got, e.What, e.Limit)
 }
 
 func (e *LimitError) Is(target error) bool { return target == ErrTooLarge }
@@ -610,10 +610,10 @@ func (s *Service) Backup(ctx context.Context, w io.Writer) (revision uint64, err
 	return m.revision, nil
 }
 
-// Restore makes dir a new cluster of one member out of a backup, or out of the snap of a closed member. Keys, values and
-// revisions are kept; cluster and member get new ids, so that members of the old cluster and this one never take each other
-// for their own. Open dir afterwards; other members join it with empty directories. What the old cluster acknowledged after
-// the backup was taken (or what this snap had not yet received) is lost. dir must be empty or missing.
+// Restore makes dir a new cluster of one member out of a backup, or out of the snap of a member that is not running. Keys,
+// values and revisions are kept; cluster and member get new ids, so that members of the old cluster and this one never take
+// each other for their own. Open dir afterwards; other members join it with empty directories. What the old cluster
+// acknowledged after the backup was taken (or what this snap had not yet received) is lost. dir must be empty or missing.
 func Restore(dir, from string) error {
 	if err := restore(dir, from); err != nil {
 		return fmt.Errorf("quorate: restore %s from %s: %w", dir, from, err)

@@ -372,7 +372,8 @@ func TestBadInputChangesNothing(t *testing.T) {
 	}
 	t.Run("the limit is in the error", func(t *testing.T) {
 		var limit *LimitError
-		if err := s.Set(live, long, nil); !errors.As(err, &limit) || limit.Limit != maxKey || limit.Got != maxKey+1 {
+		if err := s.Set(live, long, nil); !errors.As(err, &limit) || limit.Limit != maxKey || limit.Got != maxKey+1 ||
+			!strings.HasSuffix(err.Error(), "4097 key bytes, the limit is 4096") {
 			t.Errorf("error %v", err)
 		}
 		if err := s.Set(live, "k", make([]byte, 1001)); !errors.As(err, &limit) || limit.Limit != 1000 || limit.Got != 1001 {

@@ -317,6 +317,9 @@ func removeDirs(made []string) {
 func canonicalAddr(addr string) (string, error) {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
+		if strings.Contains(addr, "://") {
+			return "", fmt.Errorf("%w: address %q: give host and port without a scheme, as in db1.example:7000", ErrInvalid, addr)
+		}
 		if strings.Count(addr, ":") > 1 && !strings.HasPrefix(addr, "[") {
 			return "", fmt.Errorf("%w: address %q: an IPv6 address stands in brackets, as in [2001:db8::1]:7000", ErrInvalid, addr)
 		}

@@ -463,7 +463,7 @@ func TestCanonicalAddr(t *testing.T) {
 		"":                             "host and port",
 		"7000":                         "host and port",
 		"db1.example":                  "host and port",
-		"http://db1.example:7000":      "brackets", // it has two colons
+		"http://db1.example:7000":      "without a scheme",
 		"2001:db8::1:7000":             "brackets",
 		"[::1]":                        "host and port",
 		":7000":                        "no host",
