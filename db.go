@@ -54,6 +54,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/hashicorp/raft-wal/types"
 )
 
 // Errors are told apart with errors.Is. Every error of a write other than ErrUnsatisfied is exactly one of ErrNotApplied
@@ -120,6 +121,8 @@ type Config struct {
 	// Memory is how many bytes of state are also kept in memory, for reads. 0 is 64 MiB; negative is none. A state that is
 	// larger is read from SQLite.
 	Memory int64
+
+	vfs types.VFS // the log's files; nil is the system's: a seam for tests that break the disk
 }
 
 // Service is one member: it holds the data and takes part in the cluster. All methods may be called concurrently, on every

@@ -1,0 +1,458 @@
+package quorate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+	walfs "github.com/hashicorp/raft-wal/fs"
+)
+
+func (m *testMember) snap() string { return filepath.Join(m.conf.Dir, "snap") }
+
+// A faultRecord is a logger that remembers the faults of one member: some are mended too fast to be seen in Err.
+type faultRecord struct {
+	mu     sync.Mutex
+	faults []error
+}
+
+func (r *faultRecord) Enabled(context.Context, slog.Level) bool { return true }
+func (r *faultRecord) WithAttrs([]slog.Attr) slog.Handler       { return r }
+func (r *faultRecord) WithGroup(string) slog.Handler            { return r }
+
+func (r *faultRecord) Handle(_ context.Context, rec slog.Record) error {
+	if rec.Level < slog.LevelError {
+		return nil
+	}
+	rec.Attrs(func(a slog.Attr) bool {
+		if err, ok := a.Value.Any().(error); ok && a.Key == "fault" {
+			r.mu.Lock()
+			r.faults = append(r.faults, err)
+			r.mu.Unlock()
+		}
+		return true
+	})
+	return nil
+}
+
+// take returns the newest fault and forgets all of them.
+func (r *faultRecord) take() (err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := len(r.faults); n > 0 {
+		err = r.faults[n-1]
+	}
+	r.faults = nil
+	return err
+}
+
+func recordedCluster(t testing.TB) testCluster {
+	return newCluster(t, 3, func(c *Config) { c.Logger = slog.New(&faultRecord{}) })
+}
+
+// awaitRecovery waits until the member has had a fault of this kind and is well again. No Get meanwhile returns anything
+// but want.
+func (m *testMember) awaitRecovery(t testing.TB, key, want string, words ...string) {
+	t.Helper()
+	record := m.conf.Logger.Handler().(*faultRecord)
+	var fault error
+	eventually(t, 30*time.Second, "a fault and its end at "+m.conf.Addr, func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		if v, err := m.s.Get(ctx, key); err == nil && string(v) != want {
+			t.Fatalf("Get returns %q, want %q", v, want)
+		}
+		if err := record.take(); err != nil {
+			fault = err
+		}
+		switch {
+		case fault == nil:
+			return errors.New("no fault yet")
+		case m.s.Err() != nil:
+			return fmt.Errorf("still %w", m.s.Err())
+		}
+		return nil
+	})
+	is(t, fault, ErrCorrupt, words...)
+}
+
+func awaitFault(t testing.TB, s *Service) (fault error) {
+	t.Helper()
+	eventually(t, 30*time.Second, "a fault", func() error {
+		if fault = s.Err(); fault == nil {
+			return errors.New("Err is nil")
+		}
+		return nil
+	})
+	return fault
+}
+
+// Whoever writes to snap beside a running member is found out, and the member goes back to what the cluster holds.
+func TestForeignWrite(t *testing.T) {
+	c := recordedCluster(t)
+	must(t, c[0].s.Set(t.Context(), "k", []byte("good")))
+	c.awaitEqual(t)
+	mended := func(t *testing.T, m *testMember) {
+		t.Helper()
+		must(t, c[0].s.Set(ctxFor(t, 20*time.Second), "after", []byte(t.Name())))
+		c.awaitEqual(t)
+		if got := sqlite3(t, "-readonly", m.snap(), "select value from kv where key = 'k'"); got != "good" {
+			t.Errorf("the file holds %q", got)
+		}
+		must(t, m.s.Ready(ctxFor(t, 20*time.Second)))
+	}
+	t.Run("on a follower", func(t *testing.T) {
+		m := c.follower(t)
+		sqlite3(t, m.snap(), "update kv set value = 'evil' where key = 'k'")
+		m.awaitRecovery(t, "k", "good", "another program wrote to", m.snap(), "sqlite3 -readonly")
+		mended(t, m)
+	})
+	t.Run("on the leader", func(t *testing.T) {
+		m := c.leader(t)
+		sqlite3(t, m.snap(), "delete from kv; insert into kv values('x', 'y', 1, 1, 1)")
+		m.awaitRecovery(t, "k", "good", "another program wrote to")
+		mended(t, m)
+		if c.leader(t) == m {
+			t.Log("it leads again")
+		}
+	})
+	t.Run("while writes go on", func(t *testing.T) {
+		m := c.follower(t)
+		w := startWriters(t, 4, func() *Service { return c.leader(t).s })
+		sqlite3(t, m.snap(), "update kv set value = 'evil' where key = 'k'")
+		m.awaitRecovery(t, "k", "good", "another program wrote to")
+		if w.stop() == 0 {
+			t.Error("no write went on")
+		}
+		mended(t, m)
+	})
+	t.Run("reading is no write", func(t *testing.T) {
+		m := c.follower(t)
+		sqlite3(t, "-readonly", m.snap(), "select count(*) from kv; pragma integrity_check")
+		m.s.checkFile()
+		must(t, m.s.Err())
+	})
+	for _, m := range c {
+		m.stop()
+		if _, err := checkFile(m.snap()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// Alone there is no other copy: the member says so loudly, and takes the file as it is.
+func TestForeignWriteAlone(t *testing.T) {
+	m := newMember(t, "")
+	s := m.start()
+	must(t, s.Set(t.Context(), "k", []byte("good")))
+	sqlite3(t, m.snap(), "update kv set value = 'operator' where key = 'k'")
+	eventually(t, 20*time.Second, "the operator's value", func() error {
+		v, err := s.Get(ctxFor(t, time.Second), "k")
+		if err != nil || string(v) != "operator" || s.Err() != nil {
+			return fmt.Errorf("%q, %v, Err %v", v, err, s.Err())
+		}
+		return nil
+	})
+	must(t, s.Set(t.Context(), "after", []byte("x")))
+	m.stop()
+	if _, err := checkFile(m.snap()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A member whose state has left the others' path is found by the marks, though its own sums are right.
+func TestDivergedMemberRebuilds(t *testing.T) {
+	c := newCluster(t, 3)
+	must(t, c[0].s.Set(t.Context(), "k", []byte("good")))
+	c.awaitEqual(t)
+	diverge := func(t *testing.T, m *testMember) {
+		t.Helper()
+		tx, err := m.s.store.begin()
+		must(t, err)
+		must(t, tx.set("k", row{value: []byte("evil"), version: 1, created: 1}))
+		must(t, tx.commit())
+		r := c.leader(t).s.raft.Load()
+		var last raft.ApplyFuture
+		for range markInterval + 100 {
+			last = r.Apply(encodeTermStart(), 0)
+		}
+		must(t, last.Error())
+		eventually(t, 30*time.Second, "found", func() error {
+			m.s.compareStates()
+			if err := m.s.faults.first(faultDiverged); err == nil {
+				return errors.New("no fault")
+			}
+			return nil
+		})
+		eventually(t, 30*time.Second, "healed", m.s.Err)
+		must(t, c[0].s.Set(ctxFor(t, 20*time.Second), "after", []byte(t.Name())))
+		c.awaitEqual(t)
+		if v := m.s.Stale().Get("k"); string(v) != "good" {
+			t.Errorf("it reads %q", v)
+		}
+	}
+	t.Run("a follower", func(t *testing.T) { diverge(t, c.follower(t)) })
+	t.Run("the leader", func(t *testing.T) { diverge(t, c.leader(t)) })
+	for _, m := range c {
+		if err := m.s.Err(); err != nil {
+			t.Errorf("%s: %v", m.conf.Addr, err)
+		}
+	}
+}
+
+// flipIn flips a bit inside some text in a file.
+func flipIn(t testing.TB, path, text string) {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	must(t, err)
+	at := bytes.LastIndex(data, []byte(text))
+	if at < 0 {
+		t.Fatalf("%s does not hold %q", path, text)
+	}
+	flipBit(t, path, int64(at+len(text)/2))
+}
+
+// What the disk flips while a member is closed is found after the next start, and never read as data.
+func TestFlippedBit(t *testing.T) {
+	flipLog := func(t *testing.T, m *testMember) {
+		t.Helper()
+		files, _ := filepath.Glob(filepath.Join(m.conf.Dir, "wal", "*.wal"))
+		flipIn(t, files[0], "the good value")
+	}
+	t.Run("in the state of one of three", func(t *testing.T) {
+		c := recordedCluster(t)
+		must(t, c[0].s.Set(t.Context(), "k", []byte("the good value")))
+		c.awaitEqual(t)
+		m := c.follower(t)
+		m.stop()
+		flipIn(t, m.snap(), "the good value")
+		m.start()
+		m.awaitRecovery(t, "k", "the good value", "snap")
+		c.awaitEqual(t)
+		t.Run("and in its log", func(t *testing.T) {
+			m.stop()
+			flipLog(t, m)
+			s := m.start()
+			is(t, awaitFault(t, s), ErrCorrupt, "wal", "index", "move its directory away")
+			// The entry is part of the state already, so the member goes on while somebody finds the time.
+			must(t, s.Set(ctxFor(t, 20*time.Second), "y", nil))
+			c.awaitEqual(t)
+		})
+	})
+	t.Run("in the state, alone", func(t *testing.T) {
+		m := newMember(t, "")
+		must(t, m.start().Set(t.Context(), "k", []byte("the good value")))
+		m.stop()
+		flipIn(t, m.snap(), "the good value")
+		s := m.start()
+		is(t, awaitFault(t, s), ErrCorrupt, m.snap(), "replaced")
+		began := time.Now()
+		err := s.Set(ctxFor(t, 20*time.Second), "x", nil)
+		is(t, err, ErrNotApplied)
+		is(t, err, ErrCorrupt)
+		if d := time.Since(began); d > 3*time.Second {
+			t.Errorf("refused after %v", d)
+		}
+		if v, err := s.Get(ctxFor(t, 5*time.Second), "k"); err == nil {
+			t.Errorf("Get returns %q", v)
+		}
+		if v := s.Stale().Get("k"); v != nil {
+			t.Errorf("Stale returns %q", v)
+		}
+	})
+	t.Run("in the log, alone", func(t *testing.T) {
+		m := newMember(t, "")
+		must(t, m.start().Set(t.Context(), "k", []byte("the good value")))
+		must(t, m.s.Set(t.Context(), "l", []byte("another")))
+		m.stop()
+		flipLog(t, m)
+		s := m.start()
+		is(t, awaitFault(t, s), ErrCorrupt, "wal", "index", "move its directory away")
+	})
+}
+
+// leaderOtherThan is the leader that the others see.
+func (c testCluster) leaderOtherThan(t testing.TB, m *testMember) *testMember {
+	t.Helper()
+	var others testCluster
+	for _, o := range c {
+		if o != m {
+			others = append(others, o)
+		}
+	}
+	var found *testMember
+	eventually(t, 30*time.Second, "another leader", func() error {
+		for _, o := range others {
+			if o.s.Status().Role == Leader && o.s.Ready(ctxFor(t, time.Second)) == nil {
+				found = o
+				return nil
+			}
+		}
+		return errors.New("none leads")
+	})
+	return found
+}
+
+// A brokenDisk is the log's file system of one member.
+func newFaultFS() *faultFS {
+	return &faultFS{VFS: walfs.New(), unsynced: map[string]map[int64][]byte{}, created: map[string]bool{}}
+}
+
+func brokenCluster(t *testing.T) (c testCluster, disk func(m *testMember) *faultFS) {
+	c = newCluster(t, 3, func(conf *Config) { conf.vfs = newFaultFS() })
+	return c, func(m *testMember) *faultFS { return m.conf.vfs.(*faultFS) }
+}
+
+func TestStalledDiskOfTheLeader(t *testing.T) {
+	c, disk := brokenCluster(t)
+	old := c.leader(t)
+	hang := make(chan struct{})
+	fs := disk(old)
+	fs.mu.Lock()
+	fs.hang = hang
+	fs.mu.Unlock()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go old.s.Set(ctx, "stuck", nil)
+	now := c.leaderOtherThan(t, old)
+	must(t, now.s.Set(ctxFor(t, 20*time.Second), "k", []byte("v")))
+	if err := old.s.Ready(ctxFor(t, 200*time.Millisecond)); err == nil {
+		t.Error("the stalled member is ready")
+	}
+	if err := awaitFault(t, old.s); !strings.Contains(err.Error(), "disk") {
+		t.Errorf("Err is %v", err)
+	}
+	fs.mu.Lock()
+	fs.hang = nil
+	fs.mu.Unlock()
+	close(hang)
+	eventually(t, 20*time.Second, "it has recovered", old.s.Err)
+	must(t, old.s.Ready(ctxFor(t, 20*time.Second)))
+	must(t, old.s.Set(ctxFor(t, 20*time.Second), "again", nil))
+	c.awaitEqual(t)
+}
+
+func setSync(f *faultFS, err error)  { f.syncErr = err }
+func setWrite(f *faultFS, err error) { f.writeErr = err }
+
+// An error of the disk is for good until a restart: what the disk holds after it nobody knows.
+func TestFailedDisk(t *testing.T) {
+	c, disk := brokenCluster(t)
+	for _, who := range []struct {
+		name string
+		pick func(testing.TB) *testMember
+	}{{"a follower's", c.follower}, {"the leader's", c.leader}} {
+		t.Run(who.name, func(t *testing.T) {
+			m := who.pick(t)
+			disk(m).fail(setSync, syscall.EIO)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			go m.s.Set(ctx, "broken", nil)
+			fault := awaitFault(t, m.s)
+			is(t, fault, syscall.EIO, "wal")
+			disk(m).fail(setSync, nil)
+			began := time.Now()
+			is(t, m.s.Set(ctxFor(t, 20*time.Second), "x", nil), ErrNotApplied, "input/output error")
+			if v, err := m.s.Get(ctxFor(t, 20*time.Second), "broken"); err == nil {
+				t.Errorf("Get returns %q", v)
+			}
+			if d := time.Since(began); d > 3*time.Second {
+				t.Errorf("refused after %v", d)
+			}
+			other := c.leaderOtherThan(t, m)
+			must(t, other.s.Set(ctxFor(t, 20*time.Second), "k", []byte(t.Name())))
+			if m.s.Err() == nil {
+				t.Error("the fault is gone without a restart")
+			}
+			began = time.Now()
+			m.stop()
+			if d := time.Since(began); d > 30*time.Second {
+				t.Errorf("Close took %v", d)
+			}
+			t.Logf("Close took %v", time.Since(began).Round(time.Millisecond))
+			m.start()
+			c.awaitVoters(t, 3)
+			must(t, m.s.Set(ctxFor(t, 20*time.Second), "healed", []byte(t.Name())))
+			c.awaitEqual(t)
+		})
+	}
+}
+
+// A full disk is not for good: with space back the member goes on by itself.
+func TestFullDiskOfOneMember(t *testing.T) {
+	c, disk := brokenCluster(t)
+	for _, who := range []struct {
+		name string
+		pick func(testing.TB) *testMember
+	}{{"a follower's", c.follower}, {"the leader's", c.leader}} {
+		t.Run(who.name, func(t *testing.T) {
+			m := who.pick(t)
+			disk(m).fail(setWrite, syscall.ENOSPC)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if err := m.s.Set(ctx, "full", nil); err != nil && errors.Is(err, ErrNotApplied) == errors.Is(err, ErrUncertain) {
+				t.Errorf("no verdict: %v", err)
+			}
+			cancel()
+			other := c.leaderOtherThan(t, m)
+			for i := range 20 {
+				must(t, other.s.Set(ctxFor(t, 20*time.Second), fmt.Sprint("meanwhile", i), nil))
+			}
+			if m.s.Stale() == nil {
+				t.Error("no reads")
+			}
+			disk(m).fail(setWrite, nil)
+			must(t, m.s.Ready(ctxFor(t, 30*time.Second)))
+			must(t, m.s.Set(ctxFor(t, 30*time.Second), "healed", []byte(t.Name())))
+			c.awaitEqual(t)
+			eventually(t, 10*time.Second, "no fault is left", m.s.Err)
+		})
+	}
+}
+
+func TestStatusTellsMemoryAndVerification(t *testing.T) {
+	m := newMember(t, "")
+	m.conf.Addr, m.conf.Memory = "", 20<<10
+	s := m.startAlone(t)
+	if st := s.Status(); !st.Verified || st.MemoryDropped {
+		t.Errorf("a new state: %+v", st)
+	}
+	for i := range 8 {
+		must(t, s.Set(t.Context(), fmt.Sprint("k", i), bytes.Repeat([]byte("v"), 4<<10)))
+	}
+	if st := s.Status(); !st.MemoryDropped {
+		t.Errorf("32 KiB in a budget of 20: %+v", st)
+	}
+	must(t, s.Close())
+	s = m.startAlone(t)
+	eventually(t, 20*time.Second, "verified", func() error {
+		if st := s.Status(); !st.Verified || !st.MemoryDropped {
+			return fmt.Errorf("%+v", st)
+		}
+		return nil
+	})
+	if v, err := s.Get(t.Context(), "k7"); err != nil || len(v) != 4<<10 {
+		t.Errorf("%d bytes, %v", len(v), err)
+	}
+	if st := s.Status(); st.Role != Leader || st.AppliedIndex == 0 || st.Revision != 8 || len(st.Members) != 1 || st.Members[0].Heard != 0 {
+		t.Errorf("%+v", st)
+	}
+	must(t, s.Close())
+}
+
+func (m *testMember) startAlone(t testing.TB) *Service {
+	t.Helper()
+	s, err := Open(context.Background(), m.conf)
+	must(t, err)
+	t.Cleanup(func() { s.Close() })
+	return s
+}
