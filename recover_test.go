@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -378,5 +379,145 @@ func (c testCluster) strayLog(t *testing.T, m *testMember, n uint64) {
 		last, _ := l.last()
 		appendLog(t, l, last+1, term, n)
 		must(t, l.SetUint64([]byte("CurrentTerm"), term))
+	})
+}
+
+// kvSum is the hash of all rows, the part of a state's hash that a backup keeps.
+func kvSum(hash string) string { return hash[:16] }
+
+func TestBackupAndRestore(t *testing.T) {
+	c := newCluster(t, 3)
+	w := startWriters(t, 4, func() *Service { return c[0].s })
+	c.fill(t, "key", 200)
+	file := filepath.Join(t.TempDir(), "backup")
+	var saved meta
+	t.Run("a backup under load is one moment", func(t *testing.T) {
+		for i, m := range c {
+			must(t, m.s.Set(ctxFor(t, 20*time.Second), "newest", fmt.Append(nil, i)))
+			f, err := os.Create(file)
+			must(t, err)
+			revision, err := c[(i+1)%3].s.Backup(ctxFor(t, 20*time.Second), f)
+			must(t, errors.Join(err, f.Close()))
+			saved, err = checkFile(file)
+			must(t, err)
+			if saved.revision != revision {
+				t.Errorf("revision %d, the file is at %d", revision, saved.revision)
+			}
+			if got := sqlite3(t, file, "select value from kv where key = 'newest'"); got != fmt.Sprint(i) {
+				t.Errorf("a write that returned before is %q in the backup, want %d", got, i)
+			}
+			if got := sqlite3(t, file, "pragma integrity_check"); got != "ok" {
+				t.Errorf("integrity_check: %s", got)
+			}
+		}
+	})
+	w.stop()
+	t.Run("a file in use is refused", func(t *testing.T) {
+		dir := filepath.Join(t.TempDir(), "new")
+		err := Restore(dir, c[0].snap())
+		is(t, err, ErrLocked, "Backup")
+		must(t, c[0].s.Set(ctxFor(t, 20*time.Second), "still", []byte("works")))
+	})
+	t.Run("a directory that holds a member is refused", func(t *testing.T) {
+		dir, st := preparedDir(t)
+		is(t, Restore(dir, file), ErrInvalid, "holds a member", "empty")
+		s, err := Open(t.Context(), Config{Dir: dir})
+		must(t, err)
+		defer s.Close()
+		if got := s.Status(); kvSum(got.Hash) != kvSum(st.Hash) {
+			t.Error("it was changed")
+		}
+		is(t, Restore(dir, file), ErrLocked)
+	})
+	t.Run("something else is refused, and nothing half-made is left", func(t *testing.T) {
+		flipped := filepath.Join(t.TempDir(), "flipped")
+		data, err := os.ReadFile(file)
+		must(t, err)
+		must(t, os.WriteFile(flipped, data, 0o600))
+		flipIn(t, flipped, "newest")
+		other := filepath.Join(t.TempDir(), "other")
+		sqlite3(t, other, "create table t(x)")
+		for from, want := range map[string]error{flipped: ErrCorrupt, other: ErrFormat, filepath.Join(t.TempDir(), "none"): os.ErrNotExist} {
+			dir := filepath.Join(t.TempDir(), "new")
+			is(t, Restore(dir, from), want)
+			for _, name := range []string{"id", "snap", "snap.restore"} {
+				if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
+					t.Errorf("%s is left", name)
+				}
+			}
+			must(t, Restore(dir, file))
+		}
+	})
+	t.Run("a new cluster, which the old one never takes for its own", func(t *testing.T) {
+		m := newMember(t, "")
+		must(t, Restore(m.conf.Dir, file))
+		s := m.start()
+		must(t, s.Ready(ctxFor(t, 20*time.Second)))
+		st, old := s.Status(), c[0].s.Status()
+		if fmt.Sprintf("%016x", saved.kvSum) != kvSum(st.Hash) || st.Revision != saved.revision {
+			t.Errorf("restored %s at %d, want %016x at %d", st.Hash, st.Revision, saved.kvSum, saved.revision)
+		}
+		if st.ID == old.ID || st.Cluster == old.Cluster || len(st.Members) != 1 {
+			t.Errorf("%+v after a restore from %+v", st, old)
+		}
+		must(t, s.Set(ctxFor(t, 20*time.Second), "restored only", nil))
+		if r := s.Status().Revision; r != saved.revision+1 {
+			t.Errorf("the next revision is %d, want %d", r, saved.revision+1)
+		}
+		// At the address of a member of the old cluster, which keeps calling it.
+		gone := c.follower(t)
+		gone.stop()
+		m.stop()
+		m.conf.Addr = gone.conf.Addr
+		s = m.start()
+		must(t, s.Ready(ctxFor(t, 20*time.Second)))
+		eventually(t, 20*time.Second, "the old cluster calls", func() error {
+			if s.Err() == nil {
+				return errors.New("Err is nil")
+			}
+			return nil
+		})
+		if err := s.Err(); err == nil || !strings.Contains(err.Error(), "know this address") {
+			t.Errorf("Err is %v", err)
+		}
+		for range 5 {
+			must(t, c.leader(t).s.Set(ctxFor(t, 20*time.Second), "old only", nil))
+			must(t, s.Set(ctxFor(t, 20*time.Second), "restored only", nil))
+		}
+		if v := s.Stale().Get("old only"); v != nil {
+			t.Error("the old cluster's write is in the new one")
+		}
+		if v, err := c.leader(t).s.Get(ctxFor(t, 20*time.Second), "restored only"); v != nil || err != nil {
+			t.Errorf("the new cluster's write is in the old one: %q, %v", v, err)
+		}
+		m.stop()
+		gone.start()
+		c.awaitVoters(t, 3)
+	})
+	t.Run("two of three directories are lost", func(t *testing.T) {
+		c.fill(t, "last", 20)
+		c.awaitEqual(t)
+		want := c[0].s.Status()
+		for _, m := range c {
+			m.stop()
+		}
+		first := newMember(t, "")
+		must(t, Restore(first.conf.Dir, c[2].snap()))
+		first.start()
+		grown := testCluster{first}
+		for range 2 {
+			m := newMember(t, first.conf.Addr)
+			must(t, first.s.AddAllowedMember(ctxFor(t, 20*time.Second), m.conf.Addr))
+			m.start()
+			grown = append(grown, m)
+		}
+		grown.awaitVoters(t, 3)
+		grown.awaitEqual(t)
+		if got := grown[2].s.Status(); kvSum(got.Hash) != kvSum(want.Hash) || got.Revision != want.Revision {
+			t.Errorf("%s at %d, want %s at %d", got.Hash, got.Revision, want.Hash, want.Revision)
+		}
+		must(t, grown[1].s.Set(ctxFor(t, 20*time.Second), "on", nil))
+		grown.leader(t).stop()
+		must(t, grown.follower(t).s.Set(ctxFor(t, 20*time.Second), "and on", nil))
 	})
 }
