@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -34,15 +35,21 @@ type testMember struct {
 	server *http.Server
 }
 
-// freeAddr reserves nothing: the listener that takes it follows at once, and tests run one after the other.
+// freeAddr reserves nothing: the listener that takes it follows at once, and tests run one after the other. The port is below
+// those that connections get for themselves: of the many calls to a member that is down one would get that member's own port
+// some day, talk to itself, and keep the member from coming back.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var err error
+	for range 100 {
+		var l net.Listener
+		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000))); err == nil {
+			l.Close()
+			return l.Addr().String()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal(err)
+	return ""
 }
 
 func ctxFor(t testing.TB, d time.Duration) context.Context {

@@ -298,7 +298,7 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 		clients.Go(func() { h.run(ctx, t, i, do(i%3), time.Duration(10+5*i)*time.Millisecond) })
 	}
 	names := []string{"a", "b", "c"}
-	for range 6 {
+	for range 5 {
 		rnd.Shuffle(3, func(i, j int) { names[i], names[j] = names[j], names[i] })
 		x, y, z := names[0], names[1], names[2]
 		var fault []string
@@ -367,7 +367,7 @@ func awaitEqualProcesses(t *testing.T, list []*process) {
 // in its sockets, and came after a write elsewhere was acknowledged, must see that write or fail.
 func TestStoppedLeaderReads(t *testing.T) {
 	list := newProcesses(t)
-	for round := range 4 {
+	for round := range 3 {
 		l := leaderProcess(t, list)
 		l.must(order{Op: "set", Key: "k", Value: []byte("old")})
 		ctx, cancel := context.WithCancel(t.Context())
