@@ -11,6 +11,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -40,6 +41,7 @@ type batcher struct {
 	mu      sync.Mutex // guards the fields below; never held across I/O
 	queue   []*pending
 	bytes   int                // of queue
+	left    int                // in queue, those whose callers have left
 	room    []chan struct{}    // callers that wait for room in the queue
 	idle    int                // slots that carry nothing
 	session uint64             // 0 = not open
@@ -99,14 +101,14 @@ func (b *batcher) submit(ctx context.Context, data []byte) (result, error) {
 // enqueue returns a flight that the caller must launch, if a slot was idle.
 func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 	b.mu.Lock()
-	for b.closed == nil && len(b.queue) > 0 && (len(b.queue) >= queueLimit || b.bytes+len(p.data) > queueBytes) {
+	for b.closed == nil && b.fullLocked(len(p.data)) {
 		c := make(chan struct{})
 		b.room = append(b.room, c)
 		b.mu.Unlock()
 		select {
 		case <-c:
 		case <-ctx.Done():
-			return nil, notApplied(fmt.Errorf("the queue of writes is full: %w", context.Cause(ctx)))
+			return nil, notApplied(fmt.Errorf("the queue of writes is full: %w", b.leaderless(context.Cause(ctx))))
 		}
 		b.mu.Lock()
 	}
@@ -122,6 +124,24 @@ func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 	return b.takeLocked(), nil
 }
 
+// fullLocked makes room by forgetting those who have left, but not for each newcomer: it goes through the whole queue.
+func (b *batcher) fullLocked(size int) bool {
+	full := func() bool {
+		return len(b.queue) > 0 && (len(b.queue) >= queueLimit || b.bytes+size > queueBytes)
+	}
+	if !full() || b.left == 0 {
+		return full()
+	}
+	b.queue = slices.DeleteFunc(b.queue, func(p *pending) bool {
+		if p.gone {
+			b.bytes -= len(p.data)
+		}
+		return p.gone
+	})
+	b.left = 0
+	return full()
+}
+
 // takeLocked forms the next flight out of what waits, if there is a slot and a session.
 func (b *batcher) takeLocked() *flight {
 	if b.idle == 0 || b.session == 0 || len(b.queue) == 0 {
@@ -131,12 +151,13 @@ func (b *batcher) takeLocked() *flight {
 	size := 0
 	n := 0
 	for _, p := range b.queue {
-		if len(f.txs) == maxTransactions || len(f.txs) > 0 && size+len(p.data) > maxBatch {
+		if !p.gone && (len(f.txs) == maxTransactions || len(f.txs) > 0 && size+len(p.data) > maxBatch) {
 			break
 		}
 		n++
 		b.bytes -= len(p.data)
 		if p.gone {
+			b.left--
 			continue
 		}
 		size += len(p.data)
@@ -420,10 +441,18 @@ func (b *batcher) abandon(ctx context.Context, p *pending) (result, error) {
 		return result{}, fmt.Errorf("%w: %w", ErrUncertain, context.Cause(ctx))
 	}
 	p.gone = true
-	if b.noLead() {
-		return result{}, notApplied(fmt.Errorf("%w: %w", ErrNoLeader, context.Cause(ctx)))
+	if p.flight == nil {
+		b.left++
 	}
-	return result{}, notApplied(context.Cause(ctx))
+	return result{}, notApplied(b.leaderless(context.Cause(ctx)))
+}
+
+// leaderless adds to the reason why a caller gave up that there was no leader, if so.
+func (b *batcher) leaderless(err error) error {
+	if b.noLead() {
+		return fmt.Errorf("%w: %w", ErrNoLeader, err)
+	}
+	return err
 }
 
 func notApplied(err error) error { return fmt.Errorf("%w: %w", ErrNotApplied, err) }
@@ -459,7 +488,7 @@ func (b *batcher) stop(cause error) {
 			close(p.done)
 		}
 	}
-	b.queue, b.bytes = nil, 0
+	b.queue, b.bytes, b.left = nil, 0, 0
 	for f := range b.active {
 		err := notApplied(cause)
 		if f.onWire || f.uncertain {

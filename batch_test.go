@@ -76,11 +76,13 @@ func inBubble(t *testing.T, f func(t *testing.T, l *wire)) {
 			l.running.Go(l.carry)
 		}
 		l.running.Go(l.keepSession)
+		defer func() {
+			l.stop(ErrClosed)
+			cancel()
+			l.running.Wait()
+		}()
 		l.openWith(7)
 		f(t, l)
-		l.stop(ErrClosed)
-		cancel()
-		l.running.Wait()
 	})
 }
 
@@ -652,6 +654,36 @@ func TestFullQueue(t *testing.T) {
 		waits.verdict(t, nil)
 		sent[1].settle()
 		l.quiet()
+	})
+}
+
+// Without a majority callers come, wait and leave for hours, and must not leave a full queue behind.
+func TestThoseWhoLeftTakeNoRoom(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		first := l.set("first")
+		l.next().gone()
+		s := l.next() // the request for a new session, which waits for a leader
+		l.leaderless.Store(true)
+		for i := range 50 {
+			c := l.submitOp(op{kind: opSet, key: fmt.Sprint("k", i), value: make([]byte, queueBytes/10)})
+			c.cancel()
+			c.verdict(t, ErrNotApplied)
+			if strings.Contains(c.err.Error(), "full") || !errors.Is(c.err, ErrNoLeader) {
+				t.Fatalf("the write of k%d: %v", i, c.err)
+			}
+		}
+		last := l.set("last")
+		s.done(outcome{kind: outcomeDone, session: 8})
+		s = l.next()
+		if strings.Join(s.keys(), " ") != "first last" {
+			t.Errorf("sent %v", s.keys())
+		}
+		s.settle()
+		first.verdict(t, nil)
+		last.verdict(t, nil)
+		if l.bytes != 0 || l.left != 0 || len(l.queue) != 0 {
+			t.Errorf("the queue counts %d bytes and %d who left, and has %d", l.bytes, l.left, len(l.queue))
+		}
 	})
 }
 
