@@ -313,8 +313,21 @@ func (s *Service) close() error {
 	s.cancel()
 	close(s.fsm.closing)
 	err := s.stopRaft()
-	s.running.Wait()
-	return errors.Join(err, s.wal.close(), s.store.close(), s.lock.unlock())
+	limit := 5 * time.Second
+	if err != nil {
+		limit = time.Second
+	}
+	files := make(chan error, 1)
+	go func() {
+		s.running.Wait()
+		files <- errors.Join(s.wal.close(), s.store.close(), s.lock.unlock())
+	}()
+	select {
+	case closed := <-files:
+		return errors.Join(err, closed)
+	case <-time.After(limit): // nothing in this process can end a call that hangs in the system
+		return errors.Join(err, fmt.Errorf("quorate: close: the disk does not answer: %s stays locked until it does", s.conf.Dir))
+	}
 }
 
 // drain waits until the accepted writes have their answers.
@@ -359,7 +372,7 @@ func (s *Service) stopRaft() error {
 		case <-ended:
 			return nil
 		case <-time.After(limit):
-			s.wal.close()
+			go s.wal.close() // it waits for a call that hangs in the disk
 		}
 	}
 	return errors.New("quorate: close: raft did not stop; its goroutines may remain")

@@ -314,6 +314,7 @@ func brokenCluster(t *testing.T) (c testCluster, disk func(m *testMember) *fault
 }
 
 func TestStalledDiskOfTheLeader(t *testing.T) {
+	t.Parallel() // with the other one that waits for limits
 	c, disk := brokenCluster(t)
 	old := c.leader(t)
 	hang := make(chan struct{})
@@ -340,6 +341,48 @@ func TestStalledDiskOfTheLeader(t *testing.T) {
 	must(t, old.s.Ready(ctxFor(t, 20*time.Second)))
 	must(t, old.s.Set(ctxFor(t, 20*time.Second), "again", nil))
 	c.awaitEqual(t)
+}
+
+// Close does not wait for a disk that hangs. The directory stays locked, for what hangs may still write to it.
+func TestCloseWhileTheDiskHangs(t *testing.T) {
+	t.Parallel()
+	fs := newFaultFS()
+	conf := Config{Dir: filepath.Join(t.TempDir(), "data"), Logger: testLogger(t), vfs: fs}
+	s, err := Open(t.Context(), conf)
+	must(t, err)
+	must(t, s.Set(t.Context(), "k", []byte("v")))
+	hang := make(chan struct{})
+	fs.mu.Lock()
+	fs.hang = hang
+	fs.mu.Unlock()
+	result := make(chan error, 1)
+	go func() { result <- s.Set(context.Background(), "stuck", nil) }()
+	eventually(t, 20*time.Second, "it hangs", func() error {
+		if s.wal.busy() == 0 {
+			return errors.New("no call in progress")
+		}
+		return nil
+	})
+	began := time.Now()
+	err = s.Close()
+	if d := time.Since(began); err == nil || !strings.Contains(err.Error(), "stays locked") || d > 30*time.Second {
+		t.Errorf("closed with %v after %v", err, d)
+	}
+	is(t, <-result, ErrUncertain)
+	_, err = Open(t.Context(), conf)
+	is(t, err, ErrLocked)
+	fs.mu.Lock()
+	fs.hang = nil
+	fs.mu.Unlock()
+	close(hang)
+	eventually(t, 20*time.Second, "it opens again", func() error {
+		s, err = Open(t.Context(), conf)
+		return err
+	})
+	if v, err := s.Get(ctxFor(t, 20*time.Second), "k"); err != nil || string(v) != "v" {
+		t.Errorf("%q, %v", v, err)
+	}
+	must(t, s.Close())
 }
 
 func setSync(f *faultFS, err error)  { f.syncErr = err }
