@@ -631,11 +631,16 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 		case refused && r.Code == codeConflict:
 			return notApplied(fmt.Errorf("%w: %s", ErrInvalid, r.Message))
 		case refused && r.Code == codeRemoved && addr == s.conf.Addr:
-			return nil // this member was removed; an answer that said so may have been lost
+			return nil // this member was removed, and the answer that said so got lost
 		case refused && !r.definite(), !refused && !errors.Is(err, ErrNoLeader) && !errors.Is(err, ErrNotApplied):
 			sent = true
 		}
-		if fault := s.faults.sticky(); fault != nil && !sent {
+		switch fault := s.faults.sticky(); {
+		case errors.Is(fault, ErrRemoved) && addr == s.conf.Addr:
+			return nil
+		case fault != nil && sent:
+			return fmt.Errorf("%w: %w", ErrUncertain, fault)
+		case fault != nil:
 			return notApplied(fault)
 		}
 		select {

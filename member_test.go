@@ -55,6 +55,26 @@ func is(t testing.TB, err error, want error, words ...string) {
 	}
 }
 
+// behind puts something before a running member, or nothing.
+func (m *testMember) behind(wrap func(http.Handler) http.Handler) {
+	m.cut()
+	m.wrap = wrap
+	m.heal()
+}
+
+// loses serves requests of this path and cuts the connection in place of the answer.
+func loses(path string) func(http.Handler) http.Handler {
+	return func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == path {
+				h.ServeHTTP(httptest.NewRecorder(), r)
+				panic(http.ErrAbortHandler)
+			}
+			h.ServeHTTP(w, r)
+		})
+	}
+}
+
 func storedID(t testing.TB, m *testMember) identity {
 	t.Helper()
 	ident, found, err := readIdentity(m.conf.Dir)
@@ -384,6 +404,39 @@ func TestRemoveMember(t *testing.T) {
 		_, err := m.open()
 		is(t, err, ErrRemoved, "empty the directory to join as a new member")
 	})
+	t.Run("itself, and the answer gets lost", func(t *testing.T) {
+		m := newOne(t)
+		l := c.leader(t)
+		l.behind(loses("/raft/remove"))
+		defer l.behind(nil)
+		must(t, m.s.RemoveMember(ctx, m.conf.Addr))
+		members(t, 3)
+		m.stop()
+	})
+	t.Run("an answer that leaves it open", func(t *testing.T) {
+		l := c.leader(t)
+		l.behind(func(h http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/raft/remove" {
+					h.ServeHTTP(w, r)
+					return
+				}
+				w.Header().Set(headerProtocol, "1")
+				w.Header().Set(headerFrom, r.Header.Get(headerTo))
+				w.WriteHeader(http.StatusInternalServerError)
+				fmt.Fprintf(w, `{"code":%q}`, codeUncertain)
+			})
+		})
+		defer l.behind(nil)
+		short, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+		defer cancel()
+		err := c.follower(t).s.RemoveMember(short, "nobody.example:1")
+		is(t, err, ErrUncertain)
+		is(t, err, context.DeadlineExceeded)
+		if errors.Is(err, ErrNotApplied) {
+			t.Errorf("both: %v", err)
+		}
+	})
 	t.Run("an address that nobody knows", func(t *testing.T) {
 		for _, m := range c {
 			must(t, m.s.RemoveMember(ctx, "nobody.example:1"))
@@ -458,9 +511,7 @@ func TestPromotion(t *testing.T) {
 	if voters, members := l.counts(); voters != 2 || members != 5 {
 		t.Errorf("%d voters of %d members, want 2 of 5", voters, members)
 	}
-	m.cut()
-	m.wrap = nil
-	m.heal()
+	m.behind(nil)
 	c.awaitMember(t, m)
 	if voters, members := l.counts(); voters != 3 || members != 5 {
 		t.Errorf("%d voters of %d members, want 3 of 5", voters, members)
@@ -734,16 +785,12 @@ func TestReplacement(t *testing.T) {
 func TestReadySaysWhatIsMissing(t *testing.T) {
 	c := newCluster(t, 3)
 	c[1].stop()
-	c[2].cut()
-	c[2].wrap = func(http.Handler) http.Handler { return http.NotFoundHandler() }
-	c[2].heal()
+	c[2].behind(func(http.Handler) http.Handler { return http.NotFoundHandler() })
 	ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
 	defer cancel()
 	is(t, c[0].s.Ready(ctx), context.DeadlineExceeded, "not ready: 1 of 3 voters reachable, need 2: ",
 		"http://"+c[1].conf.Addr+" refused the connection", "nothing answers at http://"+c[2].conf.Addr+"/raft/: register the Service there")
-	c[2].cut()
-	c[2].wrap = nil
-	c[2].heal()
+	c[2].behind(nil)
 	must(t, c[0].s.Ready(ctxFor(t, patience)))
 	must(t, c[2].s.Ready(ctxFor(t, patience)))
 

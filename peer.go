@@ -624,7 +624,7 @@ func explain(err error, base string) error {
 		return fmt.Errorf("the certificate of %s is not trusted: %w", base, err)
 	case errors.As(err, &op) && op.Op == "remote error": // a TLS alert
 		return fmt.Errorf("%s does not take this member's TLS or certificate: %w", base, err)
-	case strings.Contains(err.Error(), "http2: client conn could not be established"): // the alert came too late to be its cause
+	case strings.HasPrefix(base, "https:") && closedOnUs(err): // TLS 1.3 refuses a certificate when the client is done with its part
 		return fmt.Errorf("%s closes the connection: it may not take this member's certificate: %w", base, err)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%s refused the connection: %w", base, err)
@@ -634,6 +634,12 @@ func explain(err error, base string) error {
 		return fmt.Errorf("%s did not answer in time: %w", base, err)
 	}
 	return fmt.Errorf("%s: %w", base, err)
+}
+
+// closedOnUs: HTTP/2's own error has no type that could be asked for.
+func closedOnUs(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) ||
+		strings.Contains(err.Error(), "http2: client conn could not be established")
 }
 
 // A foreignAnswer is an answer that no member gave.
