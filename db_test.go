@@ -404,7 +404,7 @@ func TestBadInputChangesNothing(t *testing.T) {
 
 // Whoever leads without being able to reach a majority can't know what becomes of a write; whoever has no leader does.
 func TestVerdictsWithoutMajority(t *testing.T) {
-	c := newCluster(t, 3)
+	c := newCluster(t, 3, func(c *Config) { c.Timeout = 2 * time.Second })
 	l := c.leader(t)
 	for _, m := range c {
 		if m != l {
@@ -415,34 +415,57 @@ func TestVerdictsWithoutMajority(t *testing.T) {
 	err := l.s.Set(ctx, "sent", []byte("v"))
 	wantIs(t, "Set that was in the leader's log", err, ErrUncertain, context.DeadlineExceeded)
 	checkVerdict(t, "Set", err)
-	eventually(t, patience, "the leader steps down", func() error {
-		if st := l.s.Status(); st.LeaderID != "" {
-			return fmt.Errorf("%v, leader %s", st.Role, st.LeaderID)
+	eventually(t, patience, "nobody leads", func() error {
+		for i, m := range c {
+			if st := m.s.Status(); st.LeaderID != "" {
+				return fmt.Errorf("member %d is %v and follows %s", i, st.Role, st.LeaderID)
+			}
 		}
 		return nil
 	})
+	var wg sync.WaitGroup
+	brief := func() context.Context { return ctxFor(t, 300*time.Millisecond) }
 	for i, m := range c {
-		var wg sync.WaitGroup
 		for what, f := range writes(m.s) {
 			wg.Go(func() {
-				err := f(ctxFor(t, 200*time.Millisecond))
+				err := f(brief())
 				what := fmt.Sprintf("%s on member %d, which has no leader", what, i)
 				checkVerdict(t, what, err)
 				wantIs(t, what, err, ErrNotApplied, ErrNoLeader, context.DeadlineExceeded)
 			})
 		}
-		wg.Wait()
-		_, err := m.s.Get(ctxFor(t, 200*time.Millisecond), "k")
-		wantIs(t, "Get", err, ErrNoLeader, context.DeadlineExceeded)
-		err = m.s.Ready(ctxFor(t, 200*time.Millisecond))
-		wantIs(t, "Ready", err, context.DeadlineExceeded)
-		if !strings.Contains(fmt.Sprint(err), "1 of 3 voters reachable, need 2") {
-			t.Errorf("Ready says %v", err)
-		}
-		_, err = m.s.Backup(ctxFor(t, 200*time.Millisecond), &bytes.Buffer{})
-		wantIs(t, "Backup", err, ErrNoLeader)
-		wantStale(t, m.s, "k", nil)
+		wg.Go(func() {
+			_, err := m.s.Get(brief(), "k")
+			wantIs(t, "Get", err, ErrNoLeader, context.DeadlineExceeded)
+			wantStale(t, m.s, "k", nil)
+		})
+		wg.Go(func() {
+			err := m.s.Ready(brief())
+			wantIs(t, "Ready", err, context.DeadlineExceeded)
+			if !strings.Contains(fmt.Sprint(err), "1 of 3 voters reachable, need 2") {
+				t.Errorf("Ready says %v", err)
+			}
+		})
+		wg.Go(func() {
+			_, err := m.s.Backup(brief(), &bytes.Buffer{})
+			wantIs(t, "Backup", err, ErrNoLeader)
+		})
 	}
+	wg.Wait()
+	patient := writes(l.s)
+	patient["Get"] = func(ctx context.Context) error { _, err := l.s.Get(ctx, "k"); return err }
+	patient["Ready"] = l.s.Ready
+	patient["Backup"] = func(ctx context.Context) error { _, err := l.s.Backup(ctx, &bytes.Buffer{}); return err }
+	for what, f := range patient {
+		wg.Go(func() {
+			began := time.Now()
+			wantIs(t, what+" with no deadline", f(context.Background()), context.DeadlineExceeded)
+			if d := time.Since(began); d < time.Second || d > patience {
+				t.Errorf("%s returned after %v, Config.Timeout is 2 s", what, d)
+			}
+		})
+	}
+	wg.Wait()
 	for _, m := range c {
 		if m != l {
 			m.rejoin()
