@@ -599,7 +599,9 @@ func (s fsmSnapshot) Persist(sink raft.SnapshotSink) error {
 		return fmt.Errorf("the newest entry, %d, is raft's own and the state ends at %d: the next attempt will do", local.index, at)
 	}
 	if err := s.fsm.store.barrier(); err != nil {
-		s.fsm.fault(fmt.Errorf("sync the state before the log is truncated: %w", err))
+		if isIO(err) { // otherwise it is full, or another program holds the lock: raft tries again
+			s.fsm.fault(fmt.Errorf("sync the state before the log is truncated: %w", err))
+		}
 		return err
 	}
 	local.persisted = true

@@ -510,6 +510,21 @@ func TestSnapshotOnlyAfterBarrier(t *testing.T) {
 			t.Fatal("closed")
 		}
 	})
+	t.Run("another program's lock is no fault of the disk", func(t *testing.T) {
+		f.fault = func(err error) { t.Errorf("told %v", err) }
+		defer func() { f.fault = func(error) {} }()
+		must(t, f.store.writer.pragma("busy_timeout=20"))
+		c, err := openConn(f.store.path, "mode=rw")
+		must(t, err)
+		defer c.close()
+		must(t, c.exec(qBegin))
+		snap, _ := f.Snapshot()
+		if err := snap.Persist(sink(5)); !isBusy(err) {
+			t.Errorf("persist beside a lock: %v", err)
+		}
+		must(t, c.exec(qRollback))
+		must(t, snap.Persist(sink(5)))
+	})
 	t.Run("none of an empty state", func(t *testing.T) {
 		empty := &snapshotStore{fsm: newFSMWith(t, -1)}
 		if list, err := empty.List(); err != nil || len(list) != 0 {

@@ -258,7 +258,8 @@ type store struct {
 	path   string
 	log    *slog.Logger
 	memory *memory
-	last   atomic.Pointer[meta] // of the last commit that memory has too
+	last   atomic.Pointer[meta]  // of the last commit that memory has too
+	failed atomic.Pointer[error] // the disk's first error: nothing is written any more
 
 	ending  chan struct{} // closed when close begins: maintain ends, nothing new starts
 	reload  chan struct{} // holds one token when a scan is due
@@ -609,6 +610,9 @@ func (s *store) beginLocked() (*storeTx, error) {
 	if s.closed {
 		return nil, ErrClosed
 	}
+	if failed := s.failed.Load(); failed != nil {
+		return nil, *failed
+	}
 	if err := s.writer.exec(qBegin); err != nil {
 		return nil, err
 	}
@@ -793,12 +797,12 @@ func (t *storeTx) commit() error {
 	if t.done {
 		return errors.New("the transaction has ended")
 	}
-	if err := t.commitLocked(qSetMeta); err != nil {
+	if err := s.note(t.commitLocked(qSetMeta)); err != nil {
 		t.rollback()
 		return s.explain("write to", err)
 	}
 	t.done = true
-	if err := s.checkWAL(); err != nil {
+	if err := s.note(s.checkWAL()); err != nil {
 		// The transaction is done; what a checkpoint could not write is still in the WAL.
 		s.log.Warn("checkpoint", "path", s.path, "err", err)
 	}
@@ -1036,10 +1040,19 @@ func (s *store) barrierLocked() (err error) {
 		return err
 	}
 	t.meta.barrier++
-	if err := t.commitLocked(qSetMeta); err != nil {
+	if err := s.note(t.commitLocked(qSetMeta)); err != nil {
 		return errors.Join(err, t.undoLocked())
 	}
 	return nil
+}
+
+// note remembers the first error of the disk. The system reports a failed write once and then takes the pages for written:
+// the next sync would succeed, and raft would cut its log behind rows that are not on the disk. So there is no next one.
+func (s *store) note(err error) error {
+	if isIO(err) {
+		s.failed.CompareAndSwap(nil, &err)
+	}
+	return err
 }
 
 // foreign reports whether someone else has committed to the file since it was last asked, outside a transaction of ours.
@@ -1298,7 +1311,7 @@ func (s *store) checkpoint(ctx context.Context) {
 		}
 		if err == nil {
 			s.checkpointMu.Lock()
-			err = c.passive()
+			err = s.note(c.passive())
 			s.checkpointMu.Unlock()
 		}
 		if err != nil && !isBusy(err) {

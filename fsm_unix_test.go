@@ -1,0 +1,63 @@
+//go:build linux || darwin
+
+package quorate
+
+import (
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/hashicorp/raft"
+)
+
+// Invariants (3) and (4): after an error of the disk nothing is answered, and no later sync that seems to work lets raft cut
+// its log. The next start goes on from what the file holds.
+func TestDiskErrorInApplyIsForGood(t *testing.T) {
+	f := newFSMWith(t, 1<<20)
+	told := make(chan error, 1)
+	f.fault = func(err error) {
+		if err != nil {
+			told <- err
+		}
+	}
+	session := openTestSession(t, f, 1, "one")
+	log := command(2, batchBytes(session, 1, 0, transaction{setOp("k", strings.Repeat("x", 100<<10))}))
+	lift := limitFileSize(t, uint64(f.store.walSize())+pageSize)
+	answer := make(chan []any, 1)
+	go func() { answer <- f.ApplyBatch([]*raft.Log{log}) }()
+	err := <-told
+	lift()
+	if !isIO(err) {
+		t.Fatalf("told %v", err)
+	}
+	snaps := &snapshotStore{fsm: f}
+	sink, err := snaps.Create(1, 1, 1, raft.Configuration{}, 0, nil)
+	must(t, err)
+	snap, _ := f.Snapshot()
+	if err := snap.Persist(sink); err == nil {
+		t.Error("a snapshot after a failed write")
+	}
+	<-told
+	close(f.closing)
+	if a := <-answer; a[0] != nil {
+		t.Errorf("answered %+v", a)
+	}
+	must(t, f.store.close())
+	f = openFSM(t, f.store.path, 1<<20)
+	defer f.store.close()
+	if o := applyOne(t, f, log); o.kind != outcomeDone || f.store.meta().revision != 1 {
+		t.Errorf("after a restart: %+v at revision %d", o, f.store.meta().revision)
+	}
+}
+
+// limitFileSize makes every write beyond a size fail, as a broken disk does: with an error that is not "no space".
+func limitFileSize(t *testing.T, size uint64) (lift func()) {
+	t.Helper()
+	var was syscall.Rlimit
+	must(t, syscall.Getrlimit(syscall.RLIMIT_FSIZE, &was))
+	must(t, syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: size, Max: was.Max}))
+	lift = sync.OnceFunc(func() { syscall.Setrlimit(syscall.RLIMIT_FSIZE, &was) })
+	t.Cleanup(lift)
+	return lift
+}
