@@ -17,11 +17,13 @@ import (
 )
 
 const (
-	slots      = 2        // batches in flight: one is being synced while the next one fills
-	queueLimit = 16384    // transactions that wait; then callers wait, until their context ends
-	queueBytes = 32 << 20 // the same in bytes
-	resendMin  = 20 * time.Millisecond
-	resendMax  = time.Second
+	slots       = 2        // batches in flight: one is being synced while the next one fills
+	queueLimit  = 16384    // transactions that wait; then callers wait, until their context ends
+	queueBytes  = 32 << 20 // the same in bytes
+	resendMin   = 20 * time.Millisecond
+	resendMax   = time.Second
+	callerWaits = 5 * time.Millisecond // for raft's main loop, in a caller's goroutine; then a slot does
+	window      = 64                   // batches beyond the oldest that is not settled: their answers are kept by every member until it is
 )
 
 type batcher struct {
@@ -29,7 +31,7 @@ type batcher struct {
 	propose func(ctx context.Context, data []byte) (o outcome, sent bool, err error)
 	// begin hands an entry to raft at once and returns the function that waits for its outcome, or nil if this member does
 	// not lead. It saves a lone writer one switch of goroutines.
-	begin   func(data []byte) func(ctx context.Context) (outcome, bool, error)
+	begin   func(data []byte, patience time.Duration) func(ctx context.Context) (outcome, bool, error)
 	changed func() <-chan struct{} // closed when the leader, as this member knows it, changes
 	noLead  func() bool            // no leader is known
 	// applied waits until this member has applied the entry of this index and term, which is committed.
@@ -144,7 +146,7 @@ func (b *batcher) fullLocked(size int) bool {
 
 // takeLocked forms the next flight out of what waits, if there is a slot and a session.
 func (b *batcher) takeLocked() *flight {
-	if b.idle == 0 || b.session == 0 || len(b.queue) == 0 {
+	if b.idle == 0 || b.session == 0 || len(b.queue) == 0 || b.seq-b.ackedLocked() >= window {
 		return nil
 	}
 	f := &flight{session: b.session, settled: make(chan struct{})}
@@ -184,7 +186,7 @@ func (b *batcher) takeLocked() *flight {
 // launch starts a flight in the caller's goroutine where this member leads, and hands it to a slot.
 func (b *batcher) launch(f *flight) {
 	if data := b.prepare(f); data != nil {
-		if f.wait = b.begin(data); f.wait == nil {
+		if f.wait = b.begin(data, callerWaits); f.wait == nil {
 			b.refused(f)
 		}
 	}
@@ -219,6 +221,9 @@ func (b *batcher) settle(f *flight) {
 			return
 		case err != nil && sent:
 			b.doubt(f)
+		case errors.Is(err, errRaftBusy): // the next attempt waits longer for it
+			b.refused(f)
+			continue
 		case err != nil:
 			b.refused(f)
 		case b.answered(f, o):
@@ -234,6 +239,9 @@ func (b *batcher) settle(f *flight) {
 		}
 	}
 }
+
+// errRaftBusy: raft's main loop did not take an entry in time; it may be waiting for the disk.
+var errRaftBusy = errors.New("raft is busy")
 
 var errSettled = errors.New("settled by this member's own apply")
 
@@ -337,6 +345,7 @@ func (b *batcher) answered(f *flight, o outcome) bool {
 	switch o.kind {
 	case outcomeDone:
 		if err := b.applied(b.ctx, o.index, o.term); err != nil {
+			b.doubt(f) // it is in the log, whatever another attempt says
 			return false
 		}
 		b.mu.Lock()

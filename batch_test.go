@@ -71,7 +71,7 @@ func inBubble(t *testing.T, f func(t *testing.T, l *wire)) {
 		l := &wire{batcher: newBatcher(ctx), t: t, sends: make(chan *sending), end: cancel}
 		l.propose, l.changed, l.noLead = l.carryOut, l.moved.wait, l.leaderless.Load
 		l.applied = func(ctx context.Context, index, _ uint64) error { return l.level.wait(ctx, index) }
-		l.begin = func([]byte) func(context.Context) (outcome, bool, error) { return nil }
+		l.begin = func([]byte, time.Duration) func(context.Context) (outcome, bool, error) { return nil }
 		for range slots {
 			l.running.Go(l.carry)
 		}
@@ -566,7 +566,7 @@ func TestOwnApplyAnswersFirst(t *testing.T) {
 func TestSlotSurvivesUnansweredFuture(t *testing.T) {
 	inBubble(t, func(t *testing.T, l *wire) {
 		silent := true
-		l.begin = func(data []byte) func(context.Context) (outcome, bool, error) {
+		l.begin = func(data []byte, _ time.Duration) func(context.Context) (outcome, bool, error) {
 			if !silent {
 				return nil
 			}

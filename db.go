@@ -144,6 +144,7 @@ type Service struct {
 	faults   faults
 	changes  broadcast     // the leader, as this member knows it, or its state changed
 	members  peerTable     // what is known of the others beside the configuration
+	telling  sync.Mutex    // held by the one caller that tells raft of a commit (awaitApplied)
 	changing chan struct{} // one change of the configuration at a time on this leader: see changeMembers
 
 	ctx       context.Context // of everything that runs in the background; ends in Close

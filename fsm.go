@@ -48,8 +48,9 @@ type fsm struct {
 	distrust  func(error)                          // the rows are not what was applied: rebuild
 	closing   chan struct{}                        // closed by Close: apply answers nothing any more
 
-	mu       sync.Mutex // held over a whole ApplyBatch, Restore or rebuild: one of them changes the state at a time
+	mu       sync.Mutex // guards the fields below; held over a whole ApplyBatch, Restore or rebuild: one of them changes the state at a time
 	sessions map[uint64]*session
+	stale    bool      // an install changed the rows, and the fields here are not read anew yet
 	incoming *incoming // a received and verified snapshot that Restore will install; set by the sink
 
 	members atomic.Pointer[membership]
@@ -95,7 +96,7 @@ func newFSM(st *store, log *slog.Logger) (*fsm, error) {
 	return f, f.reload()
 }
 
-// reload takes sessions and membership from the store, after an open or an install.
+// reload takes sessions and membership from the store, after an open or an install. mu is held, or nobody else is there yet.
 func (f *fsm) reload() error {
 	rows, err := f.store.sessions()
 	if err != nil {
@@ -127,6 +128,7 @@ func (f *fsm) reload() error {
 	}
 	f.members.Store(m)
 	f.applied.advance(meta.applied)
+	f.stale = false
 	return nil
 }
 
@@ -136,10 +138,10 @@ func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 // ApplyBatch applies committed entries in one transaction (1). Each answer is an outcome, or nil when the member is
 // closing or the entry was part of the state already: then nothing is known here, and the sender asks again.
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
-	f.began.Store(monotonic())
-	defer f.began.Store(0)
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		f.began.Store(monotonic())
 		answers, err := f.tryApply(logs)
+		f.began.Store(0)
 		if err == nil {
 			return answers
 		}
@@ -154,7 +156,7 @@ func (f *fsm) recovers(err error, wait time.Duration) bool {
 	switch {
 	case errors.Is(err, errPaused):
 		wait = min(wait, 50*time.Millisecond)
-	case errors.Is(err, errReplay), isIO(err):
+	case isIO(err): // the store remembers it, and no try after it can succeed
 		f.fault(fmt.Errorf("apply has stopped, restart this member once the disk is whole: %w", err))
 		<-f.closing
 		return false
@@ -175,9 +177,6 @@ func (f *fsm) recovers(err error, wait time.Duration) bool {
 // errPaused: the rows can't be trusted until they are rebuilt, so nothing is applied to them and nobody is answered from them.
 var errPaused = errors.New("apply waits for the state to be rebuilt")
 
-// errReplay: two batches with one number and different contents. No repair can be right, so the member stops.
-var errReplay = errors.New("two different batches have the same session and sequence number")
-
 func (f *fsm) tryApply(logs []*raft.Log) ([]any, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -188,6 +187,11 @@ func (f *fsm) tryApply(logs []*raft.Log) ([]any, error) {
 	}
 	if f.paused.Load() {
 		return nil, errPaused
+	}
+	if f.stale {
+		if err := f.reload(); err != nil {
+			return nil, err
+		}
 	}
 	tx, err := f.store.begin()
 	if err != nil {
@@ -404,7 +408,11 @@ func (a *applying) batch(o outcome, b batch) (outcome, error) {
 	o.kind = outcomeDone
 	if was, ok := s.results[b.seq]; ok {
 		if was.sum != b.sum {
-			return o, fmt.Errorf("%w: %w %d/%d", ErrCorrupt, errReplay, b.session, b.seq)
+			// A sender of ours never does this. Like any bytes that mean nothing it has no effect, on every member alike:
+			// stopping would stop all of them, and again at every start.
+			a.fsm.log.Error("two different batches have one number; the second has no effect", "session", b.session, "seq", b.seq)
+			o.kind = outcomeInvalid
+			return o, nil
 		}
 		o.results = was.results
 		return o, nil
@@ -593,16 +601,14 @@ func (s fsmSnapshot) Persist(sink raft.SnapshotSink) error {
 	if !ok {
 		return fmt.Errorf("snapshot sink %T is not ours", sink)
 	}
-	// Raft's index may be that of a no-op, which never reaches apply. Cutting the log there would leave a gap behind the
-	// index that the file holds, and the next start would rightly refuse it. The term's first command comes at once.
+	// Behind it when this member closes, or its state is being rebuilt. Cutting the log there would leave a gap, and the next
+	// start would rightly refuse it.
 	if at := s.fsm.store.meta().applied; at < local.index {
-		return fmt.Errorf("the newest entry, %d, is raft's own and the state ends at %d: the next attempt will do", local.index, at)
+		return fmt.Errorf("raft has handed out index %d and the state ends at %d", local.index, at)
 	}
 	if err := s.fsm.store.barrier(); err != nil {
-		if isIO(err) { // otherwise it is full, or another program holds the lock: raft tries again
-			s.fsm.fault(fmt.Errorf("sync the state before the log is truncated: %w", err))
-		}
-		return err
+		s.fsm.blame(err)
+		return fmt.Errorf("sync the state before the log is truncated: %w", err)
 	}
 	local.persisted = true
 	return sink.Close()
@@ -623,7 +629,8 @@ func (f *fsm) Restore(source io.ReadCloser) error {
 	}
 	defer os.Remove(in.path)
 	if in.meta.applied <= f.store.meta().applied {
-		return nil
+		// Perhaps because an install ended in its barrier: what raft is about to cut from the log must be on the disk.
+		return f.store.barrier()
 	}
 	return f.installLocked(in)
 }
@@ -631,14 +638,25 @@ func (f *fsm) Restore(source io.ReadCloser) error {
 // installLocked replaces the state by that of a verified file (5). f.mu is held.
 func (f *fsm) installLocked(in *incoming) error {
 	m := in.meta
-	if err := f.store.install(in.path, m.applied, m.term, m.config, m.configIndex); err != nil {
-		if isIO(err) {
-			f.fault(fmt.Errorf("install a snapshot: %w", err))
-		}
+	f.stale = true // even if it fails: the rows may be the new ones and only the barrier has failed
+	err := f.store.install(in.path, m.applied, m.term, m.config, m.configIndex)
+	if err != nil {
+		f.blame(err)
 		return fmt.Errorf("install snapshot at index %d: %w", m.applied, err)
 	}
 	f.log.Info("installed a snapshot", "index", m.applied, "revision", m.revision)
 	return f.reload()
+}
+
+// blame reports an error of the file that apply would meet too, or would not be told of any more.
+func (f *fsm) blame(err error) {
+	switch {
+	case isIO(err):
+		f.fault(fmt.Errorf("the state can't be synced, restart this member once the disk is whole: %w", err))
+	case errors.Is(err, errForeign):
+		f.paused.Store(true)
+		f.distrust(err)
+	}
 }
 
 // stalled is how long the apply in progress has been running; a rebuild that it waits for does not count.

@@ -23,7 +23,8 @@ import (
 
 const (
 	promoteInterval = 100 * time.Millisecond
-	promoteLag      = 64 // entries that a voter, or who is to become one, may be behind: one append
+	promoteLag      = 64              // entries that a voter, or who is to become one, may be behind: one append
+	raftPatience    = 2 * time.Second // for raft's main loop to take an entry: it may be waiting for the disk
 	probeTimeout    = time.Second
 	goneAfter       = time.Second // of silence, and another member may take its address
 )
@@ -34,6 +35,7 @@ type peerTable struct {
 	heard     map[string]time.Time
 	announced map[string]announced // by id
 	sends     int                  // snapshots being sent
+	asks      map[string]int       // by id: read rounds' calls in progress
 	strange   struct {
 		at              time.Time
 		cluster, sender string
@@ -80,6 +82,26 @@ func (t *peerTable) announcedAddr(id, configured string) string {
 		return a.addr
 	}
 	return ""
+}
+
+const maxAsks = 16
+
+// ask takes a place for a call to a member, if it has not left too many unanswered.
+func (t *peerTable) ask(id string) (leave func(), ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.asks[id] >= maxAsks {
+		return nil, false
+	}
+	if t.asks == nil {
+		t.asks = make(map[string]int)
+	}
+	t.asks[id]++
+	return func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.asks[id]--
+	}, true
 }
 
 func (t *peerTable) snapshots(delta int) {
@@ -205,12 +227,12 @@ func (s *Service) lastEntry() (index, term uint64) {
 
 // begin hands an entry to raft if this member leads; the function that it returns waits for the outcome, and never on raft
 // alone, which may shut down without an answer.
-func (s *Service) begin(data []byte) func(ctx context.Context) (outcome, bool, error) {
+func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Context) (outcome, bool, error) {
 	r := s.raft.Load()
 	if r.State() != raft.Leader {
 		return nil
 	}
-	future := r.Apply(data, 50*time.Millisecond)
+	future := r.Apply(data, patience)
 	return func(ctx context.Context) (outcome, bool, error) {
 		switch err := await(ctx, future); {
 		case err == nil:
@@ -219,7 +241,9 @@ func (s *Service) begin(data []byte) func(ctx context.Context) (outcome, bool, e
 				return outcome{}, true, errors.New("no answer from apply")
 			}
 			return o, true, nil
-		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress), errors.Is(err, raft.ErrEnqueueTimeout):
+		case errors.Is(err, raft.ErrEnqueueTimeout):
+			return outcome{}, false, errRaftBusy
+		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
 			return outcome{}, false, err
 		case isFull(err): // the log has taken it out again
 			return outcome{}, false, err
@@ -231,7 +255,7 @@ func (s *Service) begin(data []byte) func(ctx context.Context) (outcome, bool, e
 
 // propose sends an entry towards the log, here or on the leader.
 func (s *Service) propose(ctx context.Context, data []byte) (outcome, bool, error) {
-	if wait := s.begin(data); wait != nil {
+	if wait := s.begin(data, raftPatience); wait != nil {
 		return wait(ctx)
 	}
 	id, addr := s.leader()
@@ -274,7 +298,7 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 	if e, err := decodeEntry(data); err != nil || e.kind != entryBatch && e.kind != entryOpen {
 		return nil, refuse(http.StatusBadRequest, codeBadRequest, "not a batch that this version reads")
 	}
-	wait := s.begin(data)
+	wait := s.begin(data, raftPatience)
 	if wait == nil {
 		return nil, s.notLeader()
 	}
@@ -367,8 +391,11 @@ func (s *Service) leadTerm(term uint64) {
 // beginTerm makes the term's first entry that apply sees; reads wait for it.
 func (s *Service) beginTerm(term uint64) {
 	for s.leading(term) && s.store.meta().term != term && s.ctx.Err() == nil {
-		if wait := s.begin(encodeTermStart()); wait != nil {
-			if _, _, err := wait(s.ctx); err == nil {
+		if wait := s.begin(encodeTermStart(), raftPatience); wait != nil {
+			ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second) // raft may shut down without an answer
+			_, _, err := wait(ctx)
+			cancel()
+			if err == nil {
 				return
 			}
 		}

@@ -208,6 +208,10 @@ func (m *memory) endChunk(load int, rows []keyed, last bool) {
 	if load != m.load {
 		return
 	}
+	if m.ended { // a second scan of what is covered: each row would count twice
+		m.reading, m.pending = false, nil
+		return
+	}
 	for _, r := range rows {
 		m.applyLocked(change{key: r.key, now: r.item})
 	}

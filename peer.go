@@ -86,11 +86,15 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 	own := *client
 	own.Timeout = 0
 	own.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	_, standard := own.Transport.(*http.Transport)
+	used := own.Transport
+	if used == nil {
+		used = http.DefaultTransport
+	}
+	_, standard := used.(*http.Transport)
 	p := &peer{
 		host:   host,
 		client: &own,
-		traced: standard || own.Transport == nil,
+		traced: standard,
 		useTLS: useTLS,
 		log:    log,
 		slow:   bodyTimeout,
@@ -509,7 +513,7 @@ func (p *peer) propose(ctx context.Context, to, addr string, data []byte) (outco
 		return outcome, true, nil
 	case errors.As(err, &r):
 		return nil, !r.definite(), err
-	case p.traced && !connected.Load(), neverConnected(err):
+	case p.traced && (!connected.Load() || neverConnected(err)): // another kind of client may have tried twice
 		return nil, false, err
 	}
 	return nil, true, err

@@ -151,7 +151,10 @@ func (s *Service) awaitApplied(ctx context.Context, index, term uint64) error {
 	defer cancel()
 	for try := 0; try < 10 && ctx.Err() == nil; try++ {
 		wait, cancel := context.WithTimeout(ctx, time.Millisecond<<try)
-		s.peer.committed(wait, index, term)
+		if s.telling.TryLock() { // one says it for all that wait
+			s.peer.committed(wait, index, term)
+			s.telling.Unlock()
+		}
 		err := s.fsm.applied.wait(wait, index)
 		cancel()
 		if err == nil {
@@ -186,8 +189,6 @@ func (s *Service) awaitTerm(ctx context.Context, term uint64) error {
 
 // confirmTerm asks the voters for their current term; a quorum, this member included, must answer exactly term.
 func (s *Service) confirmTerm(ctx context.Context, term uint64, c raft.Configuration) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	var others []raft.Server
 	voters, yes := 0, 0
 	for _, m := range c.Servers {
@@ -211,13 +212,21 @@ func (s *Service) confirmTerm(ctx context.Context, term uint64, c raft.Configura
 	answers := make(chan answer, len(others))
 	for _, m := range others {
 		go func() {
-			t, err := s.peer.askTerm(ctx, string(m.ID), s.addressOf(m))
+			// Not ended with the round: a call that is cancelled takes its connection with it.
+			ctx, cancel := context.WithTimeout(s.ctx, roundTimeout)
+			defer cancel()
+			t, err := s.askTerm(ctx, m)
 			answers <- answer{t, err}
 		}()
 	}
 	var last error
 	for range others {
-		a := <-answers
+		var a answer
+		select {
+		case a = <-answers:
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d voters confirmed term %d, need %d: %w", yes, voters, term, need, errors.Join(ErrNoLeader, last, ctx.Err()))
+		}
 		switch {
 		case a.err != nil:
 			last = a.err
@@ -231,4 +240,14 @@ func (s *Service) confirmTerm(ctx context.Context, term uint64, c raft.Configura
 		}
 	}
 	return fmt.Errorf("%d of %d voters confirmed term %d, need %d: %w", yes, voters, term, need, errors.Join(ErrNoLeader, last))
+}
+
+// askTerm asks one voter. Calls to one that does not answer end after roundTimeout; until then a few of them are enough.
+func (s *Service) askTerm(ctx context.Context, m raft.Server) (uint64, error) {
+	leave, ok := s.members.ask(string(m.ID))
+	if !ok {
+		return 0, fmt.Errorf("%s has not answered the last %d calls", m.Address, maxAsks)
+	}
+	defer leave()
+	return s.peer.askTerm(ctx, string(m.ID), s.addressOf(m))
 }

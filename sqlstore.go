@@ -614,7 +614,7 @@ func (s *store) beginLocked() (*storeTx, error) {
 		return nil, *failed
 	}
 	if err := s.writer.exec(qBegin); err != nil {
-		return nil, err
+		return nil, s.note(err)
 	}
 	if s.view == nil || len(s.view) > 1<<14 { // clearing a map costs what it once held
 		s.view = make(map[string]view)
@@ -1024,12 +1024,15 @@ func openReader(path string) (*conn, error) {
 func (s *store) barrier() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.explain("sync", s.barrierLocked())
+	return s.explain("sync", s.note(s.barrierLocked()))
 }
 
 func (s *store) barrierLocked() (err error) {
 	if s.closed {
 		return ErrClosed
+	}
+	if failed := s.failed.Load(); failed != nil {
+		return *failed
 	}
 	if err := s.writer.pragma("synchronous=FULL"); err != nil {
 		return err
@@ -1037,6 +1040,10 @@ func (s *store) barrierLocked() (err error) {
 	defer func() { err = errors.Join(err, s.writer.pragma("synchronous=NORMAL")) }()
 	t, err := s.beginLocked()
 	if err != nil {
+		return err
+	}
+	if err := s.checkForeign(); err != nil {
+		t.end()
 		return err
 	}
 	t.meta.barrier++
@@ -1057,7 +1064,9 @@ func (s *store) note(err error) error {
 
 // foreign reports whether someone else has committed to the file since it was last asked, outside a transaction of ours.
 func (s *store) foreign() (bool, error) {
-	s.mu.Lock()
+	if !s.mu.TryLock() {
+		return false, nil // a transaction is under way, and it asks the same; it may be hanging in the disk
+	}
 	defer s.mu.Unlock()
 	if s.closed {
 		return false, ErrClosed
@@ -1663,13 +1672,13 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 	if s.closed {
 		return ErrClosed
 	}
-	if err := errors.Join(s.writer.replace(path), s.rebase()); err != nil {
+	if err := s.note(errors.Join(s.writer.replace(path), s.rebase())); err != nil {
 		return aboutFile("install", path, err)
 	}
 	s.own = own
 	s.startLoad(m)
 	s.last.Store(&m)
-	return s.explain("sync", s.barrierLocked())
+	return s.explain("sync", s.note(s.barrierLocked()))
 }
 
 // replace copies all pages of a file that is not in use, in one transaction.
