@@ -595,7 +595,7 @@ func (s *Service) Ready(ctx context.Context) error {
 		}
 		changed := s.changes.wait()
 		_, err := s.reads.join(ctx)
-		if err == nil && s.batch.open() && s.silent() == nil {
+		if err == nil && s.batch.open() && s.silent() == nil && s.unfit() == nil {
 			return nil
 		}
 		if found := s.diagnose(ctx); found != "" && (ctx.Err() == nil || missing == "") {
