@@ -153,7 +153,8 @@ type Service struct {
 	closing   sync.Once
 	closed    chan struct{} // closed when Close has ended
 	closeErr  error
-	raftMu    sync.Mutex // held while raft is started, restarted or shut down
+	raftMu    sync.Mutex    // held while raft is started, restarted or shut down; guards ended
+	ended     chan struct{} // closed when the raft that runs has shut down; nil = it was not told to
 	rebuildCh chan struct{}
 }
 
@@ -248,7 +249,7 @@ func (s *Service) open(ctx context.Context) error {
 	if err := s.enter(ctx); err != nil {
 		return err
 	}
-	if err := s.startRaft(); err != nil {
+	if err := s.startRaft(ctx); err != nil {
 		return err
 	}
 	s.startBackground()
@@ -359,15 +360,13 @@ func (s *Service) handOver(limit time.Duration) {
 // stopRaft ends raft and everything that waits for it. A goroutine of raft that is parked in a store call because of a disk
 // fault is ended by closing the log under it.
 func (s *Service) stopRaft() error {
-	s.raftMu.Lock()
-	defer s.raftMu.Unlock()
-	ended := make(chan struct{})
-	future := s.raft.Load().Shutdown()
 	s.peer.close()
-	go func() {
-		future.Error()
-		close(ended)
-	}()
+	late := time.AfterFunc(2*time.Second, func() { s.wal.close() }) // a restart of raft holds raftMu, and may wait for the disk
+	s.raftMu.Lock()
+	late.Stop()
+	defer s.raftMu.Unlock()
+	s.settleApply()
+	ended := s.endRaftLocked()
 	for _, limit := range []time.Duration{2 * time.Second, 3 * time.Second} {
 		select {
 		case <-ended:
@@ -377,6 +376,16 @@ func (s *Service) stopRaft() error {
 		}
 	}
 	return errors.New("quorate: close: raft did not stop; its goroutines may remain")
+}
+
+// settleApply lets apply take what raft has handed to it: the futures of what is left there are never answered.
+func (s *Service) settleApply() {
+	for range 50 {
+		if n := s.raft.Load().Stats()["fsm_pending"]; n == "0" || n == "" {
+			return
+		}
+		<-time.After(2 * time.Millisecond)
+	}
 }
 
 // await waits for a raft future, but never longer than ctx: raft may leave a future unanswered when it shuts down.
@@ -647,12 +656,10 @@ func restore(dir, from string) error {
 		return err
 	}
 	defer lock.unlock()
-	for _, name := range []string{"id", "snap", filepath.Join("wal", "wal-meta.db")} {
-		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
-			return fmt.Errorf("%w: the directory holds a member already (%s is there): give an empty one", ErrInvalid, name)
-		}
+	if err := vacant(dir); err != nil {
+		return err
 	}
-	ident := identity{id: newID(), cluster: newID(), intent: intentBootstrap}
+	ident := identity{id: newID(), cluster: newID(), intent: intentMember}
 	from, err = closedFile(from, filepath.Join(dir, "snap.source"))
 	if err != nil {
 		return err
@@ -671,10 +678,37 @@ func restore(dir, from string) error {
 	if err := seedTerm(filepath.Join(dir, "wal"), m.term); err != nil {
 		return err
 	}
+	if err := writeIdentity(dir, ident); err != nil {
+		return err
+	}
+	// Last: until it is there, Open refuses the directory and Restore takes it again.
 	if err := os.Rename(temp, filepath.Join(dir, "snap")); err != nil {
 		return err
 	}
-	return writeIdentity(dir, ident) // last, and synced: without it the directory is refused
+	return syncDir(dir)
+}
+
+// vacant: no member's state is there. What a Restore that did not end has left may be.
+func vacant(dir string) error {
+	held := fmt.Errorf("%w: the directory holds a member already: give an empty one", ErrInvalid)
+	if _, err := os.Lstat(filepath.Join(dir, "snap")); err == nil {
+		return held
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "wal", "wal-meta.db")); err != nil {
+		return nil
+	}
+	l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	_, last := l.bounds()
+	if err := l.close(); err != nil {
+		return err
+	}
+	if last > 0 {
+		return held
+	}
+	return nil
 }
 
 // closedFile is from itself, or, if its member was killed and has left a write-ahead log beside it, a copy at temp that has
@@ -720,6 +754,6 @@ func seedTerm(dir string, term uint64) error {
 	if err != nil {
 		return err
 	}
-	_, err = besideRaft(l, func() (any, error) { return nil, l.SetUint64([]byte("CurrentTerm"), term) })
+	_, err = besideRaft(context.Background(), l, func() (any, error) { return nil, l.SetUint64([]byte("CurrentTerm"), term) })
 	return errors.Join(err, l.close())
 }

@@ -33,9 +33,11 @@ const (
 	faultRemoved
 	faultLog // EIO in the log; ENOSPC passes
 	faultApply
+	faultRaft      // raft could not be started again
 	faultState     // snap is damaged
 	faultForeign   // another program wrote to snap
 	faultDiverged  // a quorum agrees on another state
+	faultDispute   // the states of the members differ, and no quorum agrees on any
 	faultLogDamage // an old entry of the log can't be read
 	faultStall
 	faultStranger
@@ -103,11 +105,12 @@ func (f *faults) first(kinds ...faultKind) error {
 
 // sticky is a fault that no waiting mends, so that a write is refused at once.
 func (f *faults) sticky() error {
-	err := f.first(faultClosed, faultRemoved, faultLog, faultApply, faultState)
-	if err != nil && isFull(err) {
-		return nil
+	for _, k := range []faultKind{faultClosed, faultRemoved, faultLog, faultApply, faultState} {
+		if err := f.first(k); err != nil && !isFull(err) {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // silent says why this member must not act as a member: its disk has failed or hangs. It then neither sends nor answers
@@ -139,6 +142,11 @@ func (s *Service) watchHealth() {
 		s.checkStall()
 		s.checkFile()
 		s.checkRemoved()
+		if s.store.meta().applied > 0 {
+			if err := s.settleIn(); err != nil {
+				s.log.Error("mark the id as a member's", "error", err)
+			}
+		}
 		s.tuneLog()
 		if size := s.wal.bytes(); size > cut+snapshotBytes || size < cut {
 			if size > cut {
@@ -155,7 +163,7 @@ func (s *Service) watchHealth() {
 			behind = 0
 		} else if behind >= 3 {
 			behind = 0
-			s.restartRaft("its last log index is beyond the log")
+			s.restartRaft("it has stopped, or its last log index is beyond the log")
 		}
 	}
 }
@@ -186,7 +194,13 @@ func (s *Service) checkFile() {
 
 func (s *Service) raftLost() bool {
 	r := s.raft.Load()
-	if s.wal.busy() > 0 || s.wal.failed() != nil || r.State() != raft.Follower {
+	if s.wal.busy() > 0 || s.wal.failed() != nil || s.faults.first(faultRemoved) != nil {
+		return false
+	}
+	if r.State() == raft.Shutdown { // a restart that failed
+		return true
+	}
+	if r.State() != raft.Follower {
 		return false
 	}
 	last, _ := s.wal.last()
@@ -201,13 +215,24 @@ func (s *Service) checkRemoved() {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, checkInterval)
 	defer cancel()
+	bases := make([]string, 0, 5)
 	for _, m := range s.others() {
-		_, err := s.peer.status(ctx, baseURL(s.addressOf(m), s.conf.TLS))
+		bases = append(bases, baseURL(s.addressOf(m), s.conf.TLS))
+	}
+	if len(bases) == 0 && s.conf.Join != "" { // admitted, and removed before anybody reached it
+		if a, err := s.peer.status(ctx, s.conf.Join); err == nil && a.LeaderAddr != "" {
+			bases = append(bases, baseURL(a.LeaderAddr, s.conf.TLS))
+		}
+	}
+	for _, base := range bases {
+		_, err := s.peer.status(ctx, base)
 		var r *refusal
 		if errors.As(err, &r) && r.Code == codeRemoved {
 			s.faults.set(faultRemoved, ErrRemoved)
 			s.batch.stop(ErrRemoved)
-			await(ctx, s.raft.Load().Shutdown())
+			s.raftMu.Lock()
+			s.endRaftLocked()
+			s.raftMu.Unlock()
 			s.changes.notify()
 			return
 		}
@@ -271,22 +296,33 @@ func (s *Service) compareStates() {
 		})
 	}
 	wg.Wait()
-	quorum := len(all)/2 + 1
+	s.judge(own, votes, len(all))
+}
+
+// judge compares this member's marks with the values that the other voters gave.
+func (s *Service) judge(own []mark, votes map[uint64]map[string]int, all int) {
+	var dispute error
 	for _, k := range own {
-		for value, n := range votes[k.boundary] {
-			mine := k.answer().value()
-			if value == mine {
-				continue
-			}
-			if n >= quorum {
+		mine := k.answer().value()
+		values := votes[k.boundary]
+		if values == nil {
+			continue // nobody else has it
+		}
+		if values[mine]++; len(values) == 1 || values[mine] > all/2 {
+			continue // who differs from a quorum says so itself
+		}
+		for value, n := range values {
+			if value != mine && n > all/2 {
 				s.faults.set(faultDiverged, fmt.Errorf("%w: the state at index %d differs from the one that %d of %d voters hold: it is "+
-					"being rebuilt from the leader", ErrCorrupt, k.applied, n, len(all)))
+					"being rebuilt from the leader", ErrCorrupt, k.applied, n, all))
 				s.wantRebuild()
 				return
 			}
-			s.log.Error("a member's state differs at an index, and no quorum agrees on either", "index", k.applied)
 		}
+		dispute = fmt.Errorf("%w: the members' states differ at index %d, and no majority holds any of them: restore a backup, or remove "+
+			"the members that are wrong", ErrCorrupt, k.applied)
 	}
+	s.faults.set(faultDispute, dispute)
 }
 
 func (k mark) answer() markAnswer {
@@ -338,14 +374,18 @@ func (s *Service) rebuildLoop() {
 				return
 			}
 		}
-		s.fsm.paused.Store(false)
 		for _, k := range []faultKind{faultForeign, faultDiverged, faultState} {
 			s.faults.set(k, nil)
 		}
-		select { // what was asked meanwhile was about the old state
-		case <-s.rebuildCh:
-		default:
-		}
+		s.fsm.paused.Store(false) // last: what apply finds from now on is about the new state, and is not forgotten
+	}
+}
+
+// forgetRequests drops what was asked of the rebuild so far: it was about the state that is being replaced now. fsm.mu is held.
+func (s *Service) forgetRequests() {
+	select {
+	case <-s.rebuildCh:
+	default:
 	}
 }
 
@@ -375,6 +415,7 @@ func (s *Service) rebuild() error {
 	if at := s.store.meta().applied; in.meta.applied < at {
 		return fmt.Errorf("the leader's state ends at %d and this member had applied %d", in.meta.applied, at)
 	}
+	s.forgetRequests()
 	return s.fsm.installLocked(in)
 }
 
@@ -387,6 +428,7 @@ func (s *Service) forgive() error {
 	s.fsm.mu.Lock()
 	defer s.fsm.mu.Unlock()
 	s.log.Error("another program wrote to snap; this is the only member, so its contents are taken as they are", "file", s.path("snap"))
+	s.forgetRequests()
 	if err := s.store.forgive(); err != nil {
 		return err
 	}

@@ -35,6 +35,7 @@ type intent string
 const (
 	intentBootstrap intent = "bootstrap"
 	intentJoin      intent = "join"
+	intentMember    intent = "member" // it has state, and has made promises with it
 )
 
 // identityFormat is the newest id file that this code reads and the one that it writes.
@@ -58,7 +59,7 @@ func validID(s string) bool {
 }
 
 func (id identity) valid() bool {
-	return validID(id.id) && (id.cluster == "" || validID(id.cluster)) && (id.intent == intentBootstrap || id.intent == intentJoin)
+	return validID(id.id) && (id.cluster == "" || validID(id.cluster)) && (id.intent == intentBootstrap || id.intent == intentJoin || id.intent == intentMember)
 }
 
 // encodeIdentity gives the id file, for people too:
@@ -66,7 +67,7 @@ func (id identity) valid() bool {
 //	quorate member 1
 //	id 5f0c…
 //	cluster 91ab…           or - while it is not known
-//	intent bootstrap        or join
+//	intent bootstrap        or join, and member once there is state
 //	sum 1c9e0f66a2b7d310    the first 16 digits of: head -n -1 id | sha256sum
 //
 // The first line and the last keep this form in every format: a flipped bit in the format's number is damage, not news.

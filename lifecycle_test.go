@@ -192,3 +192,20 @@ func TestWipedFirstMember(t *testing.T) {
 		t.Errorf("a value of another cluster: %q", v)
 	}
 }
+
+// An id has made promises with its state. Without it, beginning again under the same id would break them: alone the old data
+// would be gone without a word, and beside the others two clusters would have one name.
+func TestIDWithoutItsStateIsRefused(t *testing.T) {
+	for _, lost := range [][]string{{"snap", "wal"}, {"wal"}} {
+		m := newMember(t, "")
+		m.start()
+		must(t, m.s.Set(ctxFor(t, 10*time.Second), "k", []byte("v")))
+		m.stop()
+		for _, name := range lost {
+			must(t, os.RemoveAll(filepath.Join(m.conf.Dir, name)))
+		}
+		if _, err := m.open(); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("without %v: %v, want ErrCorrupt", lost, err)
+		}
+	}
+}

@@ -662,6 +662,9 @@ func (l *logStore) read(index uint64, e *raft.Log) error {
 		*e = cached
 		return nil
 	}
+	if first, last := l.bounds(); last == 0 || index < first || index > last {
+		return raft.ErrLogNotFound // without waiting for a raft-wal that is away
+	}
 	return l.reading(func(w *wal.WAL) error { return l.readWAL(w, index, e) })
 }
 

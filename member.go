@@ -26,6 +26,7 @@ const (
 	promoteLag      = 64              // entries that a voter, or who is to become one, may be behind: one append
 	raftPatience    = 2 * time.Second // for raft's main loop to take an entry: it may be waiting for the disk
 	probeTimeout    = time.Second
+	keepAfterSend   = time.Minute // the log since a snapshot that was sent is kept, for the receiver needs it next
 	goneAfter       = time.Second // of silence, and another member may take its address
 )
 
@@ -35,6 +36,7 @@ type peerTable struct {
 	heard     map[string]time.Time
 	announced map[string]announced // by id
 	sends     int                  // snapshots being sent
+	sent      time.Time            // when the last one ended
 	asks      map[string]int       // by id: read rounds' calls in progress
 	strange   struct {
 		at              time.Time
@@ -74,6 +76,15 @@ func (t *peerTable) announce(id, addr, instead string) {
 	t.announced[id] = announced{addr, instead}
 }
 
+// unannounce forgets an address that did not prove itself.
+func (t *peerTable) unannounce(id, addr string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.announced[id].addr == addr {
+		delete(t.announced, id)
+	}
+}
+
 // announcedAddr is empty if nothing newer than the configured address is known.
 func (t *peerTable) announcedAddr(id, configured string) string {
 	t.mu.Lock()
@@ -81,6 +92,7 @@ func (t *peerTable) announcedAddr(id, configured string) string {
 	if a := t.announced[id]; a.instead == configured || placeholder(configured) {
 		return a.addr
 	}
+	delete(t.announced, id) // the configuration has changed since: if it comes back to what it was, this is older
 	return ""
 }
 
@@ -107,13 +119,15 @@ func (t *peerTable) ask(id string) (leave func(), ok bool) {
 func (t *peerTable) snapshots(delta int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.sends += delta
+	if t.sends += delta; delta < 0 {
+		t.sent = time.Now()
+	}
 }
 
 func (t *peerTable) sending() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.sends > 0
+	return t.sends > 0 || !t.sent.IsZero() && time.Since(t.sent) < keepAfterSend
 }
 
 func (t *peerTable) noteStranger(cluster, sender string) {
@@ -141,6 +155,8 @@ func (s *Service) startPeer() {
 		ready:      func() bool { return raftNow() != nil },
 		server:     s.server,
 		announced:  s.announcedAddr,
+		unannounce: s.members.unannounce,
+		allowed:    func(addr string) bool { return s.fsm.members.Load().allowed[addr] },
 		removed:    func(id string) bool { return s.fsm.members.Load().removed[id] != 0 },
 		silent:     s.silent,
 		leading:    s.leading,
@@ -160,7 +176,7 @@ func (s *Service) startPeer() {
 		status:     s.statusAnswer,
 		state:      s.serveState,
 		snapshots:  s.members.snapshots,
-	}, peerClient(s.conf.Client), s.conf.TLS, s.log)
+	}, s.conf.Client, s.conf.TLS, s.log)
 }
 
 // ServeHTTP answers the other members at /raft/. Register the Service for the pattern "/raft/" on a server that listens on
@@ -557,10 +573,13 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
 	m := s.fsm.members.Load()
-	current, known, _ := s.server(req.ID)
+	current, known, voter := s.server(req.ID)
 	switch format := s.store.meta().format; {
 	case m.removed[req.ID] != 0:
 		return joinAnswer{}, refuse(http.StatusGone, codeRemoved, "this id was removed from the cluster")
+	case voter && !req.Announce: // who joins has no state, and a voter has promised to keep it
+		return joinAnswer{}, refuse(http.StatusConflict, codeConflict, "member %s is a voter here, and whoever joins under its id has lost "+
+			"its state: empty the directory and join as a new member", req.ID)
 	case req.Format < format:
 		return joinAnswer{}, refuse(http.StatusPreconditionFailed, codeProtocol, "the cluster writes entries of format %d and the joining "+
 			"member reads up to %d: upgrade it", format, req.Format)
@@ -655,7 +674,7 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 		switch refused := errors.As(err, &r); {
 		case err == nil:
 			return nil
-		case refused && r.Code == codeConflict:
+		case refused && r.Code == codeConflict && !sent:
 			return notApplied(fmt.Errorf("%w: %s", ErrInvalid, r.Message))
 		case refused && r.Code == codeRemoved && addr == s.conf.Addr:
 			return nil // this member was removed, and the answer that said so got lost
@@ -777,34 +796,55 @@ func (s *Service) removeServer(ctx context.Context, m raft.Server, f raft.Config
 	return await(ctx, s.raft.Load().RemoveServer(m.ID, f.Index(), 0))
 }
 
-// announce tells the others this member's address until the configuration has it. After that it ends: an address changes
-// only with a restart.
+// announce tells the others this member's address until the applied configuration has it, and again whenever nobody leads: the
+// others may have been told another one.
 func (s *Service) announce() {
 	if s.conf.Addr == "" {
 		return
 	}
 	for backoff := 100 * time.Millisecond; ; backoff = min(2*backoff, 5*time.Second) {
-		addr, known, _ := s.server(s.ident.id)
-		if known && addr == s.conf.Addr || s.faults.first(faultRemoved) != nil {
+		if s.faults.first(faultRemoved) != nil {
 			return
 		}
-		for _, m := range s.others() {
-			if !known {
-				break // a joiner that has heard nothing yet
-			}
-			err := s.announceTo(string(m.ID), s.addressOf(m))
-			var r *refusal
-			if errors.As(err, &r) && r.Code == codeNotLeader && r.LeaderAddr != "" { // who may have moved too
-				err = s.announceTo(r.LeaderID, r.LeaderAddr)
-			}
-			if err != nil {
-				s.log.Debug("announce this member's address", "to", m.Address, "answer", err)
-			}
+		if s.announced() {
+			backoff = 500 * time.Millisecond
+		} else {
+			s.announceToAll()
 		}
 		select {
 		case <-time.After(backoff):
 		case <-s.ctx.Done():
 			return
+		}
+	}
+}
+
+// announced: the applied configuration has this member's address, which raft's newest one may lose again, and somebody leads.
+// A joiner that has heard nothing yet has nobody to tell.
+func (s *Service) announced() bool {
+	if leader, _ := s.leader(); leader == "" {
+		return false
+	}
+	for _, m := range s.fsm.members.Load().config.Servers {
+		if string(m.ID) == s.ident.id {
+			return string(m.Address) == s.conf.Addr
+		}
+	}
+	return true
+}
+
+func (s *Service) announceToAll() {
+	if _, known, _ := s.server(s.ident.id); !known {
+		return
+	}
+	for _, m := range s.others() {
+		err := s.announceTo(string(m.ID), s.addressOf(m))
+		var r *refusal
+		if errors.As(err, &r) && r.Code == codeNotLeader && r.LeaderAddr != "" { // who may have moved too
+			err = s.announceTo(r.LeaderID, r.LeaderAddr)
+		}
+		if err != nil {
+			s.log.Debug("announce this member's address", "to", m.Address, "answer", err)
 		}
 	}
 }

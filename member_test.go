@@ -161,12 +161,12 @@ func TestJoin(t *testing.T) {
 	t.Run("an answer that got lost", func(t *testing.T) {
 		m := newMember(t, c[0].conf.Addr)
 		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
-		m.start()
-		c.awaitMember(t, m)
-		m.stop()
-		// As if it had been killed after the leader admitted it and before it heard so.
+		s, err := Open(ctx, m.conf) // admitted, and never reached
+		must(t, err)
+		must(t, s.Close())
+		// As if it had been killed before it heard so.
 		ident := storedID(t, m)
-		ident.cluster = ""
+		ident.cluster, ident.intent = "", intentJoin
 		must(t, os.RemoveAll(m.conf.Dir))
 		lock, err := lockDir(m.conf.Dir, "")
 		must(t, err)
@@ -176,6 +176,36 @@ func TestJoin(t *testing.T) {
 		if _, members := c[0].counts(); members != 3 || m.s.Status().ID != ident.id {
 			t.Errorf("%d members, want 3; id %s, want %s", members, m.s.Status().ID, ident.id)
 		}
+		c.leave(t, m)
+	})
+	t.Run("a voter that has lost its state", func(t *testing.T) {
+		m := newMember(t, c[0].conf.Addr)
+		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
+		m.start()
+		c.awaitMember(t, m)
+		eventually(t, 10*time.Second, "the id is a member's", func() error {
+			if intent := storedID(t, m).intent; intent != intentMember {
+				return fmt.Errorf("intent %q", intent)
+			}
+			return nil
+		})
+		m.stop()
+		ident := storedID(t, m)
+		must(t, os.Remove(filepath.Join(m.conf.Dir, "snap")))
+		must(t, os.RemoveAll(filepath.Join(m.conf.Dir, "wal")))
+		_, err := m.open()
+		is(t, err, ErrCorrupt, "wal is gone", "bootURL")
+		// And if it had been killed before its id said so, the leader knows.
+		ident.intent = intentJoin
+		must(t, os.RemoveAll(m.conf.Dir))
+		lock, err := lockDir(m.conf.Dir, "")
+		must(t, err)
+		must(t, errors.Join(writeIdentity(m.conf.Dir, ident), lock.unlock()))
+		_, err = m.open()
+		is(t, err, ErrInvalid, "lost its state", "empty the directory")
+		must(t, os.RemoveAll(m.conf.Dir))
+		m.start()
+		c.awaitMember(t, m)
 		c.leave(t, m)
 	})
 	for _, form := range []string{"%s", "http://%s", "http://%s/", "%s/raft", "HTTP://%s/raft/"} {

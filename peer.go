@@ -40,6 +40,8 @@ type peerHost struct {
 	ready      func() bool                       // raft exists; until then every route answers 503
 	server     func(id string) (addr string, known, voter bool)
 	announced  func(id string) string // the address announced since, which overrides the configured one
+	unannounce func(id, addr string)  // nobody of this id answers at the announced address
+	allowed    func(addr string) bool // members and who may become one live at these addresses
 	removed    func(id string) bool
 	silent     func() error // why this member must be silent: its disk is stalled or has failed
 	leading    func(term uint64) bool
@@ -65,7 +67,8 @@ type peerHost struct {
 type peer struct {
 	host   peerHost
 	client *http.Client
-	traced bool // the client tells httptrace when it has a connection
+	idle   *http.Transport // if the client is ours alone: close ends its kept connections
+	traced bool            // the client tells httptrace when it has a connection
 	useTLS bool
 	log    *slog.Logger
 	routes map[string]*route
@@ -86,13 +89,18 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 	own := *client
 	own.Timeout = 0
 	own.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	used := own.Transport
-	if used == nil {
-		used = http.DefaultTransport
+	// The default transport keeps two idle connections per peer, fewer than we use at once. Where the choice was left to us we
+	// take a copy that keeps more.
+	var idle *http.Transport
+	if base, ok := http.DefaultTransport.(*http.Transport); ok && own.Transport == nil {
+		idle = base.Clone()
+		idle.MaxIdleConnsPerHost = 64
+		own.Transport = idle
 	}
-	_, standard := used.(*http.Transport)
+	_, standard := own.Transport.(*http.Transport)
 	p := &peer{
 		host:   host,
+		idle:   idle,
 		client: &own,
 		traced: standard,
 		useTLS: useTLS,
@@ -105,7 +113,12 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 }
 
 // close is idempotent and waits for nobody.
-func (p *peer) close() { p.cancel() }
+func (p *peer) close() {
+	p.cancel()
+	if p.idle != nil {
+		p.idle.CloseIdleConnections()
+	}
+}
 
 // A route is one path below /raft/. The gates bound how many requests of it are worked on at a time, and with that the
 // memory and the goroutines that strangers can make this member spend.
@@ -187,7 +200,7 @@ func (p *peer) serve(x *exchange) error {
 		return err
 	}
 	defer leave()
-	if x.from != "" && name != "join" && name != "status" {
+	if _, known, _ := p.host.server(x.from); known && name != "join" && name != "status" {
 		p.host.contact(x.from)
 	}
 	ctx, cancel := p.bind(x.req.Context())
@@ -263,6 +276,10 @@ func (p *peer) checkTLS(x *exchange, asksWay bool) error {
 	}
 	if err := x.req.TLS.VerifiedChains[0][0].VerifyHostname(host); err != nil {
 		return refuse(http.StatusForbidden, codeTLS, "the sender's certificate: %v", err)
+	}
+	// And the address must be one at which that member may live, or a certificate for any host would do for any member's id.
+	if addr, known, _ := p.host.server(x.from); known && x.fromAddr != addr && !p.host.allowed(x.fromAddr) {
+		return refuse(http.StatusForbidden, codeTLS, "member %s does not live at %s", x.from, x.fromAddr)
 	}
 	return nil
 }

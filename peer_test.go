@@ -58,8 +58,10 @@ func doorHost() *door {
 			voter, known := d.members.Load(id)
 			return "", known, known && voter.(bool)
 		},
-		announced: func(string) string { return "" },
-		removed:   func(id string) bool { return id == "gone" },
+		announced:  func(string) string { return "" },
+		unannounce: func(string, string) {},
+		allowed:    func(string) bool { return true },
+		removed:    func(id string) bool { return id == "gone" },
 		silent: func() error {
 			if d.quiet.Load() {
 				return errStalledDisk
@@ -406,7 +408,7 @@ func TestDoorAppendOfAnUnknownLeader(t *testing.T) {
 	if err := decodeAppendAnswer(data, &answer); err != nil || !answer.Success || answer.LastLog != 51 {
 		t.Errorf("%+v, %v", answer, err)
 	}
-	if d.contacts.Load() != 1 {
+	if d.contacts.Load() != 0 { // or anybody could fill the table of those who were heard
 		t.Errorf("%d contacts", d.contacts.Load())
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -53,6 +52,26 @@ func (s *Service) identify() error {
 		}
 	}
 	s.ident = ident
+	if _, err := os.Lstat(s.path(filepath.Join("wal", "wal-meta.db"))); err != nil && ident.intent == intentMember {
+		return fmt.Errorf("%w: this directory belongs to a member, and its log in wal is gone, and with it the member's votes and "+
+			"promises: put wal back, or empty the directory and start with a bootURL (or with Restore from its snap, if no other "+
+			"member is left)", ErrCorrupt)
+	}
+	return nil
+}
+
+// settleIn marks the id as that of a member with state. Without its state such an id is refused: it would begin anew what it
+// has promised to the others, or to its callers.
+func (s *Service) settleIn() error {
+	if s.ident.intent == intentMember {
+		return nil
+	}
+	ident := s.ident
+	ident.intent = intentMember
+	if err := writeIdentity(s.conf.Dir, ident); err != nil {
+		return err
+	}
+	s.ident.intent = intentMember
 	return nil
 }
 
@@ -65,7 +84,7 @@ func (s *Service) openState(ctx context.Context) error {
 		return err
 	}
 	for _, e := range entries { // what an install or a restore left that did not end was never acknowledged
-		if strings.HasPrefix(e.Name(), "snap.") {
+		if leftover(e.Name()) {
 			if err := os.Remove(s.path(e.Name())); err != nil {
 				return err
 			}
@@ -93,6 +112,16 @@ func (s *Service) openState(ctx context.Context) error {
 	s.fsm.distrust = s.distrust
 	s.snaps = &snapshotStore{fsm: s.fsm, path: s.path("snap.incoming")}
 	return s.startRule()
+}
+
+// leftover: of an install, a rebuild, a restore or a copy. Nothing else is ours to remove, whatever it is called.
+func leftover(name string) bool {
+	for _, prefix := range []string{"snap.incoming", "snap.rebuild", "snap.restore", "snap.source", "snap.copy-"} {
+		if strings.HasPrefix(name, prefix) {
+			return true
+		}
+	}
+	return false
 }
 
 // startRule compares the file (applied index A, index of the last install I) with the log (first F, last L).
@@ -134,25 +163,19 @@ func (s *Service) recoverFile(ctx context.Context) error {
 		return err
 	}
 	first, last := s.wal.bounds()
-	term, err := s.currentTerm()
+	term, err := s.currentTerm(ctx)
 	if err != nil {
 		return err
 	}
-	if last == 0 && (term == 0 || term == 1 && s.ident.intent == intentBootstrap) || last > 0 && first == 1 {
+	if last == 0 && s.ident.intent != intentMember && term <= 1 || last > 0 && first == 1 {
 		return nil
 	}
 	s.log.Warn("snap is missing: fetching the state from another member", "first log index", first, "last log index", last)
 	return s.fetchFile(ctx, first)
 }
 
-func (s *Service) currentTerm() (uint64, error) {
-	return besideRaft(s.wal, func() (uint64, error) {
-		term, err := s.wal.GetUint64([]byte("CurrentTerm"))
-		if err != nil && err.Error() == "not found" { // raft-wal has no value for it
-			return 0, nil
-		}
-		return term, err
-	})
+func (s *Service) currentTerm(ctx context.Context) (uint64, error) {
+	return besideRaft(ctx, s.wal, func() (uint64, error) { return s.wal.GetUint64([]byte("CurrentTerm")) })
 }
 
 // fetchFile asks every address that the log or the caller knows for the state.
@@ -160,7 +183,7 @@ func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	var last error
-	members, err := besideRaft(s.wal, s.loggedMembers)
+	members, err := besideRaft(ctx, s.wal, s.loggedMembers)
 	if err != nil {
 		return err
 	}
@@ -267,7 +290,11 @@ func (s *Service) enter(ctx context.Context) error {
 	if m.applied > 0 || last > 0 {
 		return s.returning()
 	}
-	term, err := s.currentTerm()
+	if s.ident.intent == intentMember {
+		return fmt.Errorf("%w: this directory belongs to a member, and neither snap nor wal holds anything: put them back, or empty "+
+			"the directory and start with a bootURL", ErrCorrupt)
+	}
+	term, err := s.currentTerm(ctx)
 	if err != nil {
 		return err
 	}
@@ -285,7 +312,7 @@ func (s *Service) enter(ctx context.Context) error {
 		}
 		return s.join(ctx)
 	}
-	return s.bootstrap()
+	return s.bootstrap(ctx)
 }
 
 // returning checks a directory with state against how it is opened now.
@@ -297,24 +324,27 @@ func (s *Service) returning() error {
 		return fmt.Errorf("%w: this directory is one of %d members and can't be opened without Addr: give the address at which the "+
 			"others reach it", ErrInvalid, n)
 	}
-	return nil
+	return s.settleIn()
 }
 
 // bootstrap writes the first entry: this member is the only voter. It is what raft.BootstrapCluster does, made so that it can
 // be done again after a crash between its two steps.
-func (s *Service) bootstrap() error {
+func (s *Service) bootstrap(ctx context.Context) error {
 	addr := s.conf.Addr
 	if addr == "" {
 		addr = placeholderAddr(s.ident.id)
 	}
 	c := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(s.ident.id), Address: raft.ServerAddress(addr)}}}
-	_, err := besideRaft(s.wal, func() (any, error) {
+	_, err := besideRaft(ctx, s.wal, func() (any, error) {
 		if err := s.wal.SetUint64([]byte("CurrentTerm"), 1); err != nil {
 			return nil, err
 		}
 		return nil, s.wal.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)})
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	return s.settleIn()
 }
 
 // A member without a network stands in the configuration with an address that nobody can call.
@@ -408,15 +438,15 @@ func (s *Service) raftConfig() *raft.Config {
 }
 
 // startRaft starts raft on what is open, at first or again, and watches whom it takes for the leader.
-func (s *Service) startRaft() error {
+func (s *Service) startRaft(ctx context.Context) error {
 	s.raftMu.Lock()
 	defer s.raftMu.Unlock()
-	return s.startRaftLocked()
+	return s.startRaftLocked(ctx)
 }
 
-func (s *Service) startRaftLocked() error {
+func (s *Service) startRaftLocked(ctx context.Context) error {
 	trans := s.peer.transport()
-	r, err := besideRaft(s.wal, func() (*raft.Raft, error) {
+	r, err := besideRaft(ctx, s.wal, func() (*raft.Raft, error) {
 		return raft.NewRaft(s.raftConfig(), s.fsm, s.wal, s.wal, s.snaps, trans)
 	})
 	if err != nil {
@@ -435,12 +465,13 @@ func (s *Service) startRaftLocked() error {
 			select {
 			case <-seen:
 				s.changes.notify()
-			case <-s.ctx.Done():
+			case <-trans.ctx.Done():
 				return
 			}
 		}
 	})
 	s.raft.Store(r)
+	s.ended = nil
 	if v := voters(r.GetConfiguration().Configuration()); len(v) == 1 && string(v[0].ID) == s.ident.id {
 		// The only voter needs no election timeout: it would wait for nobody.
 		err := trans.TimeoutNow(v[0].ID, "", &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}}, &raft.TimeoutNowResponse{})
@@ -453,7 +484,7 @@ func (s *Service) startRaftLocked() error {
 
 // besideRaft calls what uses the log as raft does in a goroutine of its own: a store call that meets a disk fault parks its
 // goroutine and ends it at close, and that must not be the caller's.
-func besideRaft[T any](l *logStore, f func() (T, error)) (T, error) {
+func besideRaft[T any](ctx context.Context, l *logStore, f func() (T, error)) (T, error) {
 	type ended struct {
 		v   T
 		err error
@@ -465,15 +496,19 @@ func besideRaft[T any](l *logStore, f func() (T, error)) (T, error) {
 	}()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
+	var none T
 	for {
 		select {
 		case e := <-done:
 			return e.v, e.err
 		case <-tick.C:
 			if err := l.failed(); err != nil && !isFull(err) {
-				var none T
 				return none, err
 			}
+		case <-l.closed:
+			return none, ErrClosed
+		case <-ctx.Done():
+			return none, errors.Join(l.failed(), context.Cause(ctx))
 		}
 	}
 }
@@ -486,29 +521,32 @@ func (s *Service) restartRaft(why string) {
 		return
 	}
 	s.log.Warn("restarting raft in this process", "why", why)
-	old := s.raft.Load()
-	if err := await(s.ctx, old.Shutdown()); err != nil {
+	select {
+	case <-s.endRaftLocked():
+	case <-s.ctx.Done():
 		return
 	}
-	if err := s.startRaftLocked(); err != nil {
-		s.faults.set(faultLog, fmt.Errorf("restart raft: %w", err))
+	err := s.startRaftLocked(s.ctx)
+	if err != nil {
+		err = fmt.Errorf("raft does not start again: %w", err)
 	}
+	s.faults.set(faultRaft, err) // and then it is tried again
 	s.changes.notify()
 }
 
-// peerClient is the caller's client. The default transport keeps two idle connections per peer, fewer than we use at once, so
-// where the caller left the choice to us we take a copy that keeps more.
-func peerClient(c *http.Client) *http.Client {
-	if c == nil {
-		c = http.DefaultClient
+// endRaftLocked begins the end of raft, once: a second Shutdown would not wait. The channel is closed when raft's goroutines
+// have ended. raftMu is held.
+func (s *Service) endRaftLocked() <-chan struct{} {
+	if s.ended == nil {
+		ended := make(chan struct{})
+		s.ended = ended
+		future := s.raft.Load().Shutdown()
+		go func() {
+			future.Error()
+			close(ended)
+		}()
 	}
-	own := *c
-	if base, ok := http.DefaultTransport.(*http.Transport); ok && own.Transport == nil {
-		t := base.Clone()
-		t.MaxIdleConnsPerHost = 64
-		own.Transport = t
-	}
-	return &own
+	return s.ended
 }
 
 func voters(c raft.Configuration) []raft.Server {

@@ -1453,6 +1453,11 @@ func (c *storeCopy) spool() {
 func (c *storeCopy) spoolTo(f *os.File) error {
 	w := bufio.NewWriterSize(f, copyPages*pageSize)
 	for {
+		select {
+		case <-c.s.ending:
+			return ErrClosed
+		default:
+		}
 		if _, err := w.Write(c.buf); err != nil {
 			return err
 		}

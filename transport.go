@@ -25,7 +25,8 @@ const (
 	voteTimeout   = 500 * time.Millisecond // heartbeats, votes, pre-votes, timeoutnow and probes
 	appendTimeout = 5 * time.Second        // and a second for each MiB
 	holdInterval  = 100 * time.Millisecond
-	installRate   = 4 << 20 // bytes a second that a receiver is given to install what it has received
+	receiveRate   = 256 << 10 // bytes a second that a snapshot must come in with
+	installRate   = 4 << 20   // bytes a second that a receiver is given to install what it has received
 )
 
 // errTransportClosed ends what waits in a transport that is closed, or that a newer one of the same peer has replaced.
@@ -146,8 +147,9 @@ func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []b
 // append to a member that it has just removed.
 func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddress, term uint64, try func() error) error {
 	for held := false; ; held = true {
-		err := t.p.host.silent()
-		if err == nil {
+		silent := t.p.host.silent()
+		err := silent
+		if silent == nil {
 			err = try()
 		}
 		if err == nil {
@@ -164,6 +166,10 @@ func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddres
 			return fmt.Errorf("%s to %s: not leader of term %d any more: %w", what, id, term, err)
 		case !known:
 			return fmt.Errorf("%s to %s: not a member any more: %w", what, id, err)
+		}
+		// An address that somebody announced for this member must lead to it, or anybody could cut it off by announcing one.
+		if addr := t.p.host.announced(string(id)); addr != "" && silent == nil {
+			t.p.host.unannounce(string(id), addr)
 		}
 		if !held {
 			t.p.log.Warn("member does not answer, trying on", "what", what, "id", id, "err", explain(err, t.p.base(t.address(id, target))))
@@ -438,6 +444,14 @@ func (p *peer) unknownCandidate(id string) bool {
 	return !voter && !p.host.removed(id)
 }
 
+// checkTerm: raft writes down any term that it is asked to vote in, and takes no older one ever after.
+func checkTerm(term uint64) error {
+	if term > maxIndex {
+		return refuse(http.StatusBadRequest, codeBadRequest, "term %d", term)
+	}
+	return nil
+}
+
 // serveVote: without an id raft asks only what makes a vote safe, the term and the log.
 func (p *peer) serveVote(ctx context.Context, x *exchange) error {
 	var args raft.RequestVoteRequest
@@ -446,6 +460,9 @@ func (p *peer) serveVote(ctx context.Context, x *exchange) error {
 		return err
 	}
 	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	if err := checkTerm(args.Term); err != nil {
 		return err
 	}
 	if p.unknownCandidate(x.from) {
@@ -461,6 +478,9 @@ func (p *peer) servePreVote(ctx context.Context, x *exchange) error {
 		return err
 	}
 	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	if err := checkTerm(args.Term); err != nil {
 		return err
 	}
 	if p.unknownCandidate(x.from) {
@@ -533,7 +553,8 @@ func (p *peer) serveSnapshot(ctx context.Context, x *exchange) error {
 	if err := x.checkSender(args.RPCHeader); err != nil {
 		return err
 	}
-	body := &receivedReader{x: x, r: io.LimitReader(x.req.Body, args.Size)}
+	body := &receivedReader{x: x, r: io.LimitReader(x.req.Body, args.Size),
+		until: time.Now().Add(stallTimeout + time.Duration(args.Size)*time.Second/receiveRate)}
 	defer body.end()
 	if p.holds(args) {
 		if _, err := io.Copy(io.Discard, body); err != nil { // a sender still writing would not see the answer
@@ -568,8 +589,9 @@ func (p *peer) holds(args *raft.InstallSnapshotRequest) bool {
 // A receivedReader is a snapshot coming in: it may take as long as it likes, but not stand still. Raft may still be reading
 // when the handler has returned, and net/http does not allow it to touch the connection then.
 type receivedReader struct {
-	x *exchange
-	r io.Reader
+	x     *exchange
+	r     io.Reader
+	until time.Time // raft's main loop reads it and does nothing else meanwhile, so it must end
 
 	mu    sync.Mutex // held across setting a deadline, never across a read
 	ended bool
@@ -581,7 +603,12 @@ func (r *receivedReader) Read(b []byte) (int, error) {
 		r.mu.Unlock()
 		return 0, errTransportClosed
 	}
-	r.x.readWithin(stallTimeout)
+	left := time.Until(r.until)
+	if left <= 0 {
+		r.mu.Unlock()
+		return 0, fmt.Errorf("snapshot: slower than %d bytes a second", receiveRate)
+	}
+	r.x.readWithin(min(stallTimeout, left))
 	r.mu.Unlock()
 	n, err := r.r.Read(b)
 	if err == io.EOF {

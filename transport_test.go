@@ -121,9 +121,11 @@ func (n *node) server(id string) (string, bool, bool) {
 
 func (n *node) host() peerHost {
 	return peerHost{
-		self:   func() (string, string, string) { return n.id, "cluster", n.addr },
-		ready:  func() bool { return n.raft.Load() != nil },
-		server: n.server,
+		self:       func() (string, string, string) { return n.id, "cluster", n.addr },
+		ready:      func() bool { return n.raft.Load() != nil },
+		server:     n.server,
+		unannounce: func(string, string) {},
+		allowed:    func(string) bool { return true },
 		announced: func(id string) string {
 			n.lookups.Add(1)
 			addr, _ := n.announced.Load(id)
