@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -557,4 +558,116 @@ func voters(c raft.Configuration) []raft.Server {
 		}
 	}
 	return list
+}
+
+// restore builds the new member in the order that a crash at any step allows.
+func restore(dir, from string) error {
+	if _, err := os.Stat(from); err != nil {
+		return err
+	}
+	lock, err := lockDir(dir, "")
+	if err != nil {
+		return err
+	}
+	defer lock.unlock()
+	if err := vacant(dir); err != nil {
+		return err
+	}
+	ident := identity{id: newID(), cluster: newID(), intent: intentMember}
+	from, err = closedFile(from, filepath.Join(dir, "snap.source"))
+	if err != nil {
+		return err
+	}
+	defer os.Remove(filepath.Join(dir, "snap.source"))
+	temp := filepath.Join(dir, "snap.restore")
+	defer os.Remove(temp)
+	m, err := restoreInto(temp, from, func(m *meta) {
+		m.config = raft.EncodeConfiguration(raft.Configuration{Servers: []raft.Server{
+			{Suffrage: raft.Voter, ID: raft.ServerID(ident.id), Address: raft.ServerAddress(placeholderAddr(ident.id))}}})
+		m.configIndex, m.installed = m.applied, m.applied
+	})
+	if err != nil {
+		return err
+	}
+	if err := seedTerm(filepath.Join(dir, "wal"), m.term); err != nil {
+		return err
+	}
+	if err := writeIdentity(dir, ident); err != nil {
+		return err
+	}
+	// Last: until it is there, Open refuses the directory and Restore takes it again.
+	if err := os.Rename(temp, filepath.Join(dir, "snap")); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+// vacant: no member's state is there. What a Restore that did not end has left may be.
+func vacant(dir string) error {
+	held := fmt.Errorf("%w: the directory holds a member already: give an empty one", ErrInvalid)
+	if _, err := os.Lstat(filepath.Join(dir, "snap")); err == nil {
+		return held
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "wal", "wal-meta.db")); err != nil {
+		return nil
+	}
+	l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	_, last := l.bounds()
+	if err := l.close(); err != nil {
+		return err
+	}
+	if last > 0 {
+		return held
+	}
+	return nil
+}
+
+// closedFile is from itself, or, if its member was killed and has left a write-ahead log beside it, a copy at temp that has
+// taken that in. Nothing is copied while a member has the file open.
+func closedFile(from, temp string) (string, error) {
+	if info, err := os.Stat(from + "-wal"); err != nil || info.Size() == 0 {
+		return from, nil
+	}
+	if _, err := os.Stat(filepath.Join(filepath.Dir(from), "wal", "lock")); err == nil {
+		lock, err := lockDir(filepath.Dir(from), "")
+		if err != nil {
+			return "", fmt.Errorf("close the member that has %s open, or use its Backup: %w", from, err)
+		}
+		defer lock.unlock()
+	}
+	for _, side := range []string{"-wal", ""} { // a crash in between leaves no database
+		if err := copyFile(temp+side, from+side); err != nil {
+			return "", err
+		}
+	}
+	st, err := openStore(storeOptions{path: temp, memory: -1, log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return "", err
+	}
+	return temp, st.close()
+}
+
+func copyFile(to, from string) error {
+	f, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := os.Remove(to); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return writeFile(to, f)
+}
+
+// seedTerm lets raft go on in the term of the restored state: a smaller one would be older than the entries it holds.
+func seedTerm(dir string, term uint64) error {
+	l, err := openLog(logOptions{dir: dir, log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	_, err = besideRaft(context.Background(), l, func() (any, error) { return nil, l.SetUint64([]byte("CurrentTerm"), term) })
+	return errors.Join(err, l.close())
 }

@@ -1,0 +1,453 @@
+package quorate
+
+// A copy: the whole state as of one commit, as a stream of database pages. This file owns how one is taken while writes go on,
+// how it is received, checked and installed, and how a backup becomes a new member's file. It never touches the network or
+// raft; fsm.go, recover.go and db.go call it, and it goes on to the store's connections.
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"modernc.org/sqlite"
+)
+
+// copy begins a consistent copy of the file as of some commit.
+func (s *store) copy() (*storeCopy, error) {
+	c, err := s.beginCopy()
+	if err != nil {
+		return nil, s.explain("copy", err)
+	}
+	return c, nil
+}
+
+func (s *store) beginCopy() (_ *storeCopy, err error) {
+	c, err := openReader(s.path)
+	if err != nil {
+		return nil, err
+	}
+	cp := &storeCopy{s: s, c: c, hash: sha256.New(), before: s.walSize()}
+	defer func() {
+		if err != nil {
+			cp.release()
+		}
+	}()
+	if err := c.exec(qBeginRead); err != nil {
+		return nil, err
+	}
+	if cp.meta, err = c.readMeta(); err != nil {
+		return nil, err
+	}
+	if cp.pages, err = c.one(qPageCount); err != nil {
+		return nil, err
+	}
+	cp.size = cp.pages*pageSize + sha256.Size
+	if cp.rows, err = c.query(qPages); err != nil {
+		return nil, err
+	}
+	s.copiesMu.Lock()
+	defer s.copiesMu.Unlock()
+	select {
+	case <-s.ending: // close may have closed all copies already
+		return nil, ErrClosed
+	default:
+	}
+	s.copies[cp] = true
+	return cp, nil
+}
+
+func (s *store) openCopies() (copies []*storeCopy) {
+	s.copiesMu.Lock()
+	defer s.copiesMu.Unlock()
+	for c := range s.copies {
+		copies = append(copies, c)
+	}
+	return copies
+}
+
+// A storeCopy streams the pages of one snapshot, and the SHA-256 of them. While it holds its read transaction the WAL cannot
+// restart; a slow reader's copy moves into a file for that reason.
+type storeCopy struct {
+	meta meta
+	size int64 // of the whole stream
+
+	s      *store
+	before int64 // WAL's size when it began
+
+	mu      sync.Mutex // guards the fields below; held across reads of the connection, which is used by one at a time
+	c       *conn      // nil when closed or spooled
+	rows    driver.Rows
+	pages   int64 // still to come
+	hash    hash.Hash
+	buf     []byte   // what Read has not returned yet
+	head    bool     // the first page has been read
+	tail    bool     // the checksum has been put into buf
+	spooled *os.File // what was still to come when the transaction was ended
+	failed  error    // of spooling
+}
+
+func (c *storeCopy) Read(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.spooled != nil:
+		return c.spooled.Read(p)
+	case c.failed != nil:
+		return 0, c.s.explain("copy", c.failed)
+	case c.c == nil:
+		return 0, os.ErrClosed
+	}
+	if len(c.buf) == 0 {
+		if err := c.fill(); err != nil {
+			if err == io.EOF {
+				return 0, io.EOF
+			}
+			return 0, c.s.explain("copy", err)
+		}
+	}
+	n := copy(p, c.buf)
+	c.buf = c.buf[n:]
+	return n, nil
+}
+
+// spool ends the read transaction: what is still to come goes into a file, or the copy ends with an error.
+func (c *storeCopy) spool() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.c == nil {
+		return
+	}
+	f, err := os.CreateTemp(filepath.Dir(c.s.path), filepath.Base(c.s.path)+".copy-")
+	if err == nil {
+		os.Remove(f.Name()) // where the system lets us; release does it otherwise
+		if err = c.spoolTo(f); err != nil {
+			f.Close()
+			os.Remove(f.Name())
+		} else {
+			c.spooled = f
+		}
+	}
+	if err != nil {
+		c.failed = fmt.Errorf("its reader is slow, and the rest does not go into a file: %w", err)
+	}
+	c.endTransaction()
+}
+
+func (c *storeCopy) spoolTo(f *os.File) error {
+	w := bufio.NewWriterSize(f, copyPages*pageSize)
+	for {
+		select {
+		case <-c.s.ending:
+			return ErrClosed
+		default:
+		}
+		if _, err := w.Write(c.buf); err != nil {
+			return err
+		}
+		if err := c.fill(); err == io.EOF {
+			break
+		} else if err != nil {
+			return err
+		}
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	_, err := f.Seek(0, io.SeekStart)
+	return err
+}
+
+func (c *storeCopy) fill() error {
+	if c.pages > 0 {
+		page, err := c.page()
+		if err != nil {
+			return err
+		}
+		c.hash.Write(page)
+		c.buf = page
+		return nil
+	}
+	if c.tail {
+		return io.EOF
+	}
+	c.tail = true
+	c.buf = c.hash.Sum(nil)
+	return nil
+}
+
+// page returns the next page. In the first one the mode is set back from WAL to rollback journal, so that the copy is
+// complete without a WAL, and opening it leaves nothing beside it.
+func (c *storeCopy) page() ([]byte, error) {
+	var v [1]driver.Value
+	if err := c.rows.Next(v[:]); err != nil {
+		if err == io.EOF {
+			return nil, corrupt("%d pages are missing", c.pages)
+		}
+		return nil, err
+	}
+	page, _ := v[0].([]byte)
+	if len(page) != pageSize {
+		return nil, corrupt("a page of %d bytes", len(page))
+	}
+	if !c.head {
+		c.head = true
+		page[18], page[19] = 1, 1
+	}
+	c.pages--
+	return page, nil
+}
+
+// pinned is about how many bytes the WAL has grown by since the copy began and cannot give back before its transaction ends.
+func (c *storeCopy) pinned() int64 { return max(0, c.s.walSize()-c.before) }
+
+func (c *storeCopy) Close() error {
+	c.s.copiesMu.Lock()
+	delete(c.s.copies, c)
+	c.s.copiesMu.Unlock()
+	return c.release()
+}
+
+func (c *storeCopy) release() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if f := c.spooled; f != nil {
+		c.spooled = nil
+		f.Close()
+		os.Remove(f.Name())
+	}
+	return c.endTransaction()
+}
+
+func (c *storeCopy) endTransaction() error {
+	if c.c == nil {
+		return nil
+	}
+	if c.rows != nil {
+		c.rows.Close()
+	}
+	err := c.c.close()
+	c.c, c.rows, c.buf = nil, nil, nil
+	return err
+}
+
+// backup writes a database that opens by itself, without the checksum that a copy ends with. check may end it early.
+func (s *store) backup(w io.Writer, check func() error) (meta, error) {
+	c, err := s.copy()
+	if err != nil {
+		return meta{}, err
+	}
+	defer c.Close()
+	buf := make([]byte, copyPages*pageSize)
+	for left := c.size - sha256.Size; left > 0; {
+		if err := check(); err != nil {
+			return meta{}, err
+		}
+		n, err := io.ReadFull(c, buf[:min(left, int64(len(buf)))])
+		if err != nil {
+			return meta{}, err
+		}
+		if _, err := w.Write(buf[:n]); err != nil {
+			return meta{}, err
+		}
+		left -= int64(n)
+	}
+	return c.meta, nil
+}
+
+// receive stores the stream of a copy at path, once everything about it is right and it is on the disk.
+func receive(path string, src io.Reader) (m meta, err error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return m, err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(path)
+		}
+	}()
+	hash := sha256.New()
+	pages := tailReader{bufio.NewReaderSize(src, 16*pageSize)}
+	if err := writeFile(path, io.TeeReader(pages, hash)); err != nil {
+		return m, fmt.Errorf("receive %s: %w", path, err)
+	}
+	var sum [sha256.Size]byte
+	if _, err := io.ReadFull(pages.src, sum[:]); err != nil {
+		return m, fmt.Errorf("receive %s: the stream ends early: %w", path, err)
+	}
+	if !bytes.Equal(sum[:], hash.Sum(nil)) {
+		return m, fmt.Errorf("receive %s: %w: wrong checksum, or the stream ended early", path, ErrCorrupt)
+	}
+	if m, err = checkFile(path); err != nil {
+		return m, err
+	}
+	return m, errors.Join(syncFile(path), syncDir(filepath.Dir(path)))
+}
+
+// A tailReader reads a stream up to the checksum that ends it, and leaves that to be read from src.
+type tailReader struct{ src *bufio.Reader }
+
+func (t tailReader) Read(p []byte) (int, error) {
+	if _, err := t.src.Peek(sha256.Size + 1); err != nil {
+		return 0, err // io.EOF: what is left is the checksum
+	}
+	return t.src.Read(p[:min(len(p), t.src.Buffered()-sha256.Size)])
+}
+
+// checkFile reads all of a database that no one has open, and changes nothing.
+func checkFile(path string) (meta, error) {
+	m, err := checkClosed(path)
+	if err != nil {
+		return meta{}, aboutFile("check", path, err)
+	}
+	return m, nil
+}
+
+func checkClosed(path string) (m meta, err error) {
+	if _, err := checkHeader(path); err != nil {
+		return m, err
+	}
+	c, err := openConn(path, "mode=ro&immutable=1", "trusted_schema=OFF", "query_only=ON", "cell_size_check=ON")
+	if err != nil {
+		return m, err
+	}
+	defer c.close()
+	if err := c.checkSchema(); err != nil {
+		return m, err
+	}
+	if said, err := c.text(queryText[qQuickCheck]); err != nil || said != "ok" {
+		return m, cmpErr(err, corrupt("quick_check says %q", said))
+	}
+	if m, err = c.readMeta(); err != nil {
+		return m, err
+	}
+	if _, err := c.readOwn(m.ownSum); err != nil {
+		return m, err
+	}
+	return m, c.checkRows(m)
+}
+
+func cmpErr(first, second error) error {
+	if first != nil {
+		return first
+	}
+	return second
+}
+
+// install puts the database at path, which receive has made, in place of ours, at once for every reader. It is durable
+// when install returns. An error means that nothing has changed, unless it is the barrier's: then calling again is right.
+func (s *store) install(path string, index, term uint64, config []byte, configIndex uint64) error {
+	var m meta
+	var own map[ownKey]uint64
+	// The new state and the note that it was installed appear in the same instant: a crash between the two would leave
+	// rows above the log's end that nothing accounts for.
+	err := changeFile(path, func(c *conn) (err error) {
+		if m, err = c.readMeta(); err != nil {
+			return err
+		}
+		if m.applied != index {
+			return fmt.Errorf("it holds index %d, not %d", m.applied, index)
+		}
+		if own, err = c.readOwn(m.ownSum); err != nil {
+			return err
+		}
+		m.term, m.installed, m.config, m.configIndex = term, index, bytes.Clone(config), configIndex
+		return c.writeMeta(qSetMeta, &m)
+	})
+	if err != nil {
+		return aboutFile("install", path, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return ErrClosed
+	}
+	if err := s.note(errors.Join(s.writer.replace(path), s.rebase())); err != nil {
+		return aboutFile("install", path, err)
+	}
+	s.own = own
+	s.startLoad(m)
+	s.last.Store(&m)
+	return s.explain("sync", s.note(s.barrierLocked()))
+}
+
+// replace copies all pages of a file that is not in use, in one transaction.
+func (c *conn) replace(path string) error {
+	b, err := c.raw.(interface {
+		NewRestore(string) (*sqlite.Backup, error)
+	}).NewRestore(fileURI(path, "mode=ro&immutable=1"))
+	if err != nil {
+		return err
+	}
+	more, err := b.Step(-1)
+	if err == nil && more {
+		err = errors.New("not all pages were copied")
+	}
+	return errors.Join(err, b.Finish())
+}
+
+// restoreInto makes dst out of a backup or a cleanly closed database: the same rows under a changed meta, and nothing of the
+// cluster that src belonged to.
+func restoreInto(dst, src string, change func(*meta)) (meta, error) {
+	m, err := restoreFile(dst, src, change)
+	if err != nil {
+		return meta{}, fmt.Errorf("restore %s from %s: %w", dst, src, err)
+	}
+	return m, nil
+}
+
+func restoreFile(dst, src string, change func(*meta)) (m meta, err error) {
+	// Before anything opens it: closing a file that is in use in this process would take away SQLite's locks on it.
+	for _, side := range []string{"-wal", "-shm", "-journal"} {
+		if info, err := os.Stat(src + side); err == nil && info.Size() > 0 {
+			return m, fmt.Errorf("%w: %s is in use or was not closed; close it first, or use Backup", ErrInvalid, src)
+		}
+	}
+	if _, err := checkFile(src); err != nil {
+		return m, err
+	}
+	if _, err := os.Stat(dst); !errors.Is(err, fs.ErrNotExist) {
+		return m, cmpErr(err, fs.ErrExist)
+	}
+	from, err := os.Open(src)
+	if err != nil {
+		return m, err
+	}
+	defer from.Close()
+	err = buildFile(dst, func(c *conn) error {
+		m, err = c.detach(change)
+		return err
+	}, from)
+	if err != nil {
+		return m, err
+	}
+	return checkFile(dst)
+}
+
+// detach removes what belongs to a cluster, in one transaction.
+func (c *conn) detach(change func(*meta)) (m meta, err error) {
+	if m, err = c.readMeta(); err != nil {
+		return m, err
+	}
+	change(&m)
+	m.ownSum = 0
+	if err := c.exec(qBegin); err != nil {
+		return m, err
+	}
+	for _, table := range []string{"quorate_session", "quorate_allowed", "quorate_removed", "quorate_mark"} {
+		if err := c.execText("DELETE FROM " + table); err != nil {
+			return m, err
+		}
+	}
+	if err := c.writeMeta(qSetMeta, &m); err != nil {
+		return m, err
+	}
+	return m, c.exec(qCommit)
+}
