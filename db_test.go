@@ -861,6 +861,9 @@ func sqlite3(t testing.TB, args ...string) string {
 	if err != nil {
 		t.Fatal("this test needs the sqlite3 command: apt-get install sqlite3, brew install sqlite, or https://sqlite.org/download.html")
 	}
+	if args[0] != "-readonly" { // a writer waits for its turn; a reader never has to
+		args = append([]string{"-cmd", ".timeout 10000"}, args...)
+	}
 	out, err := exec.Command(tool, args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("sqlite3 %s: %v: %s", strings.Join(args, " "), err, out)
