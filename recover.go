@@ -503,13 +503,12 @@ func besideRaft[T any](ctx context.Context, l *logStore, f func() (T, error)) (T
 		case e := <-done:
 			return e.v, e.err
 		case <-tick.C:
-			if err := l.failed(); err != nil && !isFull(err) {
+			// A full disk may have space again, so that is waited for, as long as ctx lasts.
+			if err := l.failed(); err != nil && (!isFull(err) || ctx.Err() != nil) {
 				return none, err
 			}
 		case <-l.closed:
 			return none, ErrClosed
-		case <-ctx.Done():
-			return none, errors.Join(l.failed(), context.Cause(ctx))
 		}
 	}
 }
