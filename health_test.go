@@ -499,3 +499,32 @@ func (m *testMember) startAlone(t testing.TB) *Service {
 	t.Cleanup(func() { s.Close() })
 	return s
 }
+
+// Members that differ all say so; only one that a majority contradicts rebuilds.
+func TestMembersThatDiffer(t *testing.T) {
+	s := &Service{rebuildCh: make(chan struct{}, 1)}
+	s.faults.log = slog.New(slog.DiscardHandler)
+	own := []mark{{boundary: 1024, applied: 1023, kvSum: 1}}
+	same, other := own[0].answer().value(), mark{boundary: 1024, applied: 1023, kvSum: 2}.answer().value()
+	rebuilds := func() bool { return len(s.rebuildCh) > 0 }
+	for _, step := range []struct {
+		what  string
+		votes map[string]int // of the two others
+		says  string
+		wants bool
+	}{
+		{"nobody else has the mark", nil, "", false},
+		{"one of the others agrees", map[string]int{same: 1, other: 1}, "", false},
+		{"one differs and one is silent", map[string]int{other: 1}, "no majority", false},
+		{"both agree", map[string]int{same: 2}, "", false},
+		{"both differ", map[string]int{other: 2}, "being rebuilt", true},
+	} {
+		s.judge(own, map[uint64]map[string]int{1024: step.votes}, 3)
+		if err := s.Err(); fmt.Sprint(err) == "<nil>" != (step.says == "") || err != nil && !strings.Contains(err.Error(), step.says) {
+			t.Errorf("%s: Err is %v, want %q", step.what, err, step.says)
+		}
+		if rebuilds() != step.wants {
+			t.Errorf("%s: rebuilds %v", step.what, rebuilds())
+		}
+	}
+}

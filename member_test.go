@@ -3,6 +3,7 @@ package quorate
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -1061,4 +1063,36 @@ func (h halfMade) build(t *testing.T, m *testMember) {
 	putFile(t, filepath.Join(dir, "id.tmp"), "half an id")
 	putFile(t, filepath.Join(dir, "snap.incoming"), "half a snapshot")
 	must(t, lock.unlock())
+}
+
+// Whoever reaches the door can announce another address for a member. It must not cut that member off.
+func TestForgedAnnouncement(t *testing.T) {
+	c := newCluster(t, 3)
+	leader, victim := c.leader(t), c.follower(t)
+	var wrong *testMember
+	for _, m := range c {
+		if m != leader && m != victim {
+			wrong = m
+		}
+	}
+	st := leader.s.Status()
+	body, err := json.Marshal(joinRequest{ID: victim.s.Status().ID, Addr: wrong.conf.Addr, Format: entryFormat, Announce: true})
+	must(t, err)
+	req, err := http.NewRequest("POST", "http://"+leader.conf.Addr+"/raft/join", bytes.NewReader(body))
+	must(t, err)
+	for name, value := range map[string]string{headerProtocol: strconv.Itoa(protocolVersion), headerCluster: st.Cluster,
+		headerFrom: victim.s.Status().ID, headerFromAddr: wrong.conf.Addr, headerTo: st.ID} {
+		req.Header.Set(name, value)
+	}
+	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
+	must(t, err)
+	resp.Body.Close()
+	if resp.StatusCode == http.StatusOK {
+		t.Fatal("the leader took it for a move")
+	}
+	must(t, leader.s.Set(ctxFor(t, 20*time.Second), "k", []byte("v")))
+	c.awaitEqual(t)
+	if v, err := victim.s.Get(ctxFor(t, 20*time.Second), "k"); err != nil || string(v) != "v" {
+		t.Errorf("the victim reads %q, %v", v, err)
+	}
 }
