@@ -504,6 +504,7 @@ const (
 	sqliteCorrupt = 11
 	sqliteFull    = 13
 	sqliteNotADB  = 26
+	sqliteShmSize = sqliteIOErr | 19<<8 // extended
 )
 
 func sqliteCode(err error) int {
@@ -523,5 +524,9 @@ func isFull(err error) bool {
 
 // isIO: the disk has failed. Nothing that was written since the last barrier can be relied on.
 func isIO(err error) bool {
+	var e *sqlite.Error
+	if errors.As(err, &e) && e.Code() == sqliteShmSize {
+		return false // no space for the index of the WAL, in all likelihood, and nothing that was written is in doubt
+	}
 	return sqliteCode(err) == sqliteIOErr || errors.Is(err, syscall.EIO)
 }

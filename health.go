@@ -215,11 +215,12 @@ func (s *Service) checkRemoved() {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, checkInterval)
 	defer cancel()
-	bases := make([]string, 0, 5)
+	var bases []string
 	for _, m := range s.others() {
 		bases = append(bases, baseURL(s.addressOf(m), s.conf.TLS))
 	}
 	if len(bases) == 0 && s.conf.Join != "" { // admitted, and removed before anybody reached it
+		bases = append(bases, s.conf.Join)
 		if a, err := s.peer.status(ctx, s.conf.Join); err == nil && a.LeaderAddr != "" {
 			bases = append(bases, baseURL(a.LeaderAddr, s.conf.TLS))
 		}
@@ -296,19 +297,20 @@ func (s *Service) compareStates() {
 		})
 	}
 	wg.Wait()
-	s.judge(own, votes, len(all))
+	_, _, voter := s.server(s.ident.id)
+	s.judge(own, votes, len(all), voter)
 }
 
 // judge compares this member's marks with the values that the other voters gave.
-func (s *Service) judge(own []mark, votes map[uint64]map[string]int, all int) {
+func (s *Service) judge(own []mark, votes map[uint64]map[string]int, all int, voter bool) {
 	var dispute error
 	for _, k := range own {
 		mine := k.answer().value()
 		values := votes[k.boundary]
-		if values == nil {
-			continue // nobody else has it
+		if voter && values != nil {
+			values[mine]++
 		}
-		if values[mine]++; len(values) == 1 || values[mine] > all/2 {
+		if len(values) == 0 || len(values) == 1 && values[mine] > 0 || values[mine] > all/2 {
 			continue // who differs from a quorum says so itself
 		}
 		for value, n := range values {
@@ -318,6 +320,9 @@ func (s *Service) judge(own []mark, votes map[uint64]map[string]int, all int) {
 				s.wantRebuild()
 				return
 			}
+		}
+		if !voter {
+			continue
 		}
 		dispute = fmt.Errorf("%w: the members' states differ at index %d, and no majority holds any of them: restore a backup, or remove "+
 			"the members that are wrong", ErrCorrupt, k.applied)
@@ -374,19 +379,20 @@ func (s *Service) rebuildLoop() {
 				return
 			}
 		}
-		for _, k := range []faultKind{faultForeign, faultDiverged, faultState} {
-			s.faults.set(k, nil)
-		}
-		s.fsm.paused.Store(false) // last: what apply finds from now on is about the new state, and is not forgotten
 	}
 }
 
-// forgetRequests drops what was asked of the rebuild so far: it was about the state that is being replaced now. fsm.mu is held.
-func (s *Service) forgetRequests() {
+// trust ends what was held against the state that has just been replaced. What is found from now on is about the new one. fsm.mu
+// is held, so that apply finds nothing in between.
+func (s *Service) trust() {
 	select {
 	case <-s.rebuildCh:
 	default:
 	}
+	for _, k := range []faultKind{faultForeign, faultDiverged, faultState} {
+		s.faults.set(k, nil)
+	}
+	s.fsm.paused.Store(false)
 }
 
 func (s *Service) rebuild() error {
@@ -415,8 +421,11 @@ func (s *Service) rebuild() error {
 	if at := s.store.meta().applied; in.meta.applied < at {
 		return fmt.Errorf("the leader's state ends at %d and this member had applied %d", in.meta.applied, at)
 	}
-	s.forgetRequests()
-	return s.fsm.installLocked(in)
+	if err := s.fsm.installLocked(in); err != nil {
+		return err
+	}
+	s.trust()
+	return nil
 }
 
 // forgive: alone there is nobody to rebuild from. A foreign write is taken for what the operator wanted, with a loud word; a
@@ -428,11 +437,14 @@ func (s *Service) forgive() error {
 	s.fsm.mu.Lock()
 	defer s.fsm.mu.Unlock()
 	s.log.Error("another program wrote to snap; this is the only member, so its contents are taken as they are", "file", s.path("snap"))
-	s.forgetRequests()
 	if err := s.store.forgive(); err != nil {
 		return err
 	}
-	return s.fsm.reload()
+	if err := s.fsm.reload(); err != nil {
+		return err
+	}
+	s.trust()
+	return nil
 }
 
 // diagnose says in words why no write would be accepted now.

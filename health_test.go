@@ -519,7 +519,7 @@ func TestMembersThatDiffer(t *testing.T) {
 		{"both agree", map[string]int{same: 2}, "", false},
 		{"both differ", map[string]int{other: 2}, "being rebuilt", true},
 	} {
-		s.judge(own, map[uint64]map[string]int{1024: step.votes}, 3)
+		s.judge(own, map[uint64]map[string]int{1024: step.votes}, 3, true)
 		if err := s.Err(); fmt.Sprint(err) == "<nil>" != (step.says == "") || err != nil && !strings.Contains(err.Error(), step.says) {
 			t.Errorf("%s: Err is %v, want %q", step.what, err, step.says)
 		}

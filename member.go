@@ -92,7 +92,6 @@ func (t *peerTable) announcedAddr(id, configured string) string {
 	if a := t.announced[id]; a.instead == configured || placeholder(configured) {
 		return a.addr
 	}
-	delete(t.announced, id) // the configuration has changed since: if it comes back to what it was, this is older
 	return ""
 }
 
@@ -165,6 +164,7 @@ func (s *Service) startPeer() {
 		hasLeader:  func() bool { id, _ := s.leader(); return id != "" },
 		lastEntry:  s.lastEntry,
 		applied:    func() uint64 { return s.store.meta().applied },
+		raftEnd:    func() uint64 { return raftNow().LastIndex() },
 		termAt:     func(index uint64) (uint64, bool) { return s.wal.termAt(index) },
 		checkEntry: checkEntry,
 		stranger:   func(cluster, from, fromAddr, target string) { s.members.noteStranger(cluster, fromAddr) },
@@ -280,6 +280,9 @@ func (s *Service) propose(ctx context.Context, data []byte) (outcome, bool, erro
 	}
 	ctx, cancel := s.whileLed(ctx, id)
 	defer cancel()
+	// A connection may die without a word while the leader lives: then the batch is sent again on another one.
+	ctx, stop := context.WithTimeout(ctx, appendTimeout+timeFor(int64(len(data))))
+	defer stop()
 	answer, sent, err := s.peer.propose(ctx, id, addr, data)
 	if err != nil {
 		return outcome{}, sent, err
@@ -325,7 +328,7 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 		return encodeOutcome(o), nil
 	case sent:
 		return nil, err
-	case errors.Is(err, raft.ErrEnqueueTimeout), isFull(err):
+	case errors.Is(err, errRaftBusy), isFull(err):
 		return nil, refuse(http.StatusServiceUnavailable, codeNotApplied, "%v", err)
 	}
 	return nil, s.notLeader()

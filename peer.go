@@ -50,6 +50,7 @@ type peerHost struct {
 	hasLeader  func() bool
 	lastEntry  func() (index, term uint64)
 	applied    func() uint64
+	raftEnd    func() uint64 // raft's own last index, which may be behind what an install has applied
 	termAt     func(index uint64) (uint64, bool)
 	checkEntry func(*raft.Log) error
 	stranger   func(cluster, from, fromAddr, target string)
@@ -252,8 +253,8 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 	if p.host.removed(x.from) {
 		return refuse(http.StatusGone, codeRemoved, "member %s was removed", x.from)
 	}
-	if _, known, _ := p.host.server(x.from); r.member && !known {
-		return refuse(http.StatusForbidden, codeNotAllowed, "member %s is not in the configuration", x.from)
+	if r.member {
+		return p.checkHome(x)
 	}
 	return nil
 }
@@ -277,8 +278,17 @@ func (p *peer) checkTLS(x *exchange, asksWay bool) error {
 	if err := x.req.TLS.VerifiedChains[0][0].VerifyHostname(host); err != nil {
 		return refuse(http.StatusForbidden, codeTLS, "the sender's certificate: %v", err)
 	}
-	// And the address must be one at which that member may live, or a certificate for any host would do for any member's id.
-	if addr, known, _ := p.host.server(x.from); known && x.fromAddr != addr && !p.host.allowed(x.fromAddr) {
+	return nil
+}
+
+// checkHome: a member is known to live at its address or one that is allowed, or a certificate for any host would do for any
+// member's id. Raft's own messages are not asked: what this member has applied may be older than the sender's move.
+func (p *peer) checkHome(x *exchange) error {
+	addr, known, _ := p.host.server(x.from)
+	switch {
+	case !known:
+		return refuse(http.StatusForbidden, codeNotAllowed, "member %s is not in the configuration", x.from)
+	case x.req.TLS != nil && len(x.req.TLS.VerifiedChains) > 0 && x.fromAddr != addr && !p.host.allowed(x.fromAddr):
 		return refuse(http.StatusForbidden, codeTLS, "member %s does not live at %s", x.from, x.fromAddr)
 	}
 	return nil

@@ -60,6 +60,7 @@ func doorHost() *door {
 		},
 		announced:  func(string) string { return "" },
 		unannounce: func(string, string) {},
+		raftEnd:    func() uint64 { return 1 << 40 },
 		allowed:    func(string) bool { return true },
 		removed:    func(id string) bool { return id == "gone" },
 		silent: func() error {
@@ -945,4 +946,30 @@ func FuzzServeHTTP(f *testing.F) {
 			t.Fatal("raft was reached")
 		}
 	})
+}
+
+// A certificate for some host of the right authority must not do for any member's id, where this member can know better; and
+// raft's own messages must pass, for what it has applied may be older than the sender's move.
+func TestDoorMemberLivesAtItsAddress(t *testing.T) {
+	d := doorHost()
+	d.allowed = func(addr string) bool { return addr == "allowed.example:1" }
+	p, _ := d.peer(t, true, nil)
+	home, _, _ := d.server("b")
+	for _, c := range []struct {
+		addr string
+		ok   bool
+	}{{home, true}, {"allowed.example:1", true}, {"evil.example:1", false}} {
+		req := httptest.NewRequest("POST", "/raft/propose", nil)
+		req.TLS = &tls.ConnectionState{VerifiedChains: [][]*x509.Certificate{{{}}}}
+		req.Header.Set(headerFrom, "b")
+		req.Header.Set(headerFromAddr, c.addr)
+		if err := p.checkHome(p.newExchange(httptest.NewRecorder(), req)); err == nil != c.ok {
+			t.Errorf("from %s: %v", c.addr, err)
+		}
+	}
+	for _, name := range []string{"append", "snapshot", "vote", "prevote", "timeoutnow", "term"} {
+		if p.routes[name].member {
+			t.Errorf("%s asks where the sender lives", name)
+		}
+	}
 }

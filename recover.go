@@ -588,6 +588,9 @@ func restore(dir, from string) error {
 	if err != nil {
 		return err
 	}
+	if m.applied == 0 {
+		ident.intent = intentBootstrap // the state of a member that had not begun yet
+	}
 	if err := seedTerm(filepath.Join(dir, "wal"), m.term); err != nil {
 		return err
 	}

@@ -521,6 +521,11 @@ func (s *store) close() error {
 // closeWriter ends WAL mode. A shell that reads the file just now can prevent that: then the WAL stays, which is as safe,
 // and the next open goes on from it.
 func (s *store) closeWriter() error {
+	if s.failed.Load() != nil {
+		// What the failed sync has lost may be missing from the WAL. Its checksums end it there at the next open, if nothing
+		// has moved it into the database before; closing the last connection would. So it stays open, as after a kill.
+		return nil
+	}
 	err := s.writer.pragma("synchronous=FULL")
 	if err == nil {
 		err = s.writer.pragma("busy_timeout=500")
@@ -651,7 +656,7 @@ func (t *storeTx) look(key string) (view, error) {
 	if !whole {
 		var err error
 		if it, err = t.s.writer.get(key); err != nil {
-			return view{}, t.s.explain("read", err)
+			return view{}, t.s.explain("read", t.s.note(err))
 		}
 	}
 	v := view{was: it, now: it}
@@ -775,7 +780,7 @@ func (t *storeTx) own(k ownKey, h uint64, has bool) {
 }
 
 func (t *storeTx) exec(q query, args ...driver.Value) error {
-	err := t.s.explain("write to", t.s.writer.exec(q, args...))
+	err := t.s.explain("write to", t.s.note(t.s.writer.exec(q, args...)))
 	if t.failed == nil {
 		t.failed = err
 	}
@@ -1080,7 +1085,7 @@ func (s *store) forgive() error {
 	}
 	own, err := t.forgiveLocked()
 	if err == nil {
-		err = t.commitLocked(qReplaceMeta)
+		err = s.note(t.commitLocked(qReplaceMeta))
 	}
 	if err != nil {
 		return s.explain("take over", errors.Join(err, t.undoLocked()))

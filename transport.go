@@ -10,6 +10,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -147,6 +148,7 @@ func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []b
 // append to a member that it has just removed.
 func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddress, term uint64, try func() error) error {
 	for held := false; ; held = true {
+		told := t.p.host.announced(string(id))
 		silent := t.p.host.silent()
 		err := silent
 		if silent == nil {
@@ -168,8 +170,8 @@ func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddres
 			return fmt.Errorf("%s to %s: not a member any more: %w", what, id, err)
 		}
 		// An address that somebody announced for this member must lead to it, or anybody could cut it off by announcing one.
-		if addr := t.p.host.announced(string(id)); addr != "" && silent == nil {
-			t.p.host.unannounce(string(id), addr)
+		if told != "" && silent == nil && strays(err) {
+			t.p.host.unannounce(string(id), told)
 		}
 		if !held {
 			t.p.log.Warn("member does not answer, trying on", "what", what, "id", id, "err", explain(err, t.p.base(t.address(id, target))))
@@ -180,6 +182,12 @@ func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddres
 			return errTransportClosed
 		}
 	}
+}
+
+// strays: what a call met is not the member that it was meant for, or nobody.
+func strays(err error) bool {
+	var r *refusal
+	return !errors.As(err, &r) || r.Code == codeWrongTarget || r.Code == codeWrongCluster
 }
 
 // address is looked up for every try: a member that moved tells its new address before raft's configuration has it.
@@ -579,7 +587,7 @@ func (p *peer) holds(args *raft.InstallSnapshotRequest) bool {
 	if args.Term < p.host.term() {
 		return false // raft's answer is what tells an old leader that it is one
 	}
-	if args.LastLogIndex <= p.host.applied() {
+	if args.LastLogIndex <= min(p.host.applied(), p.host.raftEnd()) {
 		return true
 	}
 	term, ok := p.host.termAt(args.LastLogIndex)

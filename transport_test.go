@@ -125,6 +125,7 @@ func (n *node) host() peerHost {
 		ready:      func() bool { return n.raft.Load() != nil },
 		server:     n.server,
 		unannounce: func(string, string) {},
+		raftEnd:    func() uint64 { return n.raft.Load().LastIndex() },
 		allowed:    func(string) bool { return true },
 		announced: func(id string) string {
 			n.lookups.Add(1)
