@@ -270,3 +270,36 @@ func TestForwardedWritesThroughLeaderDeaths(t *testing.T) {
 		}
 	})
 }
+
+// swallowed is a client whose connections die without a word, once it is told so: one call that forwards a write is never
+// answered, though the leader lives.
+type swallowed struct {
+	http.RoundTripper
+	next atomic.Bool
+}
+
+func (c *swallowed) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Path == "/raft/propose" && c.next.CompareAndSwap(true, false) {
+		<-req.Context().Done()
+		return nil, context.Cause(req.Context())
+	}
+	return c.RoundTripper.RoundTrip(req)
+}
+
+func TestForwardedWriteOnADeadConnection(t *testing.T) {
+	t.Parallel()
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	t.Cleanup(transport.CloseIdleConnections)
+	line := &swallowed{RoundTripper: transport}
+	c := newCluster(t, 3, func(conf *Config) { conf.Client = &http.Client{Transport: line} })
+	f := c.follower(t)
+	must(t, f.s.Set(ctxFor(t, 20*time.Second), "before", nil))
+	line.next.Store(true)
+	must(t, f.s.Set(ctxFor(t, 30*time.Second), "k", []byte("v")))
+	if line.next.Load() {
+		t.Error("nothing was swallowed: the follower has become the leader")
+	}
+	if v, err := c.leader(t).s.Get(ctxFor(t, 20*time.Second), "k"); err != nil || string(v) != "v" {
+		t.Errorf("%q, %v", v, err)
+	}
+}
