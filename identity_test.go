@@ -1012,3 +1012,28 @@ func TestClusterOverTLS(t *testing.T) {
 		must(t, s.Close())
 	})
 }
+
+// Who joins learns the past first: where its leader lived then is not where it lives now, and its certificate is for now.
+func TestJoinOverTLSALeaderThatMoved(t *testing.T) {
+	t.Parallel()
+	pool, issue := authority(t)
+	cert := issue("127.0.0.1")
+	ctx := ctxFor(t, time.Minute)
+	a := newMember(t, "")
+	alone, err := Open(ctx, Config{Dir: a.conf.Dir})
+	must(t, err)
+	for i := range 3 * promoteLag { // more than one append
+		must(t, alone.Set(ctx, fmt.Sprint(i), nil))
+	}
+	must(t, alone.Close())
+	a.secure(pool, tls.RequireAndVerifyClientCert, cert)
+	a.start()
+	must(t, a.s.Ready(ctx))
+	b := newMember(t, a.conf.Addr)
+	b.secure(pool, tls.RequireAndVerifyClientCert, cert)
+	must(t, a.s.AddAllowedMember(ctx, b.conf.Addr))
+	b.start()
+	c := testCluster{a, b}
+	c.awaitVoters(t, 2)
+	c.awaitEqual(t)
+}
