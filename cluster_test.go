@@ -35,7 +35,9 @@ type testMember struct {
 	server *http.Server
 }
 
-// freeAddr reserves nothing: the listener that takes it follows at once, and tests run one after the other. The port is below
+var addrsGiven sync.Map // by freeAddr: it reserves nothing, so no address is given twice
+
+// freeAddr is an address on which nobody listens, for a listener that follows soon. The port is below
 // those that connections get for themselves: of the many calls to a member that is down one would get that member's own port
 // some day, talk to itself, and keep the member from coming back.
 func freeAddr(t testing.TB) string {
@@ -45,7 +47,9 @@ func freeAddr(t testing.TB) string {
 		var l net.Listener
 		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000))); err == nil {
 			l.Close()
-			return l.Addr().String()
+			if _, given := addrsGiven.LoadOrStore(l.Addr().String(), true); !given {
+				return l.Addr().String()
+			}
 		}
 	}
 	t.Fatal(err)

@@ -104,7 +104,12 @@ func (c *storeCopy) Read(p []byte) (int, error) {
 	case c.failed != nil:
 		return 0, c.s.explain("copy", c.failed)
 	case c.c == nil:
-		return 0, os.ErrClosed
+		select {
+		case <-c.s.ending: // the store's close has ended it, not its reader
+			return 0, ErrClosed
+		default:
+			return 0, os.ErrClosed
+		}
 	}
 	if len(c.buf) == 0 {
 		if err := c.fill(); err != nil {
