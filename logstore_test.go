@@ -1245,16 +1245,10 @@ func wantParked(t *testing.T, ended chan bool) {
 	}
 }
 
-// eventually polls until f gives no error.
+// comesTrue waits until f gives no error.
 func comesTrue(t *testing.T, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
-	for err := f(); err != nil; err = f() {
-		if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
-		<-time.After(time.Millisecond)
-	}
+	eventually(t, 10*time.Second, "what the log should come to", f)
 }
 
 func flipInFiles(t *testing.T, dir string, pattern []byte) {

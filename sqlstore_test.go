@@ -58,16 +58,12 @@ func keepUp(t testing.TB, s *store) {
 
 func soon(t testing.TB, what string, f func() bool) {
 	t.Helper()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	deadline := time.After(10 * time.Second)
-	for !f() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("still not so after 10 s: %s", what)
+	eventually(t, 10*time.Second, what, func() error {
+		if !f() {
+			return errors.New("still not so")
 		}
-	}
+		return nil
+	})
 }
 
 // apply does what fsm.go does: one transaction that also moves meta on.

@@ -74,7 +74,7 @@ func (t *transport) Consumer() <-chan raft.RPC { return t.consumer }
 func (t *transport) LocalAddr() raft.ServerAddress {
 	id, _, addr := t.p.host.self()
 	if addr == "" {
-		addr = "local:" + id
+		addr = placeholderAddr(id)
 	}
 	return raft.ServerAddress(addr)
 }
@@ -649,12 +649,7 @@ type request struct {
 	again  bool // it may be sent twice: net/http does so when a kept connection turns out to be closed
 }
 
-func (p *peer) base(addr string) string {
-	if p.useTLS {
-		return "https://" + addr
-	}
-	return "http://" + addr
-}
+func (p *peer) base(addr string) string { return baseURL(addr, p.useTLS) }
 
 func (p *peer) callJSON(ctx context.Context, r request, body, answer any) error {
 	if body != nil {
