@@ -77,6 +77,10 @@ var (
 	ErrLocked     = errors.New("directory is in use")                      // by another Service, in this process or another
 	ErrFormat     = errors.New("unknown format")                           // written by a newer version, or by something else
 	ErrCorrupt    = errors.New("corrupt data")                             // the message names the file and the repair
+
+	ErrNotFound  = errors.New("no such key")
+	ErrCompacted = errors.New("the history no longer reaches back that far") // a *CompactedError says how far; begin anew, or use Resync
+	ErrSlow      = errors.New("the consumer is too slow")                    // it took nothing for a minute; begin anew
 )
 
 // LimitError says which limit a call broke. It is ErrTooLarge.
