@@ -34,6 +34,7 @@ type batcher struct {
 	begin   func(data []byte, patience time.Duration) func(ctx context.Context) (outcome, bool, error)
 	changed func() <-chan struct{} // closed when the leader, as this member knows it, changes
 	noLead  func() bool            // no leader is known
+	format  func() uint64          // in which this member writes
 	// applied waits until this member has applied the entry of this index and term, which is committed.
 	applied func(ctx context.Context, index, term uint64) error
 
@@ -299,7 +300,7 @@ func (b *batcher) prepare(f *flight) []byte {
 	for i, p := range kept {
 		txs[i] = p.data
 	}
-	return encodeBatch(f.session, f.seq, b.ackedLocked(), txs)
+	return encodeBatch(b.format(), f.session, f.seq, b.ackedLocked(), txs)
 }
 
 // ackedLocked: every seq up to this one is settled.
@@ -542,7 +543,7 @@ func (b *batcher) openSession() (uint64, bool) {
 	for backoff := resendMin; ; backoff = min(2*backoff, resendMax) {
 		changed := b.changed()
 		ctx, cancel := context.WithTimeout(b.ctx, 5*time.Second)
-		o, _, err := b.propose(ctx, encodeOpen(nonce))
+		o, _, err := b.propose(ctx, encodeOpen(b.format(), nonce))
 		cancel()
 		if err == nil && o.kind == outcomeDone && o.session != 0 {
 			return o.session, true

@@ -690,7 +690,7 @@ func TestThoseWhoLeftTakeNoRoom(t *testing.T) {
 // What a batch means when raft's log holds it more than once, or late: the real state machine answers.
 func TestBatchTakesEffectOnce(t *testing.T) {
 	f, apply := newTestFSM(t)
-	session := apply(encodeOpen([16]byte{1})).session
+	session := apply(encodeOpen(firstFormat, [16]byte{1})).session
 	insert := func(session, seq, acked uint64, key string) []byte {
 		return encodeEntry(batchOf(session, seq, acked, transaction{{kind: opIfNotExists, key: key}, {kind: opSet, key: key, value: []byte("v")}}))
 	}
@@ -714,7 +714,7 @@ func TestBatchTakesEffectOnce(t *testing.T) {
 	expect("one that its sender had settled", apply(insert(session, 1, 1, "a")), outcomeStale, 0, 2)
 	expect("the refused one again", apply(insert(session, 3, 1, "a")), outcomeDone, txUnsatisfied, 1)
 	for i := range maxSessions {
-		apply(encodeOpen([16]byte{2, byte(i), byte(i >> 8)}))
+		apply(encodeOpen(firstFormat, [16]byte{2, byte(i), byte(i >> 8)}))
 	}
 	expect("after its session was evicted", apply(insert(session, 2, 1, "c")), outcomeGone, 0, 2)
 	if _, ok, _ := f.store.get("c"); ok {

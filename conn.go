@@ -14,6 +14,7 @@ import (
 	"io"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"unicode/utf8"
@@ -189,22 +190,34 @@ func (c *conn) checkSchema() error {
 	if err := checkIdentity(application, version, page); err != nil {
 		return err
 	}
+	var want []table
+	for format := uint64(firstFormat); format <= uint64(version); format++ {
+		want = append(want, schema[format]...)
+	}
 	found := 0
 	err = c.each(qSchema, nil, func(v []driver.Value) error {
 		name, _ := v[0].(string)
 		sql, _ := v[1].(string)
-		for _, table := range schema {
-			if table.name == name && table.sql == sql {
-				found++
-				return nil
-			}
+		if slices.Contains(want, table{name, sql}) {
+			found++
+			return nil
 		}
 		return fmt.Errorf("%w: the schema has something that is not ours: %q; if someone has added it, drop it", ErrCorrupt, name)
 	})
-	if err == nil && found != len(schema) {
-		err = corrupt("%d of %d tables are missing", len(schema)-found, len(schema))
+	if err == nil && found != len(want) {
+		err = corrupt("%d of %d tables are missing", len(want)-found, len(want))
 	}
 	return err
+}
+
+// createTables adds what a format has brought.
+func (c *conn) createTables(format uint64) error {
+	for _, t := range schema[format] {
+		if err := c.execText(t.sql); err != nil {
+			return err
+		}
+	}
+	return c.pragma(fmt.Sprintf("user_version=%d", format))
 }
 
 func (c *conn) readMeta() (m meta, err error) {
@@ -224,6 +237,9 @@ func (c *conn) readMeta() (m meta, err error) {
 	})
 	if err == nil && !found {
 		err = corrupt("the meta row is missing")
+	}
+	if err == nil && m.format >= historyFormat {
+		m.keep, m.base, err = c.bounds()
 	}
 	return m, err
 }
@@ -359,7 +375,7 @@ type ownRow struct {
 	has, now uint64
 }
 
-func (c *conn) ownRows() (rows []ownRow, err error) {
+func (c *conn) ownRows(format uint64) (rows []ownRow, err error) {
 	add := func(k ownKey, has, now uint64) error {
 		rows = append(rows, ownRow{k, has, now})
 		return nil
@@ -374,12 +390,15 @@ func (c *conn) ownRows() (rows []ownRow, err error) {
 	if err == nil {
 		err = c.eachMark(func(m mark, h uint64) error { return add(ownKey{'m', m.boundary, ""}, h, markHash(m)) })
 	}
+	if err == nil && format >= historyFormat {
+		err = c.eachBounds(func(keep, base, h uint64) error { return add(boundsKey, h, boundsHash(keep, base)) })
+	}
 	return rows, err
 }
 
 // readOwn checks the private tables and returns their hashes.
-func (c *conn) readOwn(want uint64) (map[ownKey]uint64, error) {
-	rows, err := c.ownRows()
+func (c *conn) readOwn(m meta) (map[ownKey]uint64, error) {
+	rows, err := c.ownRows(m.format)
 	if err != nil {
 		return nil, err
 	}
@@ -391,19 +410,19 @@ func (c *conn) readOwn(want uint64) (map[ownKey]uint64, error) {
 		own[r.key] = r.now
 		sum += r.now
 	}
-	if sum != want {
+	if sum != m.ownSum {
 		return nil, corrupt("the private tables are not what was written")
 	}
 	return own, nil
 }
 
 // fixOwn gives every private row the hash of what it holds.
-func (c *conn) fixOwn() (map[ownKey]uint64, uint64, error) {
-	rows, err := c.ownRows()
+func (c *conn) fixOwn(m meta) (map[ownKey]uint64, uint64, error) {
+	rows, err := c.ownRows(m.format)
 	if err != nil {
 		return nil, 0, err
 	}
-	fix := map[byte]query{'s': qFixSession, 'a': qFixAllowed, 'r': qFixRemoved, 'm': qFixMark}
+	fix := map[byte]query{'s': qFixSession, 'a': qFixAllowed, 'r': qFixRemoved, 'm': qFixMark, 'h': qFixHistory}
 	own, sum := make(map[ownKey]uint64, len(rows)), uint64(0)
 	for _, r := range rows {
 		own[r.key] = r.now

@@ -333,10 +333,10 @@ func checkClosed(path string) (m meta, err error) {
 	if m, err = c.readMeta(); err != nil {
 		return m, err
 	}
-	if _, err := c.readOwn(m.ownSum); err != nil {
+	if _, err := c.readOwn(m); err != nil {
 		return m, err
 	}
-	return m, c.checkRows(m)
+	return m, errors.Join(c.checkRows(m), c.checkHistory(m))
 }
 
 func cmpErr(first, second error) error {
@@ -360,7 +360,7 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 		if m.applied != index {
 			return fmt.Errorf("it holds index %d, not %d", m.applied, index)
 		}
-		if own, err = c.readOwn(m.ownSum); err != nil {
+		if own, err = c.readOwn(m); err != nil {
 			return err
 		}
 		m.term, m.installed, m.config, m.configIndex = term, index, bytes.Clone(config), configIndex
@@ -380,6 +380,9 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 	s.own = own
 	s.startLoad(m)
 	s.last.Store(&m)
+	if s.replaced != nil {
+		s.replaced(m.revision)
+	}
 	return s.explain("sync", s.note(s.barrierLocked()))
 }
 
@@ -443,6 +446,9 @@ func (c *conn) detach(change func(*meta)) (m meta, err error) {
 	}
 	change(&m)
 	m.ownSum = 0
+	if m.keep > 0 {
+		m.ownSum = boundsHash(m.keep, m.base)
+	}
 	if err := c.exec(qBegin); err != nil {
 		return m, err
 	}

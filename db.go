@@ -124,6 +124,10 @@ type Config struct {
 	// Memory is how many bytes of state are also kept in memory, for reads. 0 is 64 MiB; negative is none. A state that is
 	// larger is read from SQLite.
 	Memory int64
+	// History is how many changes are kept, for watches that resume and for people: rows of the table history. 0 is 10,000.
+	// The first member's value holds for the cluster: it is part of the state, and what is given later, with more than one
+	// member, changes nothing. Each change takes the disk space of its value once more.
+	History int
 
 	vfs types.VFS // the log's files; nil is the system's: a seam for tests that break the disk
 }
@@ -211,6 +215,12 @@ func (c Config) resolve() (Config, error) {
 	if c.Timeout < 0 {
 		return c, fmt.Errorf("%w: Timeout %v is negative", ErrInvalid, c.Timeout)
 	}
+	if c.History < 0 || c.History > maxHistory {
+		return c, fmt.Errorf("%w: History %d, it can be at most %d changes", ErrInvalid, c.History, maxHistory)
+	}
+	if c.History == 0 {
+		c.History = defaultHistory
+	}
 	if c.MaxValue == 0 {
 		c.MaxValue = 1 << 20
 	}
@@ -247,6 +257,7 @@ func (s *Service) open(ctx context.Context) error {
 	s.batch = newBatcher(s.ctx)
 	s.batch.propose, s.batch.begin, s.batch.changed, s.batch.applied = s.propose, s.begin, s.changes.wait, s.awaitApplied
 	s.batch.noLead = func() bool { id, _ := s.leader(); return id == "" }
+	s.batch.format = func() uint64 { return s.store.meta().format }
 	s.fsm.delivered = s.batch.deliver
 	s.reads = newRounds(s.ctx, s.readIndex)
 	if err := s.enter(ctx); err != nil {

@@ -301,7 +301,10 @@ func (a *applying) mark(next uint64) error {
 func (a *applying) command(l *raft.Log) (outcome, error) {
 	o := outcome{kind: outcomeInvalid, index: l.Index, term: l.Term}
 	e, err := decodeEntry(l.Data)
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrFormat): // a newer member knows what it means, so no answer of this one is right
+		return o, err
+	case err != nil:
 		return o, nil // the same on every member (2)
 	}
 	switch e.kind {
@@ -312,10 +315,10 @@ func (a *applying) command(l *raft.Log) (outcome, error) {
 	case entryTermStart:
 		o.kind = outcomeDone
 	case entryRaise:
-		if e.raise > a.tx.meta.format && e.raise <= entryFormat {
-			a.tx.meta.format = e.raise
-		}
 		o.kind = outcomeDone
+		if e.raise >= a.tx.meta.format && e.raise <= entryFormat {
+			return o, a.tx.raise(e.raise, e.history)
+		}
 	}
 	return o, nil
 }
@@ -448,6 +451,7 @@ func (a *applying) transaction(tx transaction) (result, error) {
 			return result{}, err
 		}
 	}
+	a.tx.endChanges()
 	return result{revision: a.tx.meta.revision}, nil
 }
 
@@ -483,11 +487,12 @@ func (a *applying) effect(o op) error {
 		}
 		return a.tx.set(o.key, r)
 	case opDelete:
-		existed, err := a.tx.delete(o.key)
-		if existed {
-			a.tx.meta.revision++
+		_, ok, err := a.tx.row(o.key)
+		if err != nil || !ok {
+			return err
 		}
-		return err
+		a.tx.meta.revision++
+		return a.tx.delete(o.key, a.tx.meta.revision)
 	case opAllow:
 		m := a.changeMembers()
 		m.allowed[o.key] = true

@@ -2,6 +2,7 @@ package quorate
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -63,7 +64,7 @@ func openTestSession(t testing.TB, f *fsm, index uint64, nonce string) uint64 {
 	t.Helper()
 	var n [16]byte
 	copy(n[:], nonce)
-	o := applyOne(t, f, command(index, encodeOpen(n)))
+	o := applyOne(t, f, command(index, encodeOpen(firstFormat, n)))
 	if o.kind != outcomeDone || o.session == 0 {
 		t.Fatalf("open a session: %+v", o)
 	}
@@ -77,6 +78,7 @@ type dump struct {
 	Allowed  []string
 	Removed  map[string]uint64
 	Marks    []mark
+	History  []string
 	Meta     meta
 }
 
@@ -100,7 +102,22 @@ func dumpState(t testing.TB, f *fsm) dump {
 	must(t, err)
 	d.Marks, err = f.store.marks()
 	must(t, err)
+	if d.Meta.format >= historyFormat {
+		list, err := f.store.changes(d.Meta.oldest())
+		must(t, err)
+		for _, p := range list {
+			d.History = append(d.History, p.String())
+		}
+	}
 	return d
+}
+
+func (p past) String() string {
+	text := fmt.Sprintf("%d/%d %s was %d", p.revision, p.last, p.key, p.previous)
+	if p.now == nil {
+		return text + " deleted"
+	}
+	return fmt.Sprintf("%s now %q version %d created %d", text, p.now.value, p.now.version, p.now.created)
 }
 
 // A model is what the entries mean, said in the simplest way.
@@ -111,6 +128,10 @@ type model struct {
 	allowed  map[string]bool
 	removed  map[string]uint64
 	servers  []raft.Server
+	history  []string // of every change since revision base
+	base     uint64
+	keep     uint64
+	format   uint64
 }
 
 type modelRow struct {
@@ -125,7 +146,7 @@ type modelSession struct {
 }
 
 func newModel() *model {
-	return &model{rows: map[string]modelRow{}, sessions: map[uint64]*modelSession{}, allowed: map[string]bool{}, removed: map[string]uint64{}}
+	return &model{rows: map[string]modelRow{}, sessions: map[uint64]*modelSession{}, allowed: map[string]bool{}, removed: map[string]uint64{}, format: 1}
 }
 
 func (m *model) apply(l *raft.Log) outcome {
@@ -150,8 +171,25 @@ func (m *model) apply(l *raft.Log) outcome {
 	case e.kind == entryBatch:
 		o.session = e.batch.session
 		o.kind, o.results = m.batch(e.batch)
+	case e.kind == entryRaise && e.raise >= m.format && e.raise <= 2:
+		if m.format == 1 && e.raise == 2 {
+			m.keep, m.base = 10_000, m.revision
+		}
+		m.format = e.raise
+		if m.format == 2 {
+			m.trim()
+			m.keep = cmp.Or(e.history, m.keep)
+		}
 	}
 	return o
+}
+
+// trim forgets the changes before the newest that are kept.
+func (m *model) trim() {
+	for uint64(len(m.history)) > m.keep {
+		m.history = m.history[1:]
+		m.base++
+	}
 }
 
 func (m *model) configure(l *raft.Log) {
@@ -201,18 +239,22 @@ func (m *model) transaction(tx transaction) result {
 			return result{status: txUnsatisfied, revision: m.revision, at: uint64(i), have: r.version}
 		}
 	}
+	var changed []past
 	for _, o := range tx {
 		r, ok := m.rows[o.key]
 		switch o.kind {
 		case opSet:
 			m.revision++
+			changed = append(changed, past{revision: m.revision, key: o.key, previous: r.version})
 			if !ok {
 				r.created = m.revision
 			}
 			m.rows[o.key] = modelRow{string(o.value), m.revision, r.created}
+			changed[len(changed)-1].now = &item{row: row{o.value, m.revision, m.rows[o.key].created}}
 		case opDelete:
 			if ok {
 				m.revision++
+				changed = append(changed, past{revision: m.revision, key: o.key, previous: r.version})
 				delete(m.rows, o.key)
 			}
 		case opAllow:
@@ -221,6 +263,12 @@ func (m *model) transaction(tx transaction) result {
 			delete(m.allowed, o.key)
 		}
 	}
+	for _, p := range changed {
+		if p.last = m.revision; m.format == 2 {
+			m.history = append(m.history, p.String())
+		}
+	}
+	m.trim()
 	return result{revision: m.revision}
 }
 
@@ -272,12 +320,12 @@ func drawEntries(t *rapid.T) []*raft.Log {
 		case "batch":
 			l.Data = drawBatch()
 		case "open":
-			l.Data = encodeOpen([16]byte{rapid.Byte().Draw(t, "nonce") % 4})
+			l.Data = encodeOpen(firstFormat, [16]byte{rapid.Byte().Draw(t, "nonce") % 4})
 			opens = append(opens, index)
 		case "start":
-			l.Data = encodeTermStart()
+			l.Data = encodeTermStart(firstFormat)
 		case "raise":
-			l.Data = encodeRaise(rapid.Uint64Range(0, 3).Draw(t, "format"))
+			l.Data = encodeRaise(rapid.Uint64Range(1, entryFormat).Draw(t, "format"), rapid.Uint64Range(0, 6).Draw(t, "history"))
 		case "configuration":
 			var c raft.Configuration
 			for i := range rapid.IntRange(1, 3).Draw(t, "servers") {
@@ -287,9 +335,14 @@ func drawEntries(t *rapid.T) []*raft.Log {
 			l.Type, l.Data = raft.LogConfiguration, raft.EncodeConfiguration(c)
 		case "garbage":
 			l.Data = rapid.SliceOfN(rapid.Byte(), 0, 40).Draw(t, "garbage")
+			if len(l.Data) > 0 { // what a newer member wrote has no meaning here that could be compared
+				l.Data[0] %= entryFormat + 1
+			}
 			if b := drawBatch(); rapid.Bool().Draw(t, "flipped") { // almost a batch
 				b[rapid.IntRange(0, len(b)-1).Draw(t, "at")] ^= 1 << rapid.IntRange(0, 7).Draw(t, "bit")
-				if e, err := decodeEntry(b); err != nil || e.kind != entryBatch || bodies[[2]uint64{e.batch.session, e.batch.seq}] == nil {
+				if e, err := decodeEntry(b); errors.Is(err, ErrFormat) {
+					break
+				} else if err != nil || e.kind != entryBatch || bodies[[2]uint64{e.batch.session, e.batch.seq}] == nil {
 					l.Data = b[:len(b):len(b)]
 					if err == nil && e.kind == entryBatch {
 						bodies[[2]uint64{e.batch.session, e.batch.seq}] = e.batch.txs
@@ -381,6 +434,9 @@ func compareModel(t *rapid.T, m *model, d dump) {
 	}
 	if allowed := slices.Sorted(maps.Keys(m.allowed)); !slices.Equal(allowed, d.Allowed) || !maps.Equal(m.removed, d.Removed) {
 		t.Fatalf("allowed %v and removed %v, want %v and %v", d.Allowed, d.Removed, allowed, m.removed)
+	}
+	if m.trim(); !slices.Equal(d.History, m.history) {
+		t.Fatalf("history %v, want %v", d.History, m.history)
 	}
 	if len(d.Sessions) != len(m.sessions) {
 		t.Fatalf("%d sessions, want %d", len(d.Sessions), len(m.sessions))
@@ -730,7 +786,7 @@ func TestSessionLimitEvictsTheLeastRecentlyUsed(t *testing.T) {
 	f := newFSMWith(t, 1<<20)
 	var logs []*raft.Log
 	for i := range uint64(maxSessions) {
-		logs = append(logs, command(i+1, encodeOpen([16]byte{byte(i), byte(i >> 8), 1})))
+		logs = append(logs, command(i+1, encodeOpen(firstFormat, [16]byte{byte(i), byte(i >> 8), 1})))
 	}
 	f.ApplyBatch(logs)
 	use := func(index, session uint64) outcomeKind {
@@ -740,7 +796,7 @@ func TestSessionLimitEvictsTheLeastRecentlyUsed(t *testing.T) {
 		t.Fatalf("the first session: %v", k)
 	}
 	// Two more push out the two least recently used, 2 and 3, both in the transaction that opens and in the next one.
-	f.ApplyBatch([]*raft.Log{command(301, encodeOpen([16]byte{2})), command(302, encodeOpen([16]byte{3}))})
+	f.ApplyBatch([]*raft.Log{command(301, encodeOpen(firstFormat, [16]byte{2})), command(302, encodeOpen(firstFormat, [16]byte{3}))})
 	want := map[uint64]outcomeKind{1: outcomeDone, 2: outcomeGone, 3: outcomeGone, 4: outcomeDone, 301: outcomeDone, 302: outcomeDone}
 	for _, session := range slices.Sorted(maps.Keys(want)) {
 		if k := use(400+session, session); k != want[session] {
@@ -800,7 +856,7 @@ func TestPublishOrder(t *testing.T) {
 func TestMarksOfBoundaries(t *testing.T) {
 	f := newFSMWith(t, -1)
 	for _, i := range []uint64{3, 1023, 1025, 1026, 2048, 2049, 9000} {
-		f.ApplyBatch([]*raft.Log{command(i, encodeTermStart())})
+		f.ApplyBatch([]*raft.Log{command(i, encodeTermStart(firstFormat))})
 	}
 	marks, err := f.store.marks()
 	must(t, err)

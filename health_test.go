@@ -184,7 +184,7 @@ func TestDivergedMemberRebuilds(t *testing.T) {
 		r := c.leader(t).s.raft.Load()
 		var last raft.ApplyFuture
 		for range markInterval + 100 {
-			last = r.Apply(encodeTermStart(), 0)
+			last = r.Apply(encodeTermStart(firstFormat), 0)
 		}
 		must(t, last.Error())
 		eventually(t, 30*time.Second, "found", func() error {

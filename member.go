@@ -410,7 +410,7 @@ func (s *Service) leadTerm(term uint64) {
 // beginTerm makes the term's first entry that apply sees; reads wait for it.
 func (s *Service) beginTerm(term uint64) {
 	for s.leading(term) && s.store.meta().term != term && s.ctx.Err() == nil {
-		if wait := s.begin(encodeTermStart(), raftPatience); wait != nil {
+		if wait := s.begin(encodeTermStart(s.store.meta().format), raftPatience); wait != nil {
 			ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second) // raft may shut down without an answer
 			_, _, err := wait(ctx)
 			cancel()

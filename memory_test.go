@@ -69,7 +69,7 @@ func TestMemoryOverBudgetIsDropped(t *testing.T) {
 	wantValue(t, s, "a", "1")
 	apply(t, s, func(tx *storeTx) {
 		for i := range 200 {
-			tx.delete(fmt.Sprintf("key/%07d", i))
+			tx.delete(fmt.Sprintf("key/%07d", i), 1)
 		}
 	})
 	if _, dropped := s.memoryState(); !dropped {
@@ -224,7 +224,7 @@ func TestLoadUnderWrites(t *testing.T) {
 			for i := range 20 {
 				key := fmt.Sprintf("key/%07d", (n*7919+i*1009)%25_000)
 				if i%3 == 0 {
-					if _, err := tx.delete(key); err != nil {
+					if err := tx.delete(key, 1); err != nil {
 						t.Fatal(err)
 					}
 					want[key] = ""

@@ -9,7 +9,7 @@ package quorate
 //	batch       session seq acked sum transactions     kind 1
 //	open        nonce[16]                              kind 2
 //	term start  (nothing)                              kind 3
-//	raise       format                                 kind 4
+//	raise       format [history]                       kind 4, history since format 2
 //	transactions count { count { op } }
 //	op          kind key [value | version]
 //
@@ -24,8 +24,13 @@ import (
 	"unicode/utf8"
 )
 
-// entryFormat is the newest entry format that this code reads and the one that it writes.
-const entryFormat = 1
+// Formats of entries and, under the same numbers, of the state that they make. Members write in the one that the state is
+// at, so that whoever follows reads it; a raise takes the state to the next one when all of them read it.
+const (
+	firstFormat   = 1 // a new state begins here on every build: the same log then gives the same rows
+	historyFormat = 2 // the state keeps a history
+	entryFormat   = 2 // the newest that this code reads
+)
 
 // Protocol limits, the same in every build: an entry that breaks one is refused before the log, and applied as invalid by
 // every member if it is met in the log all the same.
@@ -89,10 +94,12 @@ type batch struct {
 }
 
 type entry struct {
-	kind  entryKind
-	batch batch    // entryBatch
-	nonce [16]byte // entryOpen
-	raise uint64   // entryRaise
+	format  uint64
+	kind    entryKind
+	batch   batch    // entryBatch
+	nonce   [16]byte // entryOpen
+	raise   uint64   // entryRaise
+	history uint64   // entryRaise: changes to keep; 0 = not said
 }
 
 var errEntry = errors.New("malformed log entry")
@@ -117,13 +124,13 @@ func appendTransaction(b []byte, tx transaction) []byte {
 
 // encodeBatch builds a batch entry from transactions that are encoded already: a batch is sent again with the same body
 // and a newer acked, so the sum covers the body alone.
-func encodeBatch(session, seq, acked uint64, txs [][]byte) []byte {
+func encodeBatch(format, session, seq, acked uint64, txs [][]byte) []byte {
 	size := 2 + 4*binary.MaxVarintLen64 + 8
 	for _, tx := range txs {
 		size += len(tx)
 	}
 	b := make([]byte, 0, size)
-	b = append(b, entryFormat, byte(entryBatch))
+	b = append(b, byte(format), byte(entryBatch))
 	b = binary.AppendUvarint(b, session)
 	b = binary.AppendUvarint(b, seq)
 	b = binary.AppendUvarint(b, acked)
@@ -138,14 +145,19 @@ func encodeBatch(session, seq, acked uint64, txs [][]byte) []byte {
 	return b
 }
 
-func encodeOpen(nonce [16]byte) []byte {
-	return append([]byte{entryFormat, byte(entryOpen)}, nonce[:]...)
+func encodeOpen(format uint64, nonce [16]byte) []byte {
+	return append([]byte{byte(format), byte(entryOpen)}, nonce[:]...)
 }
 
-func encodeTermStart() []byte { return []byte{entryFormat, byte(entryTermStart)} }
+func encodeTermStart(format uint64) []byte { return []byte{byte(format), byte(entryTermStart)} }
 
-func encodeRaise(format uint64) []byte {
-	return binary.AppendUvarint([]byte{entryFormat, byte(entryRaise)}, format)
+// encodeRaise is written in the format that it raises to: every member reads that, or it is not proposed.
+func encodeRaise(format, history uint64) []byte {
+	b := binary.AppendUvarint([]byte{byte(format), byte(entryRaise)}, format)
+	if format < historyFormat {
+		return b
+	}
+	return binary.AppendUvarint(b, history)
 }
 
 // A reader takes fields off the front of bytes; the first one that is not there spoils it, and every later one is zero.
@@ -201,8 +213,12 @@ func (r *reader) count(limit int) int {
 func decodeEntry(data []byte) (entry, error) {
 	r := reader{b: data}
 	var e entry
-	if format := r.byte(); format == 0 || format > entryFormat {
-		return e, fmt.Errorf("%w: format %d, and this build reads up to %d", errEntry, format, entryFormat)
+	e.format = uint64(r.byte())
+	switch {
+	case e.format == 0:
+		return e, errEntry
+	case e.format > entryFormat:
+		return e, fmt.Errorf("%w: a log entry of format %d, and this build reads up to %d: upgrade this member", ErrFormat, e.format, entryFormat)
 	}
 	e.kind = entryKind(r.byte())
 	switch e.kind {
@@ -213,6 +229,9 @@ func decodeEntry(data []byte) (entry, error) {
 	case entryTermStart:
 	case entryRaise:
 		e.raise = r.uint()
+		if e.format >= historyFormat {
+			e.history = r.uint()
+		}
 	default:
 		return e, fmt.Errorf("%w: kind %d", errEntry, e.kind)
 	}

@@ -2,6 +2,7 @@ package quorate
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -16,19 +17,24 @@ import (
 
 // encodeEntry is decodeEntry's inverse; the code itself never holds an entry that it did not just build.
 func encodeEntry(e entry) []byte {
+	format := max(e.format, firstFormat)
 	switch e.kind {
 	case entryBatch:
 		txs := make([][]byte, len(e.batch.txs))
 		for i, tx := range e.batch.txs {
 			txs[i] = appendTransaction(nil, tx)
 		}
-		return encodeBatch(e.batch.session, e.batch.seq, e.batch.acked, txs)
+		return encodeBatch(format, e.batch.session, e.batch.seq, e.batch.acked, txs)
 	case entryOpen:
-		return encodeOpen(e.nonce)
+		return encodeOpen(format, e.nonce)
 	case entryTermStart:
-		return encodeTermStart()
+		return encodeTermStart(format)
 	}
-	return encodeRaise(e.raise)
+	b := binary.AppendUvarint([]byte{byte(format), byte(entryRaise)}, e.raise)
+	if format >= historyFormat {
+		b = binary.AppendUvarint(b, e.history)
+	}
+	return b
 }
 
 var goldenEntries = []struct {
@@ -91,6 +97,7 @@ func TestEntryBytesStay(t *testing.T) {
 // equalEntries takes no notice of the sum, which the bytes carry and a literal does not, nor of nil against empty.
 func equalEntries(a, b entry) bool {
 	at, bt := a.batch.txs, b.batch.txs
+	a.format, b.format = max(a.format, firstFormat), max(b.format, firstFormat)
 	a.batch.txs, b.batch.txs, a.batch.sum, b.batch.sum = nil, nil, [8]byte{}, [8]byte{}
 	if !reflect.DeepEqual(a, b) || len(at) != len(bt) {
 		return false
@@ -120,7 +127,7 @@ func FuzzEntry(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		e, err := decodeEntry(data)
 		if err != nil {
-			if !errors.Is(err, errEntry) {
+			if !errors.Is(err, errEntry) && !errors.Is(err, ErrFormat) {
 				t.Errorf("error %v is not errEntry", err)
 			}
 			return
@@ -140,7 +147,7 @@ func FuzzTransactions(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		e, err := decodeEntry(encodeBatch(1, 1, 0, [][]byte{data}))
+		e, err := decodeEntry(encodeBatch(firstFormat, 1, 1, 0, [][]byte{data}))
 		if err != nil {
 			return
 		}
@@ -183,7 +190,7 @@ func TestEntryDamaged(t *testing.T) {
 	})
 	t.Run("a count that promises too much allocates nothing", func(t *testing.T) {
 		for _, body := range []string{"\xff\xff\xff\xff\x0f", "\x80\x20", "\x7f"} {
-			if e, err := decodeEntry(encodeBatch(1, 1, 0, [][]byte{[]byte(body)})); err == nil {
+			if e, err := decodeEntry(encodeBatch(firstFormat, 1, 1, 0, [][]byte{[]byte(body)})); err == nil {
 				t.Errorf("count %x: they mean %+v", body, e)
 			}
 		}

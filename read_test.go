@@ -199,7 +199,7 @@ func TestGetSeesWriteElsewhere(t *testing.T) {
 func TestForwardedWriteIsNotForwarded(t *testing.T) {
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		before := c.net.arrivals()
-		_, sent, err := f.s.peer.propose(t.Context(), g.s.ident.id, g.conf.Addr, encodeOpen([16]byte{1}))
+		_, sent, err := f.s.peer.propose(t.Context(), g.s.ident.id, g.conf.Addr, encodeOpen(firstFormat, [16]byte{1}))
 		var r *refusal
 		if sent || !errors.As(err, &r) {
 			t.Fatalf("a write sent to a follower: sent %v, %v", sent, err)

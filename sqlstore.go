@@ -32,7 +32,6 @@ import (
 )
 
 const (
-	storeFormat   = 1          // user_version, and meta.format of a new file
 	applicationID = 0x51524154 // "QRAT", for file(1)
 	pageSize      = 4096
 	keptMarks     = 64
@@ -49,10 +48,11 @@ const (
 	copyPages  = 64      // a backup is written in pieces of this many pages
 )
 
-// The schema of format 1. kv is public: columns may be added, none is renamed. value has no type: it is TEXT when it is
-// valid UTF-8 without NUL, for people, and BLOB otherwise. Everything quorate_ is private. uint64 are stored as int64.
-// The text is compared when a file is opened, so that no trigger, index or table of someone else's comes with it.
-var schema = []struct{ name, sql string }{
+// The schema, by the format (user_version, and meta.format) that brought each table. kv and history are public: columns may be
+// added, none is renamed. value has no type: it is TEXT when it is valid UTF-8 without NUL, for people, and BLOB otherwise.
+// Everything quorate_ is private. uint64 are stored as int64. The text is compared when a file is opened, so that no trigger,
+// index or table of someone else's comes with it.
+var schema = map[uint64][]table{firstFormat: {
 	{"kv", `CREATE TABLE kv(
 	key TEXT PRIMARY KEY NOT NULL,
 	value NOT NULL,
@@ -94,7 +94,26 @@ var schema = []struct{ name, sql string }{
 	chain BLOB NOT NULL,
 	sum INTEGER NOT NULL
 )`},
-}
+}, historyFormat: {
+	{"history", `CREATE TABLE history(
+	revision INTEGER PRIMARY KEY,
+	key TEXT NOT NULL,
+	value,
+	deleted INTEGER NOT NULL,
+	created INTEGER NOT NULL,
+	previous INTEGER NOT NULL,
+	last INTEGER NOT NULL,
+	sum INTEGER NOT NULL
+)`},
+	{"quorate_history", `CREATE TABLE quorate_history(
+	id INTEGER PRIMARY KEY CHECK(id = 1),
+	keep INTEGER NOT NULL,
+	base INTEGER NOT NULL,
+	sum INTEGER NOT NULL
+)`},
+}}
+
+type table struct{ name, sql string }
 
 // A query is a statement that connections keep prepared.
 type query int
@@ -140,6 +159,13 @@ const (
 	qPutMark
 	qDeleteMark
 	qFixMark
+	qChanges
+	qPutChange
+	qTrim
+	qClearHistory
+	qHistory
+	qPutHistory
+	qFixHistory
 	queries
 )
 
@@ -192,6 +218,15 @@ var queryText = [queries]string{
 	qPutMark:       `INSERT OR REPLACE INTO quorate_mark(boundary, applied, kv_sum, chain, sum) VALUES(?1, ?2, ?3, ?4, ?5)`,
 	qDeleteMark:    `DELETE FROM quorate_mark WHERE boundary = ?1`,
 	qFixMark:       `UPDATE quorate_mark SET sum = ?2 WHERE boundary = ?1`,
+
+	qChanges: `SELECT revision, key, value, deleted, created, previous, last, sum FROM history WHERE revision > ?1 ORDER BY revision`,
+	qPutChange: `INSERT INTO history(revision, key, value, deleted, created, previous, last, sum) ` +
+		`VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)`,
+	qTrim:         `DELETE FROM history WHERE revision <= ?1`,
+	qClearHistory: `DELETE FROM history`,
+	qHistory:      `SELECT keep, base, sum FROM quorate_history`,
+	qPutHistory:   `INSERT OR REPLACE INTO quorate_history(id, keep, base, sum) VALUES(1, ?1, ?2, ?3)`,
+	qFixHistory:   `UPDATE quorate_history SET sum = ?2 WHERE id = ?1`,
 }
 
 // errForeign: another connection, most likely a sqlite3 shell, has committed to our file. Each such commit, or several at
@@ -213,6 +248,9 @@ type meta struct {
 	bytes       uint64 // of keys and values
 	config      []byte
 	chain       [32]byte
+
+	keep uint64 // changes that the history holds; 0 = the format has none
+	base uint64 // the history begins after this revision, however many it may hold
 }
 
 // A row of kv. Its value is shared and must not be changed.
@@ -235,7 +273,7 @@ type mark struct {
 
 // ownKey names a private row: its table's first letter and its key.
 type ownKey struct {
-	table byte // 's'ession, 'a'llowed, 'r'emoved, 'm'ark
+	table byte // 's'ession, 'a'llowed, 'r'emoved, 'm'ark, 'h'istory's bounds
 	id    uint64
 	name  string
 }
@@ -250,6 +288,11 @@ type store struct {
 	path   string
 	log    *slog.Logger
 	memory *memory
+
+	// Set before the first transaction, called under mu after a commit is visible; neither may block or call the store.
+	published func(revision uint64, changes []past) // the changes of one commit, in order; valid during the call
+	replaced  func(revision uint64)                 // the rows are others than the changes have told
+
 	last   atomic.Pointer[meta]  // of the last commit that memory has too
 	failed atomic.Pointer[error] // the disk's first error: nothing is written any more
 
@@ -265,6 +308,7 @@ type store struct {
 	own         map[ownKey]uint64 // hashes of the private rows, as committed
 	view        map[string]view   // of the transaction, reused
 	buf         []byte            // for hashing, reused
+	past        []past            // of the transaction, reused
 	written     int64             // rough bytes of page writes since the WAL's size was looked at
 	walChecked  int64             // its size after the writer's last checkpoint
 	closed      bool
@@ -356,18 +400,16 @@ func createFile(path string) error {
 	return buildFile(path, func(c *conn) error {
 		for _, pragma := range []string{
 			fmt.Sprintf("page_size=%d", pageSize), "encoding='UTF-8'",
-			fmt.Sprintf("application_id=%d", applicationID), fmt.Sprintf("user_version=%d", storeFormat),
+			fmt.Sprintf("application_id=%d", applicationID), fmt.Sprintf("user_version=%d", firstFormat),
 		} {
 			if err := c.pragma(pragma); err != nil {
 				return err
 			}
 		}
-		for _, table := range schema {
-			if err := c.execText(table.sql); err != nil {
-				return err
-			}
+		if err := c.createTables(firstFormat); err != nil {
+			return err
 		}
-		return c.writeMeta(qReplaceMeta, &meta{format: storeFormat})
+		return c.writeMeta(qReplaceMeta, &meta{format: firstFormat})
 	}, nil)
 }
 
@@ -450,8 +492,8 @@ func checkIdentity(application, version, page int64) error {
 	switch {
 	case application != applicationID:
 		return fmt.Errorf("%w: a database of another application (application_id %#x)", ErrFormat, application)
-	case version != storeFormat:
-		return fmt.Errorf("%w: version %d, and this build reads %d", ErrFormat, version, storeFormat)
+	case version < firstFormat || version > entryFormat:
+		return fmt.Errorf("%w: version %d, and this build reads %d to %d", ErrFormat, version, firstFormat, entryFormat)
 	case page != pageSize:
 		return fmt.Errorf("%w: page size %d, not %d", ErrFormat, page, pageSize)
 	}
@@ -483,7 +525,7 @@ func (s *store) openWriter() error {
 	if err != nil {
 		return err
 	}
-	if s.own, err = c.readOwn(m.ownSum); err != nil {
+	if s.own, err = c.readOwn(m); err != nil {
 		return err
 	}
 	s.last.Store(&m)
@@ -570,6 +612,8 @@ type storeTx struct {
 	meta    meta // the caller changes it; commit writes it. kvSum, ownSum, keys and bytes are kept by the methods
 	view    map[string]view
 	changed []string // keys, in the order of their first change
+	past    []past   // every change, in order
+	sealed  int      // of past, those whose transaction has ended
 	undo    []ownUndo
 	failed  error // of a statement: the transaction can only be rolled back
 	open    bool  // SQLite has the transaction
@@ -617,7 +661,7 @@ func (s *store) beginLocked() (*storeTx, error) {
 		s.view = make(map[string]view)
 	}
 	clear(s.view)
-	return &storeTx{s: s, meta: s.meta(), view: s.view, open: true}, nil
+	return &storeTx{s: s, meta: s.meta(), view: s.view, past: s.past[:0], open: true}, nil
 }
 
 func (s *store) checkForeign() error {
@@ -666,31 +710,32 @@ func (t *storeTx) look(key string) (view, error) {
 	return v, nil
 }
 
-// set copies nothing that it need not keep: the value may be part of a whole log entry, which must not live on in memory.
+// set copies the value: it is part of a whole log entry, which must not live on with it.
 func (t *storeTx) set(key string, r row) error {
 	v, err := t.look(key)
 	if err != nil {
 		return err
 	}
-	if t.s.memory.keeps() {
-		r.value = bytes.Clone(r.value)
-	}
-	t.put(key, v, &item{row: r, hash: t.hashRow(key, r)})
+	r.value = bytes.Clone(r.value)
+	t.put(key, v, &item{row: r, hash: t.hashRow(key, r)}, r.version)
 	return nil
 }
 
-func (t *storeTx) delete(key string) (existed bool, err error) {
+// delete takes out a row at a revision; a missing one is no change.
+func (t *storeTx) delete(key string, revision uint64) error {
 	v, err := t.look(key)
 	if err != nil || v.now == nil {
-		return false, err
+		return err
 	}
-	t.put(key, v, nil)
-	return true, nil
+	t.put(key, v, nil, revision)
+	return nil
 }
 
-func (t *storeTx) put(key string, v view, now *item) {
+func (t *storeTx) put(key string, v view, now *item, revision uint64) {
 	t.meta.kvSum += now.hashOrZero() - v.now.hashOrZero()
+	p := past{revision: revision, key: key, now: now}
 	if v.now != nil {
+		p.previous = v.now.version
 		t.meta.keys--
 		t.meta.bytes -= uint64(len(key) + len(v.now.value))
 	}
@@ -701,6 +746,7 @@ func (t *storeTx) put(key string, v view, now *item) {
 	if !v.changed {
 		t.changed = append(t.changed, key)
 	}
+	t.past = append(t.past, p)
 	t.view[key] = view{was: v.was, now: now, changed: true}
 }
 
@@ -780,7 +826,12 @@ func (t *storeTx) own(k ownKey, h uint64, has bool) {
 }
 
 func (t *storeTx) exec(q query, args ...driver.Value) error {
-	err := t.s.explain("write to", t.s.note(t.s.writer.exec(q, args...)))
+	return t.note(t.s.writer.exec(q, args...))
+}
+
+// note keeps a transaction in which a statement has failed from being committed.
+func (t *storeTx) note(err error) error {
+	err = t.s.explain("write to", t.s.note(err))
 	if t.failed == nil {
 		t.failed = err
 	}
@@ -817,6 +868,9 @@ func (t *storeTx) commitLocked(q query) error {
 			return err
 		}
 	}
+	if err := t.writePast(); err != nil {
+		return err
+	}
 	if err := s.writer.writeMeta(q, &t.meta); err != nil {
 		return err
 	}
@@ -833,6 +887,7 @@ func (t *storeTx) commitLocked(q query) error {
 	s.memory.publish(changes)
 	m := t.meta
 	s.last.Store(&m)
+	t.announce()
 	return nil
 }
 
@@ -1092,6 +1147,9 @@ func (s *store) forgive() error {
 	}
 	s.own = own
 	s.startLoad(t.meta)
+	if s.replaced != nil {
+		s.replaced(t.meta.revision)
+	}
 	return s.explain("take over", s.rebase())
 }
 
@@ -1128,7 +1186,16 @@ func (t *storeTx) forgiveLocked() (map[ownKey]uint64, error) {
 			return nil, err
 		}
 	}
-	own, sum, err := c.fixOwn()
+	if m.keep > 0 {
+		// Nobody knows what has changed, so whoever watches begins anew.
+		m.revision++
+		m.base = m.revision
+		err = errors.Join(c.exec(qClearHistory), c.putBounds(*m))
+	}
+	if err != nil {
+		return nil, err
+	}
+	own, sum, err := c.fixOwn(*m)
 	m.ownSum = sum
 	return own, err
 }
@@ -1228,17 +1295,28 @@ func (s *store) scan(ctx context.Context) error {
 		return s.explain("open", err)
 	}
 	defer c.close()
+	if err := s.scanHistory(ctx, c); err != nil {
+		return err
+	}
 	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-s.ending:
-			return ErrClosed
-		default:
+		if err := s.going(ctx); err != nil {
+			return err
 		}
 		if done, err := s.scanChunk(c); done || err != nil {
 			return err
 		}
+	}
+}
+
+// going is nil as long as what runs in the background may go on.
+func (s *store) going(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.ending:
+		return ErrClosed
+	default:
+		return nil
 	}
 }
 

@@ -209,11 +209,10 @@ func TestTransactionSeesItselfAndRollsBack(t *testing.T) {
 			}
 			setTx(t, tx, "a", []byte("2"))
 			setTx(t, tx, "b", []byte("3"))
-			if existed, err := tx.delete("a"); err != nil || !existed {
-				t.Fatalf("delete a = %v, %v", existed, err)
-			}
-			if existed, err := tx.delete("a"); err != nil || existed {
-				t.Fatalf("second delete = %v, %v", existed, err)
+			for range 2 {
+				if err := tx.delete("a", 3); err != nil {
+					t.Fatalf("delete a: %v", err)
+				}
 			}
 			if r, ok, err := tx.row("b"); err != nil || !ok || string(r.value) != "3" {
 				t.Fatalf("row b = %q, %v, %v", r.value, ok, err)
@@ -253,7 +252,7 @@ func TestCommittedStateReopens(t *testing.T) {
 	apply(t, s, func(tx *storeTx) {
 		setTx(t, tx, "a", []byte("1"))
 		setTx(t, tx, "gone", []byte("1"))
-		tx.delete("gone")
+		tx.delete("gone", 1)
 		tx.putSession(sessionRow{id: 8})
 		tx.putSession(sessionRow{id: 9, last: 1})
 		tx.putSession(session)

@@ -1,0 +1,264 @@
+package quorate
+
+// The history: the newest changes, one row each, written in the transaction that makes them. This file owns the public table
+// history, how it is trimmed and read, and what must be true of it: revisions without a gap, from meta.oldest to
+// meta.revision. It never decides what a change is (fsm.go does) or who wants to know (watch.go). Control comes from the
+// store's commit, and from readers a page at a time.
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"io"
+)
+
+const (
+	defaultHistory = 10_000  // changes
+	maxHistory     = 1 << 30 // changes
+	pageRows       = 256     // changes that one read of the history returns
+	pageBytes      = 1 << 20 // of values, after which a page is cut short
+)
+
+// CompactedError says that changes which were asked for are gone from the history. It is ErrCompacted.
+type CompactedError struct {
+	Oldest uint64 // the smallest since that works
+}
+
+func (e *CompactedError) Error() string {
+	return fmt.Sprintf("%v: the oldest revision to resume from is %d", ErrCompacted, e.Oldest)
+}
+
+func (e *CompactedError) Is(target error) bool { return target == ErrCompacted }
+
+// A past is one change. Its value is shared and must not be changed.
+type past struct {
+	revision uint64
+	last     uint64 // last revision of the same transaction
+	previous uint64 // version of the key before; 0 = absent
+	key      string
+	now      *item // nil = deleted; its version is revision otherwise
+}
+
+// oldest is the smallest revision that a reader of the history can go on from.
+func (m *meta) oldest() uint64 {
+	if m.keep == 0 {
+		return m.revision
+	}
+	if m.revision-m.base > m.keep {
+		return m.revision - m.keep
+	}
+	return m.base
+}
+
+// raise takes the state to a format, and the history to a length (0 = as it is).
+func (t *storeTx) raise(format, keep uint64) error {
+	if t.meta.format < historyFormat && format >= historyFormat {
+		if err := t.note(t.s.writer.createTables(historyFormat)); err != nil {
+			return err
+		}
+		t.meta.keep, t.meta.base = defaultHistory, t.meta.revision
+	}
+	t.meta.format = format
+	if t.meta.keep == 0 {
+		return nil
+	}
+	t.meta.base = t.meta.oldest() // a longer history does not bring back what is gone
+	if keep > 0 {
+		t.meta.keep = min(keep, maxHistory)
+	}
+	h := boundsHash(t.meta.keep, t.meta.base)
+	t.own(boundsKey, h, true)
+	return t.note(t.s.writer.putBounds(t.meta))
+}
+
+// endChanges ends the changes of one transaction: only now is it known which is the last.
+func (t *storeTx) endChanges() {
+	for ; t.sealed < len(t.past); t.sealed++ {
+		t.past[t.sealed].last = t.meta.revision
+	}
+}
+
+// writePast adds the changes to the history and takes off what is over its length, so that at every commit the rows are a
+// function of revision, keep and base alone.
+func (t *storeTx) writePast() error {
+	if t.meta.keep == 0 {
+		return nil
+	}
+	oldest, c := t.meta.oldest(), t.s.writer
+	for _, p := range t.past {
+		if p.revision <= oldest {
+			continue
+		}
+		if err := c.putChange(p); err != nil {
+			return err
+		}
+		t.s.written += 128
+		if p.now != nil {
+			t.s.written += int64(len(p.now.value))
+		}
+	}
+	if before := t.s.meta(); before.keep == 0 || oldest == before.oldest() {
+		return nil
+	}
+	return c.exec(qTrim, int64(oldest))
+}
+
+// announce tells what has been committed. mu is held.
+func (t *storeTx) announce() {
+	t.s.past = t.past[:0]
+	if len(t.past) > 0 && t.s.published != nil {
+		t.s.published(t.meta.revision, t.past)
+	}
+	clear(t.past)
+	if cap(t.past) > 1<<14 {
+		t.s.past = nil
+	}
+}
+
+// changes reads a page of the history: what came after a revision, in order and without a gap. It is empty if that one is the
+// newest. If some of it is gone the error is a *CompactedError.
+func (s *store) changes(after uint64) (list []past, err error) {
+	err = s.read(func(c *conn) error {
+		list, _, err = c.changesAfter(after)
+		return err
+	})
+	return list, err
+}
+
+// changesAfter reads a page and where the state stands in one snapshot.
+func (c *conn) changesAfter(after uint64) (list []past, m meta, err error) {
+	if err := c.exec(qBeginRead); err != nil {
+		return nil, m, err
+	}
+	defer func() { err = errors.Join(err, c.exec(qRollback)) }()
+	if m, err = c.readMeta(); err != nil {
+		return nil, m, err
+	}
+	switch {
+	case after >= m.revision:
+		return nil, m, nil
+	case after < m.oldest():
+		return nil, m, &CompactedError{Oldest: m.oldest()}
+	}
+	size := 0
+	err = c.each(qChanges, []driver.Value{int64(after)}, func(v []driver.Value) error {
+		if len(list) == pageRows || size > pageBytes {
+			return io.EOF
+		}
+		p, err := c.past(v)
+		if err != nil {
+			return err
+		}
+		if p.revision != after+1 {
+			return corrupt("history has no row %d", after+1)
+		}
+		after++
+		if p.now != nil {
+			size += len(p.now.value)
+		}
+		list = append(list, p)
+		return nil
+	})
+	if err == io.EOF {
+		err = nil
+	} else if err == nil && after != m.revision {
+		err = corrupt("history ends at %d and should end at %d", after, m.revision)
+	}
+	return list, m, err
+}
+
+// scanHistory reads all of it once, a page and a snapshot at a time; what is trimmed meanwhile needs no check.
+func (s *store) scanHistory(ctx context.Context, c *conn) error {
+	after := s.meta().base
+	for {
+		if err := s.going(ctx); err != nil {
+			return err
+		}
+		list, m, err := c.changesAfter(after)
+		var gone *CompactedError
+		switch {
+		case errors.As(err, &gone):
+			after = gone.Oldest
+			continue
+		case err != nil:
+			return s.explain("read", err)
+		case len(list) == 0 || m.format < historyFormat:
+			return nil
+		}
+		after = list[len(list)-1].revision
+	}
+}
+
+// checkHistory reads all of the history of a file that no one writes to.
+func (c *conn) checkHistory(m meta) error {
+	if m.format < historyFormat {
+		return nil
+	}
+	want := m.oldest()
+	err := c.each(qChanges, []driver.Value{int64(0)}, func(v []driver.Value) error {
+		p, err := c.past(v)
+		if want++; err == nil && p.revision != want {
+			err = corrupt("history has no row %d", want)
+		}
+		return err
+	})
+	if err == nil && want != m.revision {
+		err = corrupt("history ends at %d and should end at %d", want, m.revision)
+	}
+	return err
+}
+
+func (c *conn) putChange(p past) error {
+	var value driver.Value
+	deleted, created := int64(1), int64(0)
+	if p.now != nil {
+		value, deleted, created = sqlValue(p.now.value), 0, int64(p.now.created)
+	}
+	return c.exec(qPutChange, int64(p.revision), p.key, value, deleted, created, int64(p.previous), int64(p.last), int64(pastHash(p)))
+}
+
+// past makes a change of a row of the history, and checks it.
+func (c *conn) past(v []driver.Value) (p past, err error) {
+	key, text := v[1].(string)
+	p = past{revision: columnUint(v[0]), key: key, previous: columnUint(v[5]), last: columnUint(v[6])}
+	if value, ok := columnBytes(v[2]); columnUint(v[3]) == 0 {
+		it := &item{row: row{value, p.revision, columnUint(v[4])}}
+		c.buf, it.hash = rowHash(c.buf, key, value, it.version, it.created)
+		p.now, text = it, text && ok
+	}
+	if !text || pastHash(p) != columnUint(v[7]) {
+		return p, corrupt("history row %d is not what was written", p.revision)
+	}
+	return p, nil
+}
+
+// pastHash builds on the row's, which covers the value.
+func pastHash(p past) uint64 {
+	b := appendUints(make([]byte, 0, 128), p.revision, p.last, p.previous, p.now.hashOrZero())
+	return hash64(append(b, p.key...))
+}
+
+// boundsKey names the row that holds the history's length and beginning.
+var boundsKey = ownKey{table: 'h', id: 1}
+
+func boundsHash(keep, base uint64) uint64 { return hash64(appendUints([]byte{'h'}, keep, base)) }
+
+func (c *conn) putBounds(m meta) error {
+	return c.exec(qPutHistory, int64(m.keep), int64(m.base), int64(boundsHash(m.keep, m.base)))
+}
+
+func (c *conn) eachBounds(f func(keep, base, h uint64) error) error {
+	return c.each(qHistory, nil, func(v []driver.Value) error { return f(columnUint(v[0]), columnUint(v[1]), columnUint(v[2])) })
+}
+
+func (c *conn) bounds() (keep, base uint64, err error) {
+	err = c.eachBounds(func(k, b, h uint64) error {
+		keep, base = k, b
+		return nil
+	})
+	if err == nil && keep == 0 {
+		err = corrupt("the history's bounds are missing")
+	}
+	return keep, base, err
+}
