@@ -35,8 +35,8 @@
 // # Reading the code
 //
 // One Set: db.go (the call) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and logstore.go (the log)
-// → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows). One Get: read.go (the round) → memory.go. The other rooms:
-// peer.go, transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is),
+// → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows). One Get: view.go (the call) → read.go (the round) → memory.go.
+// The other rooms: peer.go, transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is),
 // recover.go (how a directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft
 // says).
 package quorate
@@ -146,6 +146,7 @@ type Service struct {
 	snaps *snapshotStore
 	batch *batcher
 	reads *rounds
+	asOf  latest // how old this member's copy can be: see Freshness
 
 	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
 	faults   faults
@@ -182,6 +183,7 @@ func Open(ctx context.Context, c Config) (*Service, error) {
 		return nil, fmt.Errorf("quorate: %w", err)
 	}
 	s := &Service{conf: c, log: c.Logger, closed: make(chan struct{}), changing: make(chan struct{}, 1), rebuildCh: make(chan struct{}, 1)}
+	s.asOf.begin = time.Now()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.faults.log = c.Logger
 	if err := s.open(ctx); err != nil {
@@ -468,11 +470,13 @@ func (s *Service) write(ctx context.Context, tx ...op) error {
 	}
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
+	began := time.Now()
 	r, err := s.batch.submit(ctx, appendTransaction(nil, tx))
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case r.status == txUnsatisfied:
+	}
+	s.asOf.advance(began) // submit returns when this member has applied it
+	if r.status == txUnsatisfied {
 		return ErrUnsatisfied
 	}
 	return nil
@@ -481,43 +485,24 @@ func (s *Service) write(ctx context.Context, tx ...op) error {
 // check applies the limits before the log, so that apply never meets what it would have to refuse.
 func (s *Service) check(tx transaction) error {
 	for _, o := range tx {
-		switch {
-		case len(o.key) > maxKey:
-			return &LimitError{What: "key bytes", Limit: maxKey, Got: int64(len(o.key))}
-		case !validKey(o.key):
-			return fmt.Errorf("%w: key %q: a key is valid UTF-8, not empty, and holds no NUL", ErrInvalid, o.key)
-		case len(o.value) > s.conf.MaxValue:
+		if err := checkKey(o.key); err != nil {
+			return err
+		}
+		if len(o.value) > s.conf.MaxValue {
 			return &LimitError{What: "value bytes", Limit: int64(s.conf.MaxValue), Got: int64(len(o.value))}
 		}
 	}
 	return nil
 }
 
-// Get reads key, linearizably: it sees every write that returned anywhere before Get was called. A missing key is
-// (nil, nil); the value is a copy. It takes one round among the members, shared by all Gets that wait, and no write to the
-// log. Errors: ErrNoLeader while no majority answers, the context's error, ErrClosed, ErrRemoved, ErrCorrupt; a retry is safe.
-func (s *Service) Get(ctx context.Context, key string) ([]byte, error) {
-	if !validKey(key) {
-		return nil, s.check(transaction{{key: key}})
+func checkKey(key string) error {
+	switch {
+	case len(key) > maxKey:
+		return &LimitError{What: "key bytes", Limit: maxKey, Got: int64(len(key))}
+	case !validKey(key):
+		return fmt.Errorf("%w: key %q: a key is valid UTF-8, not empty, and holds no NUL", ErrInvalid, key)
 	}
-	ctx, cancel := s.limited(ctx)
-	defer cancel()
-	if err := s.catchUp(ctx); err != nil {
-		return nil, fmt.Errorf("get: %w", err)
-	}
-	return s.value(key)
-}
-
-// value is a copy of what this member has under key. A row that is damaged is no answer, and wakes the rebuild.
-func (s *Service) value(key string) ([]byte, error) {
-	r, ok, err := s.store.get(key)
-	if errors.Is(err, ErrCorrupt) {
-		s.distrust(err)
-	}
-	if err != nil || !ok {
-		return nil, err
-	}
-	return append([]byte{}, r.value...), nil
+	return nil
 }
 
 // catchUp returns once this member has applied everything that was acknowledged before the call.
@@ -535,6 +520,7 @@ func (s *Service) catchUp(ctx context.Context) error {
 			if err := s.awaitApplied(ctx, rd.index, rd.term); err != nil {
 				return fmt.Errorf("waiting for index %d, this member is at %d: %w", rd.index, s.fsm.applied.at(), err)
 			}
+			s.asOf.advance(rd.began)
 			return s.verified(ctx)
 		}
 		select {
@@ -582,24 +568,6 @@ func (s *Service) verified(ctx context.Context) error {
 // unfit says why this member may answer no Get, if so.
 func (s *Service) unfit() error {
 	return s.faults.first(faultClosed, faultRemoved, faultLog, faultApply, faultForeign, faultDiverged, faultState)
-}
-
-// Stale returns a view of this member's own copy: no network, no waiting, memory speed. It may be behind, without bound
-// while this member is cut off; a write that returned on this same member is in it. It works without a majority and after
-// removal. After Close, Get returns nil.
-func (s *Service) Stale() Getter { return stale{s} }
-
-type stale struct{ s *Service }
-
-func (g stale) Get(key string) []byte {
-	if g.s.faults.err() == ErrClosed { // one atomic load; nothing hides this fault
-		return nil
-	}
-	v, err := g.s.value(key)
-	if err != nil {
-		return nil
-	}
-	return v
 }
 
 // Err returns a serious error that keeps this process from working now, or nil. It may recover by itself and be nil again,

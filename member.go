@@ -352,7 +352,7 @@ func (s *Service) serveReadIndex(ctx context.Context) (readPoint, error) {
 	if err != nil {
 		return readPoint{}, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
-	return at, nil
+	return at.readPoint, nil
 }
 
 // serveState streams the whole state to a member that must rebuild its own: from a leader that a quorum has just confirmed.

@@ -34,8 +34,15 @@ type rounds struct {
 
 type round struct {
 	done chan struct{}
-	at   readPoint
+	at   landing
 	err  error
+}
+
+// A landing is what a round has found. It holds everything that was acknowledged before the round began, whenever its callers
+// came.
+type landing struct {
+	readPoint
+	began time.Time
 }
 
 // A readPoint is the entry that a member must have applied before it reads. It is committed.
@@ -49,8 +56,8 @@ func newRounds(ctx context.Context, run func(context.Context) (readPoint, error)
 	return &rounds{run: run, ctx: ctx, kick: make(chan struct{}, 1)}
 }
 
-// join returns the index of a round that began after the call. A lone caller runs it in its own goroutine.
-func (r *rounds) join(ctx context.Context) (readPoint, error) {
+// join returns the result of a round that began after the call. A lone caller runs it in its own goroutine.
+func (r *rounds) join(ctx context.Context) (landing, error) {
 	r.mu.Lock()
 	rd := r.forming
 	if rd == nil {
@@ -68,16 +75,17 @@ func (r *rounds) join(ctx context.Context) (readPoint, error) {
 	case <-rd.done:
 		return rd.at, rd.err
 	case <-ctx.Done():
-		return readPoint{}, ctx.Err()
+		return landing{}, ctx.Err()
 	case <-r.ctx.Done():
-		return readPoint{}, ErrClosed
+		return landing{}, ErrClosed
 	}
 }
 
 // fly runs a round and starts the next one if one has formed.
 func (r *rounds) fly(ctx context.Context, rd *round) {
 	ctx, cancel := context.WithTimeout(ctx, roundTimeout)
-	rd.at, rd.err = r.run(ctx)
+	rd.at.began = time.Now()
+	rd.at.readPoint, rd.err = r.run(ctx)
 	cancel()
 	close(rd.done)
 	r.mu.Lock()

@@ -1,7 +1,16 @@
 package quorate
 
-// Reading: what a key holds and since when, from this member's own copy (View) or, after a read round, linearizably (Lookup).
-// It owns Entry, View and Freshness. It asks read.go for the round and the store for the rows, and never touches the log.
+// Reading: what a key holds and since when, from this member's own copy (View) or, after a read round, linearizably (Get and
+// Lookup). It owns Entry, View, Freshness and the time that Freshness tells. It asks read.go for the round and the store for the
+// rows, and never touches the log.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+)
 
 // An Entry is a key with its value and the revisions that wrote it.
 type Entry struct {
@@ -11,9 +20,150 @@ type Entry struct {
 	Created uint64 // revision of the set that made it
 }
 
+// missingKey is the error of a Lookup that finds nothing. It is ErrNotFound. The text is made only when somebody asks for it: a
+// key that is not there is an everyday answer.
+type missingKey string
+
+func (k missingKey) Error() string        { return fmt.Sprintf("%v: %q", ErrNotFound, string(k)) }
+func (k missingKey) Is(target error) bool { return target == ErrNotFound }
+
+// Get reads key, linearizably: it sees every write that returned anywhere before Get was called. A missing key is
+// (nil, nil); the value is a copy. It takes one round among the members, shared by all Gets that wait, and no write to the
+// log. Errors: ErrNoLeader while no majority answers, the context's error, ErrClosed, ErrRemoved, ErrCorrupt; ErrInvalid and
+// ErrTooLarge for what is no key. A retry is safe.
+func (s *Service) Get(ctx context.Context, key string) ([]byte, error) {
+	e, err := s.lookup(ctx, key)
+	if err != nil {
+		return nil, fmt.Errorf("get: %w", err)
+	}
+	return e.Value, nil
+}
+
+// Lookup is Get with the key's revisions. The versions of one key only grow, so an Entry that has the same Version is the same
+// entry, and IfVersion makes a write depend on what was looked up here. A missing key is ErrNotFound with Entry{Key: key}, whose
+// Version, 0, is what IfVersion takes for an absent key. The other errors are those of Get; a retry is safe.
+func (s *Service) Lookup(ctx context.Context, key string) (Entry, error) {
+	e, err := s.lookup(ctx, key)
+	if err != nil {
+		return Entry{Key: key}, fmt.Errorf("lookup: %w", err)
+	}
+	if e.Version == 0 {
+		return e, missingKey(key)
+	}
+	return e, nil
+}
+
+// lookup is a read round and then entry.
+func (s *Service) lookup(ctx context.Context, key string) (Entry, error) {
+	if err := checkKey(key); err != nil {
+		return Entry{}, err
+	}
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	if err := s.catchUp(ctx); err != nil {
+		return Entry{}, err
+	}
+	return s.entry(key)
+}
+
+// entry is a copy of what this member has under key; Version 0 = nothing. A row that is damaged is no answer, and wakes the
+// rebuild.
+func (s *Service) entry(key string) (Entry, error) {
+	r, ok, err := s.store.get(key)
+	if errors.Is(err, ErrCorrupt) {
+		s.distrust(err)
+	}
+	if err != nil || !ok {
+		return Entry{Key: key}, err
+	}
+	return Entry{Key: key, Value: append([]byte{}, r.value...), Version: r.version, Created: r.created}, nil
+}
+
 // A View reads this member's own copy: no network, no waiting for others. It may be behind, without bound while this member is
-// cut off; a write that returned on this same member is in it.
+// cut off; a write that returned on this same member is in it. Freshness tells how far behind it can be.
 type View struct{ s *Service }
 
 // Local returns the view of this member's copy. It works without a majority and after removal, until Close.
 func (s *Service) Local() View { return View{s} }
+
+// Stale returns Local as a Getter: memory speed, and after Close Get returns nil.
+func (s *Service) Stale() Getter { return View{s} }
+
+// Get is Lookup's Value alone: a copy, and nil if the key is missing, or can't be read here, or after Close.
+func (v View) Get(key string) []byte {
+	if v.closed() {
+		return nil
+	}
+	e, err := v.s.entry(key)
+	if err != nil {
+		return nil
+	}
+	return e.Value
+}
+
+// Lookup reads key from this member's copy. A missing key is ErrNotFound with Entry{Key: key}. Errors: ErrClosed, ErrCorrupt if
+// the row is damaged (it is being mended), ErrInvalid and ErrTooLarge for what is no key. A retry is safe.
+func (v View) Lookup(key string) (Entry, error) {
+	if v.closed() {
+		return Entry{Key: key}, ErrClosed
+	}
+	e, err := v.s.entry(key)
+	switch {
+	case err != nil:
+		return e, fmt.Errorf("lookup: %w", err)
+	case e.Version != 0:
+		return e, nil
+	}
+	if err := checkKey(key); err != nil { // last, for a key that is found is one
+		return e, fmt.Errorf("lookup: %w", err)
+	}
+	return e, missingKey(key)
+}
+
+// closed costs one atomic load; nothing hides this fault.
+func (v View) closed() bool { return v.s.faults.err() == ErrClosed }
+
+// Freshness says how old a member's copy can be.
+type Freshness struct {
+	Revision uint64 // of the newest change in the copy
+	// AsOf: every write that returned before this time, on whichever member, is in the copy. It is when the newest read round or
+	// write of this member began whose result is applied here, and never when some leader was last heard: contact makes no data
+	// fresh. It stands still while this member neither reads (Get, Lookup, List…) nor writes; a Get brings it up to now. Zero
+	// before the first such call after Open.
+	//
+	// time.Since(AsOf) is the most by which the copy is behind. Steps of the wall clock do not change it. On systems where Go's
+	// monotonic clock stops while the machine is suspended (Linux), it does not count that time.
+	AsOf time.Time
+}
+
+// Freshness tells how old this copy can be. It never blocks, and works without a majority and after removal; after Close it is
+// what it was then.
+func (v View) Freshness() Freshness {
+	asOf := v.s.asOf.time() // first: what is applied by then is in the revision
+	return Freshness{Revision: v.s.store.meta().revision, AsOf: asOf}
+}
+
+// A latest is the newest of the times that it was told, all of them after begin. It is told by every read and write, so it is an
+// atomic and no lock. It keeps distances from begin, which are monotonic.
+type latest struct {
+	begin time.Time
+	after atomic.Int64 // nanoseconds from begin, and one more; 0 = none
+}
+
+func (l *latest) advance(t time.Time) {
+	d := int64(t.Sub(l.begin)) + 1
+	for {
+		was := l.after.Load()
+		if d <= was || l.after.CompareAndSwap(was, d) {
+			return
+		}
+	}
+}
+
+func (l *latest) time() time.Time {
+	d := l.after.Load()
+	if d == 0 {
+		return time.Time{}
+	}
+	return l.begin.Add(time.Duration(d - 1))
+}
