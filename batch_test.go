@@ -70,6 +70,7 @@ func inBubble(t *testing.T, f func(t *testing.T, l *wire)) {
 		ctx, cancel := context.WithCancel(t.Context())
 		l := &wire{batcher: newBatcher(ctx), t: t, sends: make(chan *sending), end: cancel}
 		l.propose, l.changed, l.noLead = l.carryOut, l.moved.wait, l.leaderless.Load
+		l.format = func() uint64 { return entryFormat }
 		l.applied = func(ctx context.Context, index, _ uint64) error { return l.level.wait(ctx, index) }
 		l.begin = func([]byte, time.Duration) func(context.Context) (outcome, bool, error) { return nil }
 		for range slots {
