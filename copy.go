@@ -14,9 +14,13 @@ import (
 	"hash"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"modernc.org/sqlite"
 )
@@ -54,24 +58,58 @@ func (s *store) beginCopy() (_ *storeCopy, err error) {
 	if cp.rows, err = c.query(qPages); err != nil {
 		return nil, err
 	}
-	s.copiesMu.Lock()
-	defer s.copiesMu.Unlock()
-	select {
-	case <-s.ending: // close may have closed all copies already
-		return nil, ErrClosed
-	default:
-	}
-	s.copies[cp] = true
-	return cp, nil
+	cp.pins.Store(true)
+	return cp, s.hold(cp)
 }
 
-func (s *store) openCopies() (copies []*storeCopy) {
-	s.copiesMu.Lock()
-	defer s.copiesMu.Unlock()
-	for c := range s.copies {
-		copies = append(copies, c)
+// A hold keeps a moment of the file for a reader that takes its time: a copy, a listing. While it has a read transaction the
+// WAL cannot restart, so the store looks after it every 100 ms, and ends it when it closes.
+type hold interface {
+	pinned() bool              // it has a read transaction; never blocks
+	tend(passed time.Duration) // the time since the last one; moves into a file what has kept the WAL for too long
+	close()
+}
+
+// hold has the store look after h until letGo.
+func (s *store) hold(h hold) error {
+	s.holdsMu.Lock()
+	defer s.holdsMu.Unlock()
+	select {
+	case <-s.ending: // close may have ended all of them already
+		return ErrClosed
+	default:
 	}
-	return copies
+	s.holds[h] = true
+	return nil
+}
+
+func (s *store) letGo(h hold) {
+	s.holdsMu.Lock()
+	defer s.holdsMu.Unlock()
+	delete(s.holds, h)
+}
+
+func (s *store) openHolds() []hold {
+	s.holdsMu.Lock()
+	defer s.holdsMu.Unlock()
+	return slices.Collect(maps.Keys(s.holds))
+}
+
+// pinned tells whether a reader keeps the WAL from restarting and will do so for longer than a moment.
+func (s *store) pinned() bool { return slices.ContainsFunc(s.openHolds(), hold.pinned) }
+
+// spoolFile is a file without a name beside path, for what a slow reader has not taken yet.
+func spoolFile(path string) (*os.File, error) {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".copy-")
+	if err == nil {
+		os.Remove(f.Name()) // where the system lets us; dropSpool does it otherwise
+	}
+	return f, err
+}
+
+func dropSpool(f *os.File) {
+	f.Close()
+	os.Remove(f.Name())
 }
 
 // A storeCopy streams the pages of one snapshot, and the SHA-256 of them. While it holds its read transaction the WAL cannot
@@ -82,6 +120,7 @@ type storeCopy struct {
 
 	s      *store
 	before int64 // WAL's size when it began
+	pins   atomic.Bool
 
 	mu      sync.Mutex // guards the fields below; held across reads of the connection, which is used by one at a time
 	c       *conn      // nil when closed or spooled
@@ -131,12 +170,10 @@ func (c *storeCopy) spool() {
 	if c.c == nil {
 		return
 	}
-	f, err := os.CreateTemp(filepath.Dir(c.s.path), filepath.Base(c.s.path)+".copy-")
+	f, err := spoolFile(c.s.path)
 	if err == nil {
-		os.Remove(f.Name()) // where the system lets us; release does it otherwise
 		if err = c.spoolTo(f); err != nil {
-			f.Close()
-			os.Remove(f.Name())
+			dropSpool(f)
 		} else {
 			c.spooled = f
 		}
@@ -211,13 +248,21 @@ func (c *storeCopy) page() ([]byte, error) {
 	return page, nil
 }
 
-// pinned is about how many bytes the WAL has grown by since the copy began and cannot give back before its transaction ends.
-func (c *storeCopy) pinned() int64 { return max(0, c.s.walSize()-c.before) }
+func (c *storeCopy) pinned() bool { return c.pins.Load() }
+
+func (c *storeCopy) tend(time.Duration) {
+	if c.kept() > pinLimit {
+		c.spool()
+	}
+}
+
+func (c *storeCopy) close() { c.Close() }
+
+// kept is about how many bytes the WAL has grown by since the copy began and cannot give back before its transaction ends.
+func (c *storeCopy) kept() int64 { return max(0, c.s.walSize()-c.before) }
 
 func (c *storeCopy) Close() error {
-	c.s.copiesMu.Lock()
-	delete(c.s.copies, c)
-	c.s.copiesMu.Unlock()
+	c.s.letGo(c)
 	return c.release()
 }
 
@@ -226,8 +271,7 @@ func (c *storeCopy) release() error {
 	defer c.mu.Unlock()
 	if f := c.spooled; f != nil {
 		c.spooled = nil
-		f.Close()
-		os.Remove(f.Name())
+		dropSpool(f)
 	}
 	return c.endTransaction()
 }
@@ -241,6 +285,7 @@ func (c *storeCopy) endTransaction() error {
 	}
 	err := c.c.close()
 	c.c, c.rows, c.buf = nil, nil, nil
+	c.pins.Store(false)
 	return err
 }
 

@@ -60,6 +60,7 @@ type memory struct {
 	ended   bool // everything is covered
 	sum     uint64
 	keys    uint64
+	rev     uint64   // revision of what the tree holds; means nothing unless whole
 	reading bool     // a chunk is being read
 	pending []change // changes above cursor since the chunk's snapshot
 }
@@ -125,8 +126,38 @@ func (m *memory) item(key string) (it *item, whole bool) {
 	return it, true
 }
 
-// publish takes over the changes of one commit, all or none to any reader.
-func (m *memory) publish(changes []change) {
+// list takes the first page of a range as of one moment, and its revision. If there is more, snapshot is where it is read
+// from. A page is a few pointers, taken beside other readers; a snapshot needs the write lock for an instant, and from then on every
+// commit copies the nodes that it changes, so it is not taken for a short list.
+func (m *memory) list(r keyRange) (p page, snapshot *btree.Map[string, *item], revision uint64, whole bool) {
+	if !m.whole() {
+		return page{}, nil, 0, false
+	}
+	if p, revision, whole = m.firstPage(r); !whole || p.last {
+		return p, nil, revision, whole
+	}
+	m.mu.Lock()
+	if whole = m.whole(); whole {
+		snapshot, revision = m.tree.Copy(), m.rev
+	}
+	m.mu.Unlock()
+	if !whole {
+		return page{}, nil, 0, false
+	}
+	return treePage(snapshot, r, p.rows), snapshot, revision, true
+}
+
+func (m *memory) firstPage(r keyRange) (p page, revision uint64, whole bool) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if !m.whole() {
+		return page{}, 0, false
+	}
+	return treePage(m.tree, r, nil), m.rev, true
+}
+
+// publish takes over the changes of one commit, which made the revision, all or none to any reader.
+func (m *memory) publish(changes []change, revision uint64) {
 	if len(changes) == 0 {
 		return
 	}
@@ -140,6 +171,7 @@ func (m *memory) publish(changes []change) {
 			m.pending = append(m.pending, c)
 		}
 	}
+	m.rev = revision
 	m.checkBudgetLocked()
 }
 
@@ -246,10 +278,12 @@ func (m *memory) covered() (sum, keys uint64, ended bool) {
 	return m.sum, m.keys, m.ended
 }
 
-// trust makes the copy answer reads: the scan has ended and its sum is right.
-func (m *memory) trust() {
+// trust makes the copy answer reads: the scan has ended and its sum is right. It is called while nothing is between commit
+// and publish, with the revision of the last commit.
+func (m *memory) trust(revision uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.rev = revision
 	if m.ended && m.tree != nil {
 		m.state.Store(int32(memoryWhole))
 	}

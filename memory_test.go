@@ -139,7 +139,7 @@ func TestLoadMergesCommits(t *testing.T) {
 					rows[k] = c.now
 				}
 			}
-			m.publish(changes)
+			m.publish(changes, 0)
 		}
 		for range rapid.IntRange(0, 5).Draw(rt, "before") {
 			commit()
@@ -173,7 +173,7 @@ func TestLoadMergesCommits(t *testing.T) {
 				commit()
 			}
 		}
-		m.trust()
+		m.trust(0)
 		commit()
 		var sum uint64
 		for _, it := range rows {

@@ -41,7 +41,7 @@ const (
 	walAgain      = 4 << 20   // while a reader keeps the WAL from restarting, the writer checkpoints once per this growth
 	statEvery     = 512 << 10 // the WAL's size is looked at after about this many bytes of page writes
 
-	pinLimit = 32 << 20 // WAL that a copy may keep from restarting; then what is left of it moves into a file
+	pinLimit = 32 << 20 // WAL that a copy or a listing may keep from restarting; then what is left of it moves into a file
 
 	chunkRows  = 4096    // of the scan: one snapshot each
 	chunkBytes = 4 << 20 // values read before a chunk is cut short
@@ -140,6 +140,8 @@ const (
 	qDelete
 	qScan
 	qScanAfter
+	qList
+	qListReverse
 	qFixSum
 	qMeta
 	qSetMeta
@@ -192,10 +194,12 @@ var queryText = [queries]string{
 	qGet: `SELECT value, version, created, sum FROM kv WHERE key = ?1`,
 	qPut: `INSERT INTO kv(key, value, version, created, sum) VALUES(?1, ?2, ?3, ?4, ?5) ON CONFLICT(key) DO UPDATE SET ` +
 		`value = excluded.value, version = excluded.version, created = excluded.created, sum = excluded.sum`,
-	qDelete:    `DELETE FROM kv WHERE key = ?1`,
-	qScan:      `SELECT key, value, version, created, sum FROM kv ORDER BY key`,
-	qScanAfter: `SELECT key, value, version, created, sum FROM kv WHERE key > ?1 ORDER BY key`,
-	qFixSum:    `UPDATE kv SET value = ?2, sum = ?3 WHERE key = ?1`,
+	qDelete:      `DELETE FROM kv WHERE key = ?1`,
+	qScan:        `SELECT key, value, version, created, sum FROM kv ORDER BY key`,
+	qScanAfter:   `SELECT key, value, version, created, sum FROM kv WHERE key > ?1 ORDER BY key`,
+	qList:        `SELECT key, value, version, created, sum FROM kv WHERE key >= ?1 AND key < ?2 ORDER BY key LIMIT ?3`,
+	qListReverse: `SELECT key, value, version, created, sum FROM kv WHERE key >= ?1 AND key < ?2 ORDER BY key DESC LIMIT ?3`,
+	qFixSum:      `UPDATE kv SET value = ?2, sum = ?3 WHERE key = ?1`,
 
 	qMeta: `SELECT ` + metaColumns + ` FROM quorate_meta WHERE id = 1`,
 	qSetMeta: `UPDATE quorate_meta SET format = ?1, applied = ?2, term = ?3, installed = ?4, revision = ?5, config = ?6, ` +
@@ -299,9 +303,10 @@ type store struct {
 	ending  chan struct{} // closed when close begins: maintain ends, nothing new starts
 	reload  chan struct{} // holds one token when a scan is due
 	readers chan *conn    // the idle readers; nil stands for one that is not open yet
+	lists   chan struct{} // holds one token for each listing that has a transaction or a file
 
 	// mu serializes writing transactions, and is held from begin to commit or rollback. It is held across SQLite calls
-	// because it guards the one connection that commits. Lock order: mu, checkpointMu, then stateMu, memory.mu or copiesMu.
+	// because it guards the one connection that commits. Lock order: mu, checkpointMu, then stateMu, memory.mu or holdsMu.
 	mu          sync.Mutex
 	writer      *conn
 	dataVersion int64             // PRAGMA data_version of the writer as of its last transaction
@@ -322,8 +327,8 @@ type store struct {
 	// do anything, and the writer would go on filling the WAL. It guards nothing else, and is held across the fsyncs.
 	checkpointMu sync.Mutex
 
-	copiesMu sync.Mutex // guards copies
-	copies   map[*storeCopy]bool
+	holdsMu sync.Mutex // guards holds
+	holds   map[hold]bool
 }
 
 // openStore creates the file if it is missing or empty, and otherwise checks what can be checked without reading kv.
@@ -343,7 +348,8 @@ func openStore(o storeOptions) (*store, error) {
 		ending:  make(chan struct{}),
 		reload:  make(chan struct{}, 1),
 		readers: make(chan *conn, runtime.GOMAXPROCS(0)),
-		copies:  make(map[*storeCopy]bool),
+		lists:   make(chan struct{}, maxLists),
+		holds:   make(map[hold]bool),
 	}
 	for range cap(s.readers) {
 		s.readers <- nil
@@ -549,8 +555,11 @@ func (s *store) close() error {
 		return nil
 	}
 	s.closed = true
-	for _, c := range s.openCopies() {
-		c.Close()
+	for _, h := range s.openHolds() {
+		h.close()
+	}
+	for range cap(s.lists) { // one that was about to begin ends by itself: ending is closed
+		s.lists <- struct{}{}
 	}
 	for range cap(s.readers) {
 		if r := <-s.readers; r != nil {
@@ -884,7 +893,7 @@ func (t *storeTx) commitLocked(q query) error {
 		v := t.view[key]
 		changes[i] = change{key, v.was, v.now}
 	}
-	s.memory.publish(changes)
+	s.memory.publish(changes, t.meta.revision)
 	m := t.meta
 	s.last.Store(&m)
 	t.announce()
@@ -957,7 +966,7 @@ func (s *store) checkWAL() error {
 	s.walChecked = size
 	s.checkpointMu.Lock()
 	defer s.checkpointMu.Unlock()
-	if size > 2*walLimit && len(s.openCopies()) == 0 {
+	if size > 2*walLimit && !s.pinned() {
 		return s.restartWAL()
 	}
 	_, err := s.writer.one(qPassive)
@@ -1045,26 +1054,33 @@ func (s *store) marks() (marks []mark, err error) {
 
 // read lends f a reader connection of the pool.
 func (s *store) read(f func(c *conn) error) error {
-	var c *conn
+	c, err := s.borrow()
+	if err != nil {
+		return err
+	}
+	defer func() { s.readers <- c }()
+	return s.explain("read", f(c))
+}
+
+// borrow takes a reader out of the pool. The caller puts it back, or nil in its place.
+func (s *store) borrow() (c *conn, err error) {
 	select {
 	case <-s.ending:
-		return ErrClosed
+		return nil, ErrClosed
 	default:
 	}
 	select {
 	case c = <-s.readers:
 	case <-s.ending:
-		return ErrClosed
+		return nil, ErrClosed
 	}
-	defer func() { s.readers <- c }()
 	if c == nil {
-		opened, err := openReader(s.path)
-		if err != nil {
-			return s.explain("open", err)
+		if c, err = openReader(s.path); err != nil {
+			s.readers <- nil
+			return nil, s.explain("open", err)
 		}
-		c = opened
 	}
-	return s.explain("read", f(c))
+	return c, nil
 }
 
 func openReader(path string) (*conn, error) {
@@ -1345,7 +1361,7 @@ func (s *store) scanChunk(c *conn) (done bool, err error) {
 	if m := s.meta(); sum != m.kvSum || keys != m.keys {
 		return false, s.explain("read", corrupt("kv has %d rows and should have %d, or some are not what was written", keys, m.keys))
 	}
-	s.memory.trust()
+	s.memory.trust(s.meta().revision)
 	s.setVerdict(nil)
 	return true, nil
 }
@@ -1378,12 +1394,9 @@ func (s *store) checkpoint(ctx context.Context) {
 		}
 	}()
 	var seen *meta
+	tended := time.Now()
 	for s.pause(ctx, 100*time.Millisecond) {
-		for _, cp := range s.openCopies() {
-			if cp.pinned() > pinLimit {
-				cp.spool()
-			}
-		}
+		s.tendHolds(&tended)
 		if m := s.last.Load(); m == seen {
 			continue
 		} else {
@@ -1401,5 +1414,15 @@ func (s *store) checkpoint(ctx context.Context) {
 		if err != nil && !isBusy(err) {
 			s.log.Warn("checkpoint", "path", s.path, "err", err)
 		}
+	}
+}
+
+// tendHolds counts a pause of the whole process, which no reader could use, as a second.
+func (s *store) tendHolds(last *time.Time) {
+	now := time.Now()
+	passed := min(now.Sub(*last), time.Second)
+	*last = now
+	for _, h := range s.openHolds() {
+		h.tend(passed)
 	}
 }

@@ -1069,11 +1069,11 @@ func TestPinnedCountsWhatACopyHolds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if got := c.pinned(); got != 0 {
+	if got := c.kept(); got != 0 {
 		t.Fatalf("%d bytes pinned at once", got)
 	}
 	fill(t, s, 4000, 1000)
-	if got := c.pinned(); got < 4<<20 {
+	if got := c.kept(); got < 4<<20 {
 		t.Fatalf("%d bytes pinned after 4 MB of writes", got)
 	}
 }
@@ -1240,7 +1240,7 @@ func TestSlowCopyLetsGoOfTheWAL(t *testing.T) {
 	first := make([]byte, 5000)
 	_, err = io.ReadFull(c, first)
 	must(t, err)
-	for i := 4; c.pinned() <= pinLimit; i++ {
+	for i := 4; c.kept() <= pinLimit; i++ {
 		write(i)
 	}
 	spooled := func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.spooled != nil }
