@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -867,4 +868,56 @@ func TestMarksOfBoundaries(t *testing.T) {
 	if want := "1024:1023 2048:2048 8192:2049 "; got != want {
 		t.Fatalf("marks %s, want %s", got, want)
 	}
+}
+
+// BenchmarkEntry is one entry of a batch of single sets, with and without a history, on a state of some size.
+func BenchmarkEntry(b *testing.B) {
+	for _, keys := range []int{1000, 100_000} {
+		for _, size := range []int{1, 16, 64, 256} {
+			for _, format := range []uint64{firstFormat, historyFormat} {
+				b.Run(fmt.Sprintf("keys=%d/batch=%d/format=%d", keys, size, format), func(b *testing.B) {
+					benchmarkEntry(b, keys, size, format)
+				})
+			}
+		}
+	}
+}
+
+func benchmarkEntry(b *testing.B, keys, size int, format uint64) {
+	f := newFSMWith(b, 256<<20)
+	session := openTestSession(b, f, 1, "bench")
+	index, seq := uint64(1), uint64(0)
+	next := func(txs ...transaction) *raft.Log {
+		index, seq = index+1, seq+1
+		return command(index, batchBytes(session, seq, seq-1, txs...))
+	}
+	if format >= historyFormat {
+		index++
+		applyOne(b, f, command(index, encodeRaise(format, 0)))
+	}
+	value := bytes.Repeat([]byte("v"), 256)
+	set := func(i int) transaction {
+		return transaction{{kind: opSet, key: fmt.Sprintf("bench/%018d", i), value: value}}
+	}
+	for i := 0; i < keys; {
+		var txs []transaction
+		for range 1000 {
+			txs, i = append(txs, set(i)), i+1
+		}
+		applyOne(b, f, next(txs...))
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); f.store.maintain(ctx) }()
+	defer func() { cancel(); <-done }()
+	rnd := rand.New(rand.NewPCG(1, 2))
+	b.ResetTimer()
+	for b.Loop() {
+		txs := make([]transaction, size)
+		for i := range txs {
+			txs[i] = set(rnd.IntN(keys))
+		}
+		f.ApplyBatch([]*raft.Log{next(txs...)})
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*size), "ns/write")
 }

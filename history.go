@@ -16,6 +16,7 @@ import (
 const (
 	defaultHistory = 10_000  // changes
 	maxHistory     = 1 << 30 // changes
+	trimStep       = 256     // changes that are taken off together
 	pageRows       = 256     // changes that one read of the history returns
 	pageBytes      = 1 << 20 // of values, after which a page is cut short
 )
@@ -40,15 +41,17 @@ type past struct {
 	now      *item // nil = deleted; its version is revision otherwise
 }
 
-// oldest is the smallest revision that a reader of the history can go on from.
+// oldest is the smallest revision that a reader of the history can go on from. It moves in steps, so that rows are taken out
+// many at a time: the history holds keep changes, or up to an eighth more.
 func (m *meta) oldest() uint64 {
 	if m.keep == 0 {
 		return m.revision
 	}
-	if m.revision-m.base > m.keep {
-		return m.revision - m.keep
+	if m.revision-m.base <= m.keep {
+		return m.base
 	}
-	return m.base
+	over := m.revision - m.base - m.keep
+	return m.base + over - over%max(1, min(trimStep, m.keep/8))
 }
 
 // raise takes the state to a format, and the history to a length (0 = as it is).

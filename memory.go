@@ -100,9 +100,6 @@ func (m *memory) empty() {
 func (m *memory) whole() bool   { return memoryState(m.state.Load()) == memoryWhole }
 func (m *memory) dropped() bool { return memoryState(m.state.Load()) == memoryDropped }
 
-// keeps tells whether rows that are committed now will be held, or may be.
-func (m *memory) keeps() bool { return m.budget >= 0 && !m.dropped() }
-
 // get allocates nothing; the value is shared and must not be changed. ok means little unless whole.
 func (m *memory) get(key string) (r row, ok, whole bool) {
 	it, whole := m.item(key)
