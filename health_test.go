@@ -179,7 +179,8 @@ func TestDivergedMemberRebuilds(t *testing.T) {
 		t.Helper()
 		tx, err := m.s.store.begin()
 		must(t, err)
-		must(t, tx.set("k", row{value: []byte("evil"), version: 1, created: 1}))
+		tx.meta.revision++
+		must(t, tx.set("k", row{value: []byte("evil"), version: tx.meta.revision, created: 1}))
 		must(t, tx.commit())
 		r := c.leader(t).s.raft.Load()
 		var last raft.ApplyFuture
@@ -210,12 +211,12 @@ func TestDivergedMemberRebuilds(t *testing.T) {
 	}
 }
 
-// flipIn flips a bit inside some text in a file.
+// flipIn flips a bit inside some text in a file, at the first place: in a state that is the row, and the history comes after it.
 func flipIn(t testing.TB, path, text string) {
 	t.Helper()
 	data, err := os.ReadFile(path)
 	must(t, err)
-	at := bytes.LastIndex(data, []byte(text))
+	at := bytes.Index(data, []byte(text))
 	if at < 0 {
 		t.Fatalf("%s does not hold %q", path, text)
 	}

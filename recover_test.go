@@ -31,6 +31,14 @@ func preparedDir(t *testing.T) (dir string, st Status) {
 	return dir, st
 }
 
+// appendTermStarts appends n entries that change no row.
+func appendTermStarts(t *testing.T, l *logStore, index, term, n uint64) {
+	t.Helper()
+	for i := range n {
+		must(t, l.StoreLog(&raft.Log{Index: index + i, Term: term, Type: raft.LogCommand, Data: encodeTermStart(firstFormat)}))
+	}
+}
+
 // editLog changes the log of a closed directory.
 func editLog(t *testing.T, dir string, f func(l *logStore)) {
 	t.Helper()
@@ -62,10 +70,10 @@ func TestStartRule(t *testing.T) {
 		{"as it was closed", func(*testing.T, string, uint64) {}, nil},
 		{"the log is longer", func(t *testing.T, dir string, a uint64) {
 			// Nothing but the file decides what is applied, so the entries above are applied now.
-			editLog(t, dir, func(l *logStore) { appendLog(t, l, a+1, 9, 3) })
+			editLog(t, dir, func(l *logStore) { appendTermStarts(t, l, a+1, 9, 3) })
 		}, nil},
 		{"the log begins right after the file", func(t *testing.T, dir string, a uint64) {
-			editLog(t, dir, func(l *logStore) { appendLog(t, l, a+1, 9, 3); must(t, l.DeleteRange(1, a)) })
+			editLog(t, dir, func(l *logStore) { appendTermStarts(t, l, a+1, 9, 3); must(t, l.DeleteRange(1, a)) })
 		}, nil},
 		{"installed and the log not yet emptied", func(t *testing.T, dir string, a uint64) {
 			editMeta(t, dir, func(m *meta) { m.installed = m.applied })

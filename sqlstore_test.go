@@ -549,7 +549,7 @@ func TestForeignFilesAreRefusedUntouched(t *testing.T) {
 		want error
 	}{
 		"other application": {"PRAGMA application_id = 7; CREATE TABLE t(a)", ErrFormat},
-		"newer version":     {fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = 2; CREATE TABLE kv(a)", applicationID), ErrFormat},
+		"newer version":     {fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d; CREATE TABLE kv(a)", applicationID, entryFormat+1), ErrFormat},
 		"no database":       {"", ErrCorrupt},
 	} {
 		t.Run(name, func(t *testing.T) {
