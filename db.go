@@ -129,7 +129,8 @@ type Config struct {
 	// member, changes nothing. Each change takes the disk space of its value once more.
 	History int
 
-	vfs types.VFS // the log's files; nil is the system's: a seam for tests that break the disk
+	vfs    types.VFS // the log's files; nil is the system's: a seam for tests that break the disk
+	format uint64    // what this member says it reads, and raises a cluster to; 0 is entryFormat: a seam for tests that play an older version
 }
 
 // Service is one member: it holds the data and takes part in the cluster. All methods may be called concurrently, on every
@@ -232,6 +233,9 @@ func (c Config) resolve() (Config, error) {
 	if c.Memory == 0 {
 		c.Memory = 64 << 20
 	}
+	if c.format == 0 {
+		c.format = entryFormat
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -277,7 +281,10 @@ func (s *Service) startBackground() {
 	for range slots {
 		s.running.Go(s.batch.carry)
 	}
-	s.running.Go(s.batch.keepSession)
+	s.running.Go(func() {
+		s.awaitOwnFormat()
+		s.batch.keepSession()
+	})
 	s.running.Go(s.reads.carry)
 	s.running.Go(func() { s.store.maintain(s.ctx) })
 	s.running.Go(s.lead)

@@ -28,6 +28,7 @@ const (
 	probeTimeout    = time.Second
 	keepAfterSend   = time.Minute // the log since a snapshot that was sent is kept, for the receiver needs it next
 	goneAfter       = time.Second // of silence, and another member may take its address
+	raiseInterval   = time.Second // between two looks at what the members read
 )
 
 // peerTable is what this member knows of the others beside the configuration. It is a hint and never a proof.
@@ -314,8 +315,12 @@ func (s *Service) whileLed(ctx context.Context, id string) (context.Context, con
 
 // servePropose takes a batch that another member has forwarded. It is never forwarded again.
 func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error) {
+	if len(data) > 0 && uint64(data[0]) > entryFormat {
+		return nil, refuse(http.StatusPreconditionFailed, codeProtocol, "an entry of format %d, and this member reads up to %d: upgrade it",
+			data[0], entryFormat)
+	}
 	if e, err := decodeEntry(data); err != nil || e.kind != entryBatch && e.kind != entryOpen {
-		return nil, refuse(http.StatusBadRequest, codeBadRequest, "not a batch that this version reads")
+		return nil, refuse(http.StatusBadRequest, codeBadRequest, "not a batch")
 	}
 	wait := s.begin(data, raftPatience)
 	if wait == nil {
@@ -392,9 +397,11 @@ func (s *Service) lead() {
 
 func (s *Service) leadTerm(term uint64) {
 	s.beginTerm(term)
+	up := raising{told: make(map[raft.ServerID]bool)}
 	tick := time.NewTicker(promoteInterval)
 	defer tick.Stop()
 	for s.leading(term) {
+		s.raise(&up)
 		if err := s.promote(); err != nil {
 			s.log.Debug("no promotion yet", "error", err)
 		}
@@ -422,6 +429,123 @@ func (s *Service) beginTerm(term uint64) {
 		case <-time.After(resendMin):
 		case <-s.ctx.Done():
 		}
+	}
+}
+
+// A raising is what one term's leader does to bring the state to the format that it writes.
+type raising struct {
+	next time.Time              // not before
+	told map[raft.ServerID]bool // who was said to keep it back
+}
+
+// raise brings the state to the newest format once every member reads it, and while there is only one member, the history to
+// the length that this one's Config wants. No change of the members comes between the members' word and the entry.
+func (s *Service) raise(up *raising) {
+	format, _, due := s.raiseDue()
+	if !due || time.Now().Before(up.next) {
+		return
+	}
+	up.next = time.Now().Add(raiseInterval)
+	if !s.allRead(format, up) { // asked again below: no change of the members waits for one that does not answer
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second)
+	defer cancel()
+	end, err := s.changeMembers(ctx)
+	if err != nil {
+		return
+	}
+	defer end()
+	if format, history, due := s.raiseDue(); due && s.allRead(format, up) {
+		s.proposeRaise(format, history)
+	}
+}
+
+// raiseDue: the format that the state should have and the length of its history, and whether it has others.
+func (s *Service) raiseDue() (format, history uint64, due bool) {
+	m := s.store.meta()
+	format, history = max(s.conf.format, m.format), m.keep
+	if m.keep == 0 || s.alone() {
+		history = uint64(s.conf.History)
+	}
+	return format, history, format > m.format || format >= historyFormat && history != m.keep
+}
+
+// alone: this is the only member of the configuration, of any kind.
+func (s *Service) alone() bool {
+	list := s.raft.Load().GetConfiguration().Configuration().Servers
+	return len(list) == 1 && string(list[0].ID) == s.ident.id
+}
+
+// allRead asks every member, voter or not, whether it reads a format. The first that does not, or does not answer, is named in the
+// log, once a term.
+func (s *Service) allRead(format uint64, up *raising) bool {
+	ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
+	defer cancel()
+	list := s.raft.Load().GetConfiguration().Configuration().Servers
+	errs := make([]error, len(list))
+	var wg sync.WaitGroup
+	for i, m := range list {
+		if string(m.ID) == s.ident.id {
+			continue
+		}
+		wg.Go(func() {
+			base := baseURL(s.addressOf(m), s.conf.TLS)
+			a, err := s.askStatus(ctx, m.ID, base)
+			if err == nil && a.Format < format {
+				err = fmt.Errorf("it reads up to format %d", a.Format)
+			}
+			errs[i] = err
+		})
+	}
+	wg.Wait()
+	for i, err := range errs {
+		if err == nil {
+			continue
+		}
+		if m := list[i]; !up.told[m.ID] && s.ctx.Err() == nil {
+			up.told[m.ID] = true
+			s.log.Info("a member keeps the cluster at its old format", "id", m.ID, "address", m.Address,
+				"format", s.store.meta().format, "next", format, "reason", err)
+		}
+		return false
+	}
+	return true
+}
+
+// proposeRaise returns when the entry's fate is known here, or this member leads no more: until then it may still be committed,
+// and whoever joined meanwhile might not read what follows. The next leader admits nobody before it has applied what is in its log.
+func (s *Service) proposeRaise(format, history uint64) {
+	wait := s.begin(encodeRaise(format, history), raftPatience)
+	if wait == nil {
+		return
+	}
+	was := s.store.meta()
+	ctx, cancel := s.whileLed(s.ctx, s.ident.id)
+	defer cancel()
+	_, _, err := wait(ctx)
+	switch m := s.store.meta(); {
+	case err != nil:
+		s.log.Debug("the format was not raised", "error", err)
+	case m.format != was.format:
+		s.log.Info("the cluster writes a newer format from now on", "format", m.format, "before", was.format, "history", m.keep)
+	default:
+		s.log.Info("the history has another length from now on", "changes", m.keep, "before", was.keep)
+	}
+}
+
+// awaitOwnFormat waits while this is the only member and the state is not yet in the format that it writes: its session is
+// opened after that, so that no write of a new cluster is in an older one. With others it may be long until they all read it,
+// and their writes go on.
+func (s *Service) awaitOwnFormat() {
+	for s.ctx.Err() == nil {
+		at := s.fsm.applied.at()
+		if s.store.meta().format >= s.conf.format || !s.alone() {
+			return
+		}
+		ctx, cancel := context.WithTimeout(s.ctx, 50*time.Millisecond)
+		s.fsm.applied.wait(ctx, at+1)
+		cancel()
 	}
 }
 
@@ -526,13 +650,11 @@ func (s *Service) probe(ctx context.Context, list []raft.Server, configIndex uin
 		}
 		wg.Go(func() {
 			base := baseURL(string(m.Address), s.conf.TLS)
-			a, err := s.peer.status(ctx, base)
+			a, err := s.askStatus(ctx, m.ID, base)
 			last, _ := s.wal.last()
 			switch {
 			case err != nil:
-				errs[i] = explain(err, base)
-			case a.ID != string(m.ID) || a.Cluster != s.ident.cluster:
-				errs[i] = fmt.Errorf("member %s answers at %s", shortID(a.ID), base)
+				errs[i] = err
 			case a.Term != r.CurrentTerm():
 				errs[i] = fmt.Errorf("%s is in term %d, the leader in %d", base, a.Term, r.CurrentTerm())
 			case a.LastIndex < configIndex || a.LastIndex+promoteLag < last:
@@ -544,6 +666,18 @@ func (s *Service) probe(ctx context.Context, list []raft.Server, configIndex uin
 	}
 	wg.Wait()
 	return errs
+}
+
+// askStatus is what this member of this cluster says of itself, if it is the one that answers there.
+func (s *Service) askStatus(ctx context.Context, id raft.ServerID, base string) (statusAnswer, error) {
+	a, err := s.peer.status(ctx, base)
+	switch {
+	case err != nil:
+		return a, explain(err, base)
+	case a.ID != string(id) || a.Cluster != s.ident.cluster:
+		return a, fmt.Errorf("member %s answers at %s", shortID(a.ID), base)
+	}
+	return a, nil
 }
 
 // serveJoin admits a new member, or takes the new address of an old one. Only the leader decides; any member notes an
@@ -855,7 +989,7 @@ func (s *Service) announceToAll() {
 func (s *Service) announceTo(id, addr string) error {
 	ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
 	defer cancel()
-	_, err := s.peer.join(ctx, baseURL(addr, s.conf.TLS), id, joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: entryFormat, Announce: true})
+	_, err := s.peer.join(ctx, baseURL(addr, s.conf.TLS), id, joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: s.conf.format, Announce: true})
 	return err
 }
 
@@ -950,7 +1084,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	st := s.Status()
 	last, _ := s.lastEntry()
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last,
-		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: entryFormat, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
+		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		Healthy: s.unfit() == nil && s.silent() == nil}
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter})

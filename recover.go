@@ -358,7 +358,7 @@ func placeholder(addr string) bool { return len(addr) > 6 && addr[:6] == "local:
 func (s *Service) join(ctx context.Context) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
-	req := joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: entryFormat}
+	req := joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: s.conf.format}
 	tried := map[string]error{} // by base URL: the last answer
 	for backoff := 50 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
 		a, base, err := s.askToJoin(ctx, req)
