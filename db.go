@@ -10,9 +10,10 @@
 //
 // # What an acknowledged write means
 //
-// Set, Insert and Delete return nil once the write is in the log on the disks of a majority of the members (with fsync),
-// and applied on the member that was called. Get is linearizable on every member: it sees every write that returned before
-// it was called, and no clock takes part in that. Stale reads this member's own copy at once, without asking anybody.
+// Set, Insert, Delete, Exec and Update return without an error once the write is in the log on the disks of a majority of the
+// members (with fsync), and applied on the member that was called. Get is linearizable on every member: it sees every write that
+// returned before it was called, and no clock takes part in that. Stale reads this member's own copy at once, without asking
+// anybody.
 //
 // An error of a write says what became of it: ErrUnsatisfied and ErrNotApplied, that nothing happened and nothing will;
 // ErrUncertain, that the caller must look.
@@ -34,7 +35,7 @@
 //
 // # Reading the code
 //
-// One Set: db.go (the call) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and logstore.go (the log)
+// One Set: db.go (the call) → tx.go (its limits) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and logstore.go (the log)
 // → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows). One Get: view.go (the call) → read.go (the round) → memory.go.
 // The other rooms: peer.go, transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is),
 // recover.go (how a directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft
@@ -59,7 +60,8 @@ import (
 // Errors are told apart with errors.Is. Every error of a write other than ErrUnsatisfied is exactly one of ErrNotApplied
 // and ErrUncertain, and may be one of the others too.
 var (
-	// ErrUnsatisfied: a precondition did not hold when the write's turn came. Nothing changed.
+	// ErrUnsatisfied: a precondition did not hold when the write's turn came. Nothing changed. Of Exec it is a *ConditionError,
+	// which says which one.
 	ErrUnsatisfied = errors.New("precondition not satisfied")
 
 	// ErrNotApplied: the write did not happen and will not. Retrying is safe.
@@ -85,7 +87,7 @@ var (
 
 // LimitError says which limit a call broke. It is ErrTooLarge.
 type LimitError struct {
-	What       string // what is counted: "key bytes", "value bytes"
+	What       string // what is counted: "key bytes", "value bytes", "operations", "transaction bytes"
 	Limit, Got int64
 }
 
@@ -442,19 +444,22 @@ func (s *Service) untilClose(ctx context.Context) (context.Context, context.Canc
 // ErrNotApplied (retry as you like) or ErrUncertain (a retry sets it again, which may undo a later write of someone else).
 // Keys are 1 to 4096 bytes of UTF-8 without NUL, values at most Config.MaxValue bytes.
 func (s *Service) Set(ctx context.Context, key string, val []byte) error {
-	return s.write(ctx, op{kind: opSet, key: key, value: val})
+	_, err := s.write(ctx, op{kind: opSet, key: key, value: val})
+	return err
 }
 
 // Insert sets key only if it has no value, and returns ErrUnsatisfied otherwise. A retry inside the library never meets
 // its own write. A retry by the caller after ErrUncertain can: then ErrUnsatisfied may mean that the first attempt won, and
 // the value tells (put something of your own into it).
 func (s *Service) Insert(ctx context.Context, key string, val []byte) error {
-	return s.write(ctx, op{kind: opIfNotExists, key: key}, op{kind: opSet, key: key, value: val})
+	_, err := s.write(ctx, op{kind: opIfNotExists, key: key}, op{kind: opSet, key: key, value: val})
+	return err
 }
 
 // Delete deletes key. A missing key is no error. Errors and retries as for Set.
 func (s *Service) Delete(ctx context.Context, key string) error {
-	return s.write(ctx, op{kind: opDelete, key: key})
+	_, err := s.write(ctx, op{kind: opDelete, key: key})
+	return err
 }
 
 // AddAllowedMember allows the member that peers reach at addr (host:port) to join. Doing it again is no error, and neither
@@ -464,52 +469,8 @@ func (s *Service) AddAllowedMember(ctx context.Context, addr string) error {
 	if err != nil {
 		return notApplied(err)
 	}
-	return s.write(ctx, op{kind: opAllow, key: addr})
-}
-
-// write is the one way into the log: it checks a transaction, submits it, and gives its verdict.
-func (s *Service) write(ctx context.Context, tx ...op) error {
-	if err := s.check(tx); err != nil {
-		return notApplied(err)
-	}
-	if err := s.faults.sticky(); err != nil {
-		return notApplied(err)
-	}
-	ctx, cancel := s.limited(ctx)
-	defer cancel()
-	began := time.Now()
-	r, err := s.batch.submit(ctx, appendTransaction(nil, tx))
-	if err != nil {
-		return err
-	}
-	s.asOf.advance(began) // submit returns when this member has applied it
-	if r.status == txUnsatisfied {
-		return ErrUnsatisfied
-	}
-	return nil
-}
-
-// check applies the limits before the log, so that apply never meets what it would have to refuse.
-func (s *Service) check(tx transaction) error {
-	for _, o := range tx {
-		if err := checkKey(o.key); err != nil {
-			return err
-		}
-		if len(o.value) > s.conf.MaxValue {
-			return &LimitError{What: "value bytes", Limit: int64(s.conf.MaxValue), Got: int64(len(o.value))}
-		}
-	}
-	return nil
-}
-
-func checkKey(key string) error {
-	switch {
-	case len(key) > maxKey:
-		return &LimitError{What: "key bytes", Limit: maxKey, Got: int64(len(key))}
-	case !validKey(key):
-		return fmt.Errorf("%w: key %q: a key is valid UTF-8, not empty, and holds no NUL", ErrInvalid, key)
-	}
-	return nil
+	_, err = s.write(ctx, op{kind: opAllow, key: addr})
+	return err
 }
 
 // catchUp returns once this member has applied everything that was acknowledged before the call.

@@ -69,9 +69,14 @@ func checkVerdict(t testing.TB, what string, err error) {
 // writes is every call that changes something.
 func writes(s *Service) map[string]func(ctx context.Context) error {
 	return map[string]func(ctx context.Context) error{
-		"Set":              func(ctx context.Context) error { return s.Set(ctx, "k", []byte("v")) },
-		"Insert":           func(ctx context.Context) error { return s.Insert(ctx, "k", []byte("v")) },
-		"Delete":           func(ctx context.Context) error { return s.Delete(ctx, "k") },
+		"Set":    func(ctx context.Context) error { return s.Set(ctx, "k", []byte("v")) },
+		"Insert": func(ctx context.Context) error { return s.Insert(ctx, "k", []byte("v")) },
+		"Delete": func(ctx context.Context) error { return s.Delete(ctx, "k") },
+		"Exec":   func(ctx context.Context) error { _, err := s.Exec(ctx, Set("k", nil), Delete("l")); return err },
+		"Update": func(ctx context.Context) error {
+			_, err := s.Update(ctx, "k", func(Entry) ([]byte, error) { return nil, nil })
+			return err
+		},
 		"AddAllowedMember": func(ctx context.Context) error { return s.AddAllowedMember(ctx, "127.0.0.1:9") },
 		"RemoveMember":     func(ctx context.Context) error { return s.RemoveMember(ctx, "127.0.0.1:9") },
 	}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/quorate/quorate"
@@ -86,6 +87,107 @@ func ExampleService_Insert() {
 	// Output:
 	// ann does the job
 	// bob leaves it alone
+}
+
+// A transaction: the money moves if it is still there, and then in one step for whoever reads.
+func ExampleService_Exec() {
+	db, done := open()
+	defer done()
+
+	ctx := context.Background()
+	if _, err := db.Exec(ctx, quorate.Set("accounts/ann", []byte("7")), quorate.Set("accounts/bob", []byte("0"))); err != nil {
+		log.Fatal(err)
+	}
+	for range 2 {
+		revision, err := db.Exec(ctx,
+			quorate.IfValue("accounts/ann", []byte("7")),
+			quorate.Set("accounts/ann", []byte("2")),
+			quorate.Set("accounts/bob", []byte("5")))
+		var condition *quorate.ConditionError
+		switch {
+		case err == nil:
+			fmt.Println("moved at revision", revision)
+		case errors.As(err, &condition):
+			fmt.Println(condition.Key, "has", condition.Have, "since revision", condition.Version)
+		default:
+			log.Fatal(err)
+		}
+	}
+	// Output:
+	// moved at revision 4
+	// accounts/ann has another value since revision 3
+}
+
+// A counter that every member counts up: no increment is lost, whoever else counts.
+func ExampleService_Update() {
+	db, done := open()
+	defer done()
+
+	ctx := context.Background()
+	for range 3 {
+		e, err := db.Update(ctx, "visits", func(old quorate.Entry) ([]byte, error) {
+			n := 0
+			if old.Version != 0 { // there is one
+				var err error
+				if n, err = strconv.Atoi(string(old.Value)); err != nil {
+					return nil, err
+				}
+			}
+			return strconv.AppendInt(nil, int64(n+1), 10), nil
+		})
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Printf("%s, version %d\n", e.Value, e.Version)
+	}
+	// Output:
+	// 1, version 1
+	// 2, version 2
+	// 3, version 3
+}
+
+// An entry's version makes a write depend on what was read.
+func ExampleService_Lookup() {
+	db, done := open()
+	defer done()
+
+	ctx := context.Background()
+	_, err := db.Lookup(ctx, "owner")
+	fmt.Println(errors.Is(err, quorate.ErrNotFound))
+	if err := db.Set(ctx, "owner", []byte("ann")); err != nil {
+		log.Fatal(err)
+	}
+	e, err := db.Lookup(ctx, "owner")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%s, version %d\n", e.Value, e.Version)
+	if err := db.Set(ctx, "owner", []byte("bob")); err != nil {
+		log.Fatal(err)
+	}
+	_, err = db.Exec(ctx, quorate.IfVersion("owner", e.Version), quorate.Delete("owner"))
+	fmt.Println(err)
+	// Output:
+	// true
+	// ann, version 1
+	// precondition not satisfied: key "owner": want version 1, have version 2
+}
+
+// Local reads this member's copy, and tells how old it can be: an answer from a copy that is too old is none.
+func ExampleService_Local() {
+	db, done := open()
+	defer done()
+
+	if err := db.Set(context.Background(), "flags/checkout", []byte("on")); err != nil {
+		log.Fatal(err)
+	}
+	local := db.Local()
+	if age := time.Since(local.Freshness().AsOf); age > time.Minute {
+		log.Fatal("this member has confirmed nothing for ", age)
+	}
+	e, err := local.Lookup("flags/checkout")
+	fmt.Printf("%s %v\n", e.Value, err)
+	// Output: on <nil>
 }
 
 // Stale answers from this member's memory: for what is read at every request and may be a moment old.

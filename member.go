@@ -883,7 +883,7 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 			return refuse(http.StatusMisdirectedRequest, codeNotLeader, "the leader hands over before it is removed")
 		}
 	}
-	if err := s.write(ctx, op{kind: opDisallow, key: addr}); err != nil {
+	if _, err := s.write(ctx, op{kind: opDisallow, key: addr}); err != nil {
 		return err
 	}
 	if target == nil {

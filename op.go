@@ -21,6 +21,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/bits"
 	"unicode/utf8"
 )
 
@@ -38,7 +39,8 @@ const (
 	maxKey          = 4 << 10   // bytes of a key
 	maxValueEver    = 16 << 20  // bytes of a value, whatever Config.MaxValue says
 	maxOps          = 128       // operations of one transaction
-	maxTransaction  = 512 << 10 // encoded bytes of one transaction that has more than one effect
+	maxTransaction  = 512 << 10 // encoded bytes of one transaction, unless only one op of it has a value:
+	maxBeside       = 32 << 10  // then encoded bytes without that value
 	maxBatch        = 512 << 10 // encoded bytes of one batch, unless its only transaction is larger
 	maxTransactions = 4096      // transactions of one batch
 	maxEntry        = maxValueEver + 64<<10
@@ -121,6 +123,23 @@ func appendTransaction(b []byte, tx transaction) []byte {
 	}
 	return b
 }
+
+// transactionSize is how many bytes appendTransaction appends.
+func transactionSize(tx transaction) int {
+	size := uvarintSize(uint64(len(tx)))
+	for _, o := range tx {
+		size += 1 + uvarintSize(uint64(len(o.key))) + len(o.key)
+		switch {
+		case o.kind.hasValue():
+			size += uvarintSize(uint64(len(o.value))) + len(o.value)
+		case o.kind.hasVersion():
+			size += uvarintSize(o.version)
+		}
+	}
+	return size
+}
+
+func uvarintSize(n uint64) int { return (bits.Len64(n|1) + 6) / 7 }
 
 // encodeBatch builds a batch entry from transactions that are encoded already: a batch is sent again with the same body
 // and a newer acked, so the sum covers the body alone.
