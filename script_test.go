@@ -83,6 +83,7 @@ type script struct {
 	members []*scriptMember
 	cast    map[string]*scriptMember
 	going   map[string]chan string
+	change  func(*Config) // of members that start; nil = nothing
 }
 
 type scriptMember struct {
@@ -257,6 +258,9 @@ func (c *script) start(ctx context.Context, name, join string) string {
 	m := &scriptMember{name: name, conf: Config{Dir: filepath.Join(c.t.TempDir(), name), Addr: addr, Join: join, Client: c.net.client(addr), Logger: testLogger(c.t)}}
 	if m.conf.Logger != nil {
 		m.conf.Logger = m.conf.Logger.With("member", name)
+	}
+	if c.change != nil {
+		c.change(&m.conf)
 	}
 	c.members = append(c.members, m)
 	return c.open(ctx, m)
