@@ -221,6 +221,31 @@ func ExampleService_Ready() {
 	// Output: <nil> leader
 }
 
+// A list is of one moment: what the body writes is not in it.
+func ExampleService_List() {
+	db, done := open()
+	defer done()
+
+	ctx := context.Background()
+	for _, job := range []string{"jobs/1", "jobs/2", "jobs/3", "workers/ann"} {
+		if err := db.Set(ctx, job, []byte("new")); err != nil {
+			log.Fatal(err)
+		}
+	}
+	for e, err := range db.List(ctx, "jobs/", quorate.From("jobs/2")) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Printf("%s %s, version %d\n", e.Key, e.Value, e.Version)
+		if err := db.Set(ctx, e.Key+"/seen", nil); err != nil {
+			log.Fatal(err)
+		}
+	}
+	// Output:
+	// jobs/2 new, version 2
+	// jobs/3 new, version 3
+}
+
 // A backup is an SQLite file; Restore makes a new cluster of one member out of it.
 func ExampleRestore() {
 	db, done := open()
