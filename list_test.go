@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -289,7 +290,8 @@ func TestListingGoesOnFromAFile(t *testing.T) {
 		}
 		for l.spool() {
 		}
-		if l.pinned() || l.c != nil || l.file == nil || len(s.lists) != 1 {
+		file := l.file
+		if l.pinned() || l.c != nil || file == nil || len(s.lists) != 1 {
 			t.Fatalf("the transaction lives on, or the file does not, or the slot is free: %v, %v, %d", l.c, l.file, len(s.lists))
 		}
 		got = append(got, rest(t, l)...)
@@ -297,6 +299,9 @@ func TestListingGoesOnFromAFile(t *testing.T) {
 			t.Fatalf("%d rows, want %d, or others", len(got), len(want))
 		}
 		wantHeld(t, s, 0, 0)
+		if err := file.Close(); !errors.Is(err, os.ErrClosed) {
+			t.Fatalf("the file is still open: %v", err)
+		}
 	}
 }
 
@@ -635,6 +640,47 @@ func large(t testing.TB, s *Service) {
 	t.Helper()
 	for i := range 4 {
 		must(t, s.Set(ctxFor(t, patience), fmt.Sprintf("large/%d", i), make([]byte, listPageBytes)))
+	}
+}
+
+// Every list shows all of a transaction, wherever its keys are, or nothing.
+func TestListShowsTransactionsWhole(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	large(t, s) // between a and z
+	stop := make(chan struct{})
+	var writing sync.WaitGroup
+	defer writing.Wait()
+	defer close(stop)
+	for w := range 4 {
+		writing.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				value := fmt.Append(nil, w, i)
+				if _, err := s.Exec(ctxFor(t, patience), Set("a", value), Set("large/2", value), Set("z", value)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	versions := make(map[uint64]bool)
+	for len(versions) < 20 {
+		var seen []string
+		for e, err := range s.List(ctxFor(t, patience), "") {
+			must(t, err)
+			if len(e.Value) < listPageBytes {
+				seen = append(seen, string(e.Value))
+				versions[e.Version] = true
+			}
+		}
+		if n := len(slices.Compact(slices.Clone(seen))); n > 1 {
+			t.Fatalf("one list has %q", seen)
+		}
 	}
 }
 
