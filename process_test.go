@@ -129,6 +129,7 @@ func load(ctx context.Context, s *Service, writers int) int64 {
 type process struct {
 	t               *testing.T
 	dir, addr, join string
+	program         string // of an earlier release; "" is this test binary
 	client          *http.Client
 
 	mu    sync.Mutex // guards the fields below
@@ -139,9 +140,14 @@ type process struct {
 // newProcesses starts a cluster of three, all of them voters when it returns.
 func newProcesses(t *testing.T) []*process {
 	t.Helper()
+	return newProcessesOf(t, "")
+}
+
+func newProcessesOf(t *testing.T, program string) []*process {
+	t.Helper()
 	var list []*process
 	for i := range 3 {
-		p := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), client: newClient(t, new(line))}
+		p := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), program: program, client: newClient(t, new(line))}
 		t.Cleanup(p.stop)
 		if i > 0 {
 			p.join = list[0].addr
@@ -179,6 +185,9 @@ func (p *process) launch() {
 	must(p.t, err)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestMemberProcess$", "-test.timeout=0")
 	cmd.Env = append(os.Environ(), processEnv+"="+string(text))
+	if p.program != "" {
+		cmd = exec.Command(p.program, "-dir", p.dir, "-addr", p.addr, "-join", p.join)
+	}
 	cmd.Stderr = os.Stderr
 	var out bytes.Buffer
 	cmd.Stdout = &out

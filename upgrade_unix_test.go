@@ -1,0 +1,205 @@
+//go:build unix
+
+package quorate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// This version beside the first release: the program of testdata/release/member, built from that one's source.
+
+// buildRelease builds that program with the library of an earlier version.
+func buildRelease(t *testing.T, version string) (program string) {
+	t.Helper()
+	archive, err := filepath.Abs(filepath.Join("testdata", "release", version+".tar.gz"))
+	must(t, err)
+	dir := t.TempDir()
+	run := func(dir, name string, args ...string) {
+		t.Helper()
+		cmd := exec.Command(name, args...)
+		cmd.Dir, cmd.Env = dir, append(os.Environ(), "GOWORK=off", "GOFLAGS=")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", cmd, err, out)
+		}
+	}
+	run(dir, "tar", "xzf", archive)
+	source := filepath.Join(dir, "quorate")
+	must(t, os.CopyFS(filepath.Join(source, "member"), os.DirFS(filepath.Join("testdata", "release", "member"))))
+	program = filepath.Join(dir, "program")
+	run(source, "go", "build", "-o", program, "./member")
+	return program
+}
+
+func TestBesideTheFirstRelease(t *testing.T) {
+	t.Parallel()
+	program := buildRelease(t, "v0.1.0")
+	t.Run("upgrade", func(t *testing.T) { rollingUpgrade(t, program) })
+	t.Run("going back", func(t *testing.T) { goingBack(t, program) })
+}
+
+// rollingUpgrade upgrades one member after another, while clients write and read on all of them.
+func rollingUpgrade(t *testing.T, program string) {
+	list := newProcessesOf(t, program)
+	c := make(testCluster, len(list))
+	up := make([]atomic.Pointer[Service], len(list)) // what the clients see
+	h := newHistory()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	do := func(i int) func(order) (report, error) {
+		return func(o order) (report, error) {
+			if s := up[i].Load(); s != nil {
+				return obey(s, o), nil
+			}
+			return list[i].do(o)
+		}
+	}
+	var clients sync.WaitGroup
+	for i := range 6 {
+		clients.Go(func() { h.run(ctx, t, i, do(i%3), 5*time.Millisecond) })
+	}
+	log := newLogged("keeps the cluster")
+	for i, p := range list {
+		p.stop()
+		l := new(line)
+		c[i] = &testMember{t: t, line: l, conf: Config{Dir: p.dir, Addr: p.addr, Client: newClient(t, l), Logger: slog.New(log)}}
+		t.Cleanup(c[i].stop)
+		up[i].Store(c[i].start())
+		must(t, c[i].s.Ready(ctxFor(t, patience)))
+		switch i {
+		case 0:
+			checkFirstFormat(t, c[i], list[1:])
+		case 1:
+			oneOfUsLeads(t, c[:2], list[2])
+			eventually(t, patience, "that the leader has looked", func() error {
+				if texts := log.all(); !slices.ContainsFunc(texts, func(text string) bool {
+					return strings.Contains(text, list[2].addr) && strings.Contains(text, "reads up to format 1")
+				}) {
+					return fmt.Errorf("the log says %q", texts)
+				}
+				return nil
+			})
+			checkFirstFormat(t, c[i], list[2:])
+		}
+	}
+	eventually(t, patience, "the new format", func() error {
+		for _, m := range c {
+			if at := m.s.store.meta().format; at != historyFormat {
+				return fmt.Errorf("%s is at format %d", m.conf.Addr, at)
+			}
+		}
+		return nil
+	})
+	<-time.After(200 * time.Millisecond) // of writes in the new format
+	cancel()
+	clients.Wait()
+	must(t, c[0].s.Set(ctxFor(t, patience), "last", nil))
+	c.awaitEqual(t)
+	rows := sqlite3(t, "-readonly", c[0].snap(), "select * from history")
+	if n := strings.Count(rows, "\n") + 1; n < 20 {
+		t.Errorf("the history has %d rows", n)
+	}
+	for i, m := range c {
+		if got := sqlite3(t, "-readonly", m.snap(), "select * from history"); got != rows {
+			t.Errorf("the history of member %d is\n%s\nand that of the first\n%s", i, got, rows)
+		}
+	}
+	for key := range h.keys {
+		h.make(t, 99, do(0), asked{op: "get", key: key})
+	}
+	h.check(t)
+}
+
+// oneOfUsLeads stops the last member of the first release until another one leads.
+func oneOfUsLeads(t *testing.T, c testCluster, last *process) {
+	t.Helper()
+	last.freeze()
+	defer last.thaw()
+	eventually(t, patience, "one of this version to lead", func() error {
+		for _, m := range c {
+			if m.s.Status().Role == Leader {
+				return nil
+			}
+		}
+		return errors.New("none of them does")
+	})
+}
+
+// checkFirstFormat: the state is at the first format, and what that version did not know works all the same on this one.
+func checkFirstFormat(t *testing.T, m *testMember, older []*process) {
+	t.Helper()
+	ctx := ctxFor(t, patience)
+	if at := m.s.store.meta().format; at != firstFormat {
+		t.Errorf("format %d with members of the first release", at)
+	}
+	if got := sqlite3(t, "-readonly", m.snap(), "pragma user_version; select count(*) from sqlite_schema where name = 'history'"); got != "1\n0" {
+		t.Errorf("version and number of histories are %q", got)
+	}
+	prefix := m.conf.Addr + "/"
+	tx := []Op{IfNotExists(prefix + "x"), Set(prefix+"x", []byte("1")), Set(prefix+"y", []byte("2"))}
+	revision, err := m.s.Exec(ctx, tx...)
+	must(t, err)
+	if _, err := m.s.Exec(ctx, tx...); !errors.Is(err, ErrUnsatisfied) {
+		t.Errorf("the same again: %v", err)
+	}
+	var got []Entry
+	for e, err := range m.s.List(ctx, prefix) {
+		must(t, err)
+		got = append(got, e)
+	}
+	want := []Entry{{prefix + "x", []byte("1"), revision - 1, revision - 1}, {prefix + "y", []byte("2"), revision, revision}}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("the list is %v, want %v", got, want)
+	}
+	for _, p := range older {
+		if v := p.must(order{Op: "get", Key: prefix + "y"}).Value; string(v) != "2" {
+			t.Errorf("%s, of the first release, reads %q", p.addr, v)
+		}
+	}
+}
+
+// goingBack: what this version has written is not for the first release, whose errors say so and change nothing.
+func goingBack(t *testing.T, program string) {
+	c := newCluster(t, 1)
+	must(t, c[0].s.Set(t.Context(), "k", []byte("v")))
+	refused := func(dir, addr, join string, words ...string) {
+		t.Helper()
+		cmd := exec.CommandContext(ctxFor(t, patience), program, "-dir", dir, "-addr", addr, "-join", join)
+		out, err := cmd.CombinedOutput()
+		if err == nil {
+			t.Errorf("it opens %s", dir)
+		}
+		for _, w := range append(words, ErrFormat.Error()) {
+			if !bytes.Contains(out, []byte(w)) {
+				t.Errorf("%q does not say %q", out, w)
+			}
+		}
+	}
+	addr := freeAddr(t)
+	must(t, c[0].s.AddAllowedMember(t.Context(), addr))
+	refused(filepath.Join(t.TempDir(), "data"), addr, c[0].conf.Addr, "format 2", "reads up to 1", "upgrade it")
+	if n := len(c[0].s.Status().Members); n != 1 {
+		t.Errorf("%d members", n)
+	}
+	c[0].stop()
+	snap, err := os.ReadFile(c[0].snap())
+	must(t, err)
+	refused(c[0].conf.Dir, c[0].conf.Addr, "", "version 2")
+	if after, err := os.ReadFile(c[0].snap()); err != nil || !bytes.Equal(snap, after) {
+		t.Errorf("the refused start changed snap: %v", err)
+	}
+	wantGet(t, c[0].start(), "k", []byte("v"))
+}
