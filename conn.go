@@ -35,7 +35,11 @@ type conn struct {
 var sqliteDriver sqlite.Driver
 
 func openConn(path, params string, pragmas ...string) (*conn, error) {
-	raw, err := sqliteDriver.Open(fileURI(path, params))
+	return openConnWith(&sqliteDriver, path, params, pragmas...)
+}
+
+func openConnWith(d *sqlite.Driver, path, params string, pragmas ...string) (*conn, error) {
+	raw, err := d.Open(fileURI(path, params))
 	if err != nil {
 		return nil, err
 	}
@@ -518,12 +522,17 @@ func columnBytes(v driver.Value) (b []byte, ok bool) {
 
 // SQLite's primary result codes that we act on.
 const (
-	sqliteBusy    = 5
-	sqliteIOErr   = 10
-	sqliteCorrupt = 11
-	sqliteFull    = 13
-	sqliteNotADB  = 26
-	sqliteShmSize = sqliteIOErr | 19<<8 // extended
+	sqliteError    = 1 // in the SQL, or in what a function of SQL was given
+	sqliteBusy     = 5
+	sqliteReadOnly = 8
+	sqliteIOErr    = 10
+	sqliteCorrupt  = 11
+	sqliteFull     = 13
+	sqliteTooBig   = 18
+	sqliteMismatch = 20
+	sqliteRange    = 25
+	sqliteNotADB   = 26
+	sqliteShmSize  = sqliteIOErr | 19<<8 // extended
 )
 
 func sqliteCode(err error) int {

@@ -37,7 +37,9 @@
 //
 // One Set: db.go (the call) → tx.go (its limits) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and logstore.go (the log)
 // → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows). One Get: view.go (the call) → read.go (the round) → memory.go.
-// One List: list.go → read.go → memory.go, or conn.go when it does not hold all. The other rooms: peer.go, transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is),
+// One List: list.go → read.go → memory.go, or conn.go when it does not hold all. One Query: query.go → read.go, and then
+// SQLite itself. The other rooms: peer.go, transport.go and frame.go (how members talk), member.go (who takes part),
+// identity.go (who this member is),
 // recover.go (how a directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft
 // says).
 package quorate
@@ -82,7 +84,7 @@ var (
 
 	ErrNotFound  = errors.New("no such key")
 	ErrCompacted = errors.New("the history no longer reaches back that far") // a *CompactedError says how far; begin anew, or use Resync
-	ErrSlow      = errors.New("the consumer is too slow")                    // it took nothing for a minute; begin anew
+	ErrSlow      = errors.New("the consumer is too slow")                    // it took nothing for a minute, or held too much; begin anew
 )
 
 // LimitError says which limit a call broke. It is ErrTooLarge.

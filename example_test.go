@@ -297,3 +297,74 @@ func open() (db *quorate.Service, done func()) {
 		os.RemoveAll(dir)
 	}
 }
+
+// SQL over the current entries and over what led to them. It only reads: anything else is ErrInvalid.
+func ExampleService_Query() {
+	dir, err := os.MkdirTemp("", "quorate-")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+
+	ctx := context.Background()
+	db, err := quorate.Open(ctx, quorate.Config{Dir: dir})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer db.Close()
+	for _, job := range []struct{ key, val string }{
+		{"jobs/1", `{"queue":"mail","tries":0}`},
+		{"jobs/2", `{"queue":"bills","tries":0}`},
+		{"jobs/2", `{"queue":"bills","tries":3}`},
+	} {
+		if err := db.Set(ctx, job.key, []byte(job.val)); err != nil {
+			log.Fatal(err)
+		}
+	}
+	if err := db.Delete(ctx, "jobs/1"); err != nil {
+		log.Fatal(err)
+	}
+
+	rows, err := db.Query(ctx, `SELECT key, value->>'$.tries', version FROM kv WHERE value->>'$.queue' = ?`, "bills")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var key string
+		var tries int
+		var version uint64
+		if err := rows.Scan(&key, &tries, &version); err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(key, tries, version)
+	}
+	if err := rows.Err(); err != nil {
+		log.Fatal(err)
+	}
+
+	past, err := db.Query(ctx, `SELECT revision, key, deleted FROM history WHERE revision > ? ORDER BY revision`, 2)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer past.Close()
+	for past.Next() {
+		var revision uint64
+		var key string
+		var deleted bool
+		if err := past.Scan(&revision, &key, &deleted); err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(revision, key, deleted)
+	}
+	if err := past.Err(); err != nil {
+		log.Fatal(err)
+	}
+	_, err = db.Query(ctx, `DELETE FROM kv`)
+	fmt.Println(errors.Is(err, quorate.ErrInvalid), err)
+	// Output:
+	// jobs/2 3 3
+	// 3 jobs/2 false
+	// 4 jobs/1 true
+	// true query: invalid argument: Query only reads
+}

@@ -106,6 +106,7 @@ func (s *Service) openState(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.store.damaged = s.distrust
 	if s.fsm, err = newFSM(s.store, s.log); err != nil {
 		return err
 	}

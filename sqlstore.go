@@ -329,6 +329,9 @@ type store struct {
 
 	holdsMu sync.Mutex // guards holds
 	holds   map[hold]bool
+
+	queries *querier
+	damaged func(error) // told of damage that a query has met; set before the first one
 }
 
 // openStore creates the file if it is missing or empty, and otherwise checks what can be checked without reading kv.
@@ -351,6 +354,7 @@ func openStore(o storeOptions) (*store, error) {
 		lists:   make(chan struct{}, maxLists),
 		holds:   make(map[hold]bool),
 	}
+	s.queries, s.damaged = newQuerier(s), func(error) {}
 	for range cap(s.readers) {
 		s.readers <- nil
 	}
@@ -558,6 +562,7 @@ func (s *store) close() error {
 	for _, h := range s.openHolds() {
 		h.close()
 	}
+	s.queries.close()
 	for range cap(s.lists) { // one that was about to begin ends by itself: ending is closed
 		s.lists <- struct{}{}
 	}
