@@ -1078,79 +1078,170 @@ func TestRestartKeepsEverything(t *testing.T) {
 	}
 }
 
-const goldenDir = "testdata/format/v1/dir"
-
-// writeGolden makes the directory that the first release left. Its log has small segments, so that it can be kept here.
-// What is there stays: it was written by the code of its time, and is of no use otherwise.
-func writeGolden(t *testing.T) {
-	if _, err := os.Stat(goldenDir); err == nil {
-		return
-	}
-	must(t, os.MkdirAll(filepath.Join(goldenDir, "wal"), 0o700))
-	must(t, writeIdentity(goldenDir, identity{id: newID(), cluster: newID(), intent: intentBootstrap}))
-	l, err := openLog(logOptions{dir: filepath.Join(goldenDir, "wal"), segmentSize: 64 << 10, log: slog.New(slog.DiscardHandler)})
-	must(t, err)
-	must(t, l.close())
-	s, err := Open(t.Context(), Config{Dir: goldenDir})
-	must(t, err)
-	ctx := ctxFor(t, patience)
-	must(t, s.Set(ctx, "flags/new-checkout", []byte("off")))
-	must(t, s.Set(ctx, "flags/new-checkout", []byte("on")))
-	must(t, s.Insert(ctx, "leader", []byte("größer")))
-	must(t, s.Set(ctx, "blob", []byte{0xff, 0x00, 0xfe}))
-	must(t, s.Set(ctx, "empty", nil))
-	must(t, s.Set(ctx, "gone", []byte("soon")))
-	must(t, s.Delete(ctx, "gone"))
-	must(t, s.AddAllowedMember(ctx, "db2.example:7001"))
-	must(t, s.Close())
-	must(t, os.Remove(filepath.Join(goldenDir, "wal", "lock")))
+// A golden is a directory of some format, and what must be in it whoever opens it.
+type golden struct {
+	conf     Config // what was given beside Dir
+	fill     func(t *testing.T, s *Service)
+	rows     []goldenRow
+	revision uint64
+	history  []string // of the directory as it was closed; see describe
 }
 
-// A directory that an earlier version left is opened, with all that it holds; and its log alone gives the same.
-func TestOldDirectory(t *testing.T) {
-	if *update {
-		writeGolden(t)
-	}
-	for _, way := range []string{"as it is", "from its log alone"} {
-		t.Run(way, func(t *testing.T) {
-			dir := filepath.Join(t.TempDir(), "data")
-			must(t, os.CopyFS(dir, os.DirFS(goldenDir)))
-			if way != "as it is" {
-				must(t, os.Remove(filepath.Join(dir, "snap")))
-			}
-			s, err := Open(t.Context(), Config{Dir: dir})
-			must(t, err)
-			defer s.Close()
-			must(t, s.Ready(ctxFor(t, patience)))
-			for _, want := range []struct {
-				key              string
-				value            []byte
-				version, created uint64
-			}{
-				{"flags/new-checkout", []byte("on"), 2, 1},
-				{"leader", []byte("größer"), 3, 3},
-				{"blob", []byte{0xff, 0x00, 0xfe}, 4, 4},
-				{"empty", []byte{}, 5, 5},
-				{"gone", nil, 0, 0},
+type goldenRow struct {
+	key              string
+	value            []byte // nil = missing
+	version, created uint64
+}
+
+var goldens = map[string]golden{
+	"v1": {
+		conf: Config{format: firstFormat},
+		fill: func(t *testing.T, s *Service) {
+			ctx := ctxFor(t, patience)
+			must(t, s.Set(ctx, "flags/new-checkout", []byte("off")))
+			must(t, s.Set(ctx, "flags/new-checkout", []byte("on")))
+			must(t, s.Insert(ctx, "leader", []byte("größer")))
+			must(t, s.Set(ctx, "blob", []byte{0xff, 0x00, 0xfe}))
+			must(t, s.Set(ctx, "empty", nil))
+			must(t, s.Set(ctx, "gone", []byte("soon")))
+			must(t, s.Delete(ctx, "gone"))
+			must(t, s.AddAllowedMember(ctx, "db2.example:7001"))
+		},
+		rows: []goldenRow{
+			{"flags/new-checkout", []byte("on"), 2, 1},
+			{"leader", []byte("größer"), 3, 3},
+			{"blob", []byte{0xff, 0x00, 0xfe}, 4, 4},
+			{"empty", []byte{}, 5, 5},
+			{"gone", nil, 0, 0},
+		},
+		revision: 7,
+	},
+	"v2": {
+		conf: Config{History: 5},
+		fill: func(t *testing.T, s *Service) {
+			ctx := ctxFor(t, patience)
+			must(t, s.Set(ctx, "flags/new-checkout", []byte("off")))
+			must(t, s.Set(ctx, "flags/new-checkout", []byte("on")))
+			must(t, s.Insert(ctx, "leader", []byte("größer")))
+			for _, tx := range [][]Op{
+				{IfVersion("leader", 3), Set("blob", []byte{0xff, 0x00, 0xfe}), Set("empty", nil), Set("gone", []byte("soon"))},
+				{IfExists("gone"), IfValue("empty", nil), Delete("gone"), Set("leader", []byte("kleiner"))},
+				{Delete("missing")},
 			} {
-				wantGet(t, s, want.key, want.value)
-				r, _, err := s.store.get(want.key)
+				_, err := s.Exec(ctx, tx...)
 				must(t, err)
-				if r.version != want.version || r.created != want.created {
-					t.Errorf("%s has version %d, created %d; want %d, %d", want.key, r.version, r.created, want.version, want.created)
+			}
+			if err := s.Insert(ctx, "leader", nil); err != ErrUnsatisfied {
+				t.Fatal(err)
+			}
+			must(t, s.AddAllowedMember(ctx, "db2.example:7001"))
+		},
+		rows: []goldenRow{
+			{"flags/new-checkout", []byte("on"), 2, 1},
+			{"leader", []byte("kleiner"), 8, 3},
+			{"blob", []byte{0xff, 0x00, 0xfe}, 4, 4},
+			{"empty", []byte{}, 5, 5},
+			{"gone", nil, 0, 0},
+		},
+		revision: 8,
+		history: []string{
+			`4 of 4-6: blob = "\xff\x00\xfe", made at 4, was 0`,
+			`5 of 5-6: empty = "", made at 5, was 0`,
+			`6 of 6-6: gone = "soon", made at 6, was 0`,
+			`7 of 7-8: gone deleted, was 6`,
+			`8 of 8-8: leader = "kleiner", made at 3, was 3`,
+		},
+	},
+}
+
+// describe puts changes into words.
+func describe(list []past) []string {
+	var lines []string
+	for _, p := range list {
+		what := " deleted"
+		if p.now != nil {
+			what = fmt.Sprintf(" = %q, made at %d", p.now.value, p.now.created)
+		}
+		lines = append(lines, fmt.Sprintf("%d of %[1]d-%d: %s%s, was %d", p.revision, p.last, p.key, what, p.previous))
+	}
+	return lines
+}
+
+func goldenDir(version string) string { return filepath.Join("testdata", "format", version, "dir") }
+
+// write makes the directory, as the release that brought the format left it. Its log has small segments, so that it can be kept
+// here. What is there stays: it was written by the code of its time, and is of no use otherwise.
+func (g golden) write(t *testing.T, version string) {
+	dir := goldenDir(version)
+	if _, err := os.Stat(dir); err == nil {
+		return
+	}
+	must(t, os.MkdirAll(filepath.Join(dir, "wal"), 0o700))
+	must(t, writeIdentity(dir, identity{id: newID(), cluster: newID(), intent: intentBootstrap}))
+	l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), segmentSize: 64 << 10, log: slog.New(slog.DiscardHandler)})
+	must(t, err)
+	must(t, l.close())
+	g.conf.Dir = dir
+	s, err := Open(t.Context(), g.conf)
+	must(t, err)
+	g.fill(t, s)
+	must(t, s.Close())
+	must(t, os.Remove(filepath.Join(dir, "wal", "lock")))
+}
+
+// A directory that an earlier version left is opened, with all that it holds, and is then of the newest format; and its log alone
+// gives the same.
+func TestOldDirectory(t *testing.T) {
+	for version, g := range goldens {
+		if *update {
+			g.write(t, version)
+		}
+		for _, way := range []string{"as it is", "from its log alone"} {
+			t.Run(version+" "+way, func(t *testing.T) {
+				dir := filepath.Join(t.TempDir(), "data")
+				must(t, os.CopyFS(dir, os.DirFS(goldenDir(version))))
+				if way != "as it is" {
+					must(t, os.Remove(filepath.Join(dir, "snap")))
 				}
-			}
-			if r := s.Status().Revision; r != 7 {
-				t.Errorf("revision %d, want 7", r)
-			}
-			if !s.fsm.members.Load().allowed["db2.example:7001"] {
-				t.Error("the permission is lost")
-			}
-			must(t, s.Insert(ctxFor(t, patience), "new", nil))
-			if r := s.Status().Revision; r != 8 {
-				t.Errorf("revision %d after one more write, want 8", r)
-			}
-			must(t, s.Err())
-		})
+				s, err := Open(t.Context(), Config{Dir: dir})
+				must(t, err)
+				defer s.Close()
+				must(t, s.Ready(ctxFor(t, patience)))
+				g.check(t, s)
+				must(t, s.Err())
+			})
+		}
+	}
+}
+
+func (g golden) check(t *testing.T, s *Service) {
+	t.Helper()
+	for _, want := range g.rows {
+		wantGet(t, s, want.key, want.value)
+		r, _, err := s.store.get(want.key)
+		must(t, err)
+		if r.version != want.version || r.created != want.created {
+			t.Errorf("%s has version %d, created %d; want %d, %d", want.key, r.version, r.created, want.version, want.created)
+		}
+	}
+	if !s.fsm.members.Load().allowed["db2.example:7001"] {
+		t.Error("the permission is lost")
+	}
+	// A directory without a history begins one where it stands; a longer one does not bring back what is gone.
+	m, oldest := s.store.meta(), g.revision-uint64(len(g.history))
+	if m.revision != g.revision || m.format != entryFormat || m.keep != defaultHistory || m.oldest() != oldest {
+		t.Errorf("revision %d, format %d, %d changes kept, the oldest to resume from is %d", m.revision, m.format, m.keep, m.oldest())
+	}
+	var gone *CompactedError
+	if _, err := s.store.changes(oldest - 1); !errors.As(err, &gone) || gone.Oldest != oldest {
+		t.Errorf("what is before the history: %v", err)
+	}
+	must(t, s.Insert(ctxFor(t, patience), "new", nil))
+	list, err := s.store.changes(oldest)
+	must(t, err)
+	next := g.revision + 1
+	want := append(slices.Clone(g.history), fmt.Sprintf(`%d of %[1]d-%[1]d: new = "", made at %[1]d, was 0`, next))
+	if got := describe(list); !slices.Equal(got, want) {
+		t.Errorf("the history is\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }

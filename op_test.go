@@ -59,38 +59,49 @@ func batchOf(session, seq, acked uint64, txs ...transaction) entry {
 	return entry{kind: entryBatch, batch: batch{session: session, seq: seq, acked: acked, txs: txs}}
 }
 
+// inFormat is the entry as it is written while the state is at a format.
+func (e entry) inFormat(format uint64) entry {
+	e.format = format
+	if e.kind == entryRaise && format >= historyFormat {
+		e.history = 5000
+	}
+	return e
+}
+
 // What is in a log is read for years: these bytes must not change, whatever the code does.
 func TestEntryBytesStay(t *testing.T) {
-	path := filepath.Join("testdata", "format", "v1", "entries.txt")
-	if *update {
-		var b strings.Builder
-		for _, g := range goldenEntries {
-			fmt.Fprintf(&b, "# %s\n%x\n", g.words, encodeEntry(g.entry))
+	for format := uint64(firstFormat); format <= entryFormat; format++ {
+		path := filepath.Join("testdata", "format", fmt.Sprint("v", format), "entries.txt")
+		if _, err := os.Stat(path); err != nil && *update {
+			var b strings.Builder
+			for _, g := range goldenEntries {
+				fmt.Fprintf(&b, "# %s\n%x\n", g.words, encodeEntry(g.entry.inFormat(format)))
+			}
+			must(t, os.WriteFile(path, []byte(b.String()), 0o644))
 		}
-		must(t, os.WriteFile(path, []byte(b.String()), 0o644))
-	}
-	text, err := os.ReadFile(path)
-	must(t, err)
-	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
-	if len(lines) != 2*len(goldenEntries) {
-		t.Fatalf("%s has %d lines, want two for each of %d entries", path, len(lines), len(goldenEntries))
-	}
-	for i, g := range goldenEntries {
-		t.Run(g.words, func(t *testing.T) {
-			if lines[2*i] != "# "+g.words {
-				t.Fatalf("the file has %q here", lines[2*i])
-			}
-			data, err := hex.DecodeString(lines[2*i+1])
-			must(t, err)
-			got, err := decodeEntry(data)
-			must(t, err)
-			if !equalEntries(got, g.entry) {
-				t.Errorf("these bytes mean %+v, want %+v", got, g.entry)
-			}
-			if again := encodeEntry(got); !bytes.Equal(again, data) {
-				t.Errorf("encoded again:\n%x, want\n%x", again, data)
-			}
-		})
+		text, err := os.ReadFile(path)
+		must(t, err)
+		lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+		if len(lines) != 2*len(goldenEntries) {
+			t.Fatalf("%s has %d lines, want two for each of %d entries", path, len(lines), len(goldenEntries))
+		}
+		for i, g := range goldenEntries {
+			t.Run(fmt.Sprintf("format %d, %s", format, g.words), func(t *testing.T) {
+				if lines[2*i] != "# "+g.words {
+					t.Fatalf("the file has %q here", lines[2*i])
+				}
+				data, err := hex.DecodeString(lines[2*i+1])
+				must(t, err)
+				got, err := decodeEntry(data)
+				must(t, err)
+				if want := g.entry.inFormat(format); !equalEntries(got, want) {
+					t.Errorf("these bytes mean %+v, want %+v", got, want)
+				}
+				if again := encodeEntry(got); !bytes.Equal(again, data) {
+					t.Errorf("encoded again:\n%x, want\n%x", again, data)
+				}
+			})
+		}
 	}
 }
 
@@ -120,6 +131,7 @@ func equalEntries(a, b entry) bool {
 func FuzzEntry(f *testing.F) {
 	for _, g := range goldenEntries {
 		f.Add(encodeEntry(g.entry))
+		f.Add(encodeEntry(g.entry.inFormat(historyFormat)))
 	}
 	for _, data := range [][]byte{nil, {1}, {0, 3}, {1, 9}, {2, 3}, {1, 3, 0}, {1, 4, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1}} {
 		f.Add(data)
