@@ -48,7 +48,8 @@ func TestBesideTheFirstRelease(t *testing.T) {
 	t.Parallel()
 	program := buildRelease(t, "v0.1.0")
 	t.Run("upgrade", func(t *testing.T) { rollingUpgrade(t, program) })
-	t.Run("going back", func(t *testing.T) { goingBack(t, program) })
+	t.Run("going back in the first format", func(t *testing.T) { goingBackInTime(t, program) })
+	t.Run("going back too late", func(t *testing.T) { goingBackTooLate(t, program) })
 }
 
 // rollingUpgrade upgrades one member after another, while clients write and read on all of them.
@@ -171,8 +172,37 @@ func checkFirstFormat(t *testing.T, m *testMember, older []*process) {
 	}
 }
 
-// goingBack: what this version has written is not for the first release, whose errors say so and change nothing.
-func goingBack(t *testing.T, program string) {
+// goingBackInTime: at the first format the state of this version is what the first release takes for its own, as a snapshot that
+// it receives and as a directory that it opens.
+func goingBackInTime(t *testing.T, program string) {
+	c := newCluster(t, 1, older)
+	m := c[0]
+	_, err := m.s.Exec(t.Context(), Set("j", []byte("1")), Set("k", []byte("2")))
+	must(t, err)
+	c.cutLogs(t, m.s.Status().AppliedIndex)
+	joiner := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), join: m.conf.Addr, program: program, client: m.conf.Client}
+	t.Cleanup(joiner.stop)
+	must(t, m.s.AddAllowedMember(t.Context(), joiner.addr))
+	joiner.start()
+	joiner.awaitReady()
+	c.awaitVoters(t, 2)
+	m.stop()
+	back := &process{t: t, dir: m.conf.Dir, addr: m.conf.Addr, program: program, client: m.conf.Client}
+	t.Cleanup(back.stop)
+	back.start()
+	for _, p := range []*process{joiner, back} {
+		p.awaitReady()
+		if v := p.must(order{Op: "get", Key: "k"}).Value; string(v) != "2" {
+			t.Errorf("%s reads %q", p.addr, v)
+		}
+		p.must(order{Op: "set", Key: "k", Value: []byte("2")})
+		p.must(order{Op: "err"})
+	}
+	awaitEqualProcesses(t, []*process{joiner, back})
+}
+
+// goingBackTooLate: what this version has written since is not for the first release, whose errors say so and change nothing.
+func goingBackTooLate(t *testing.T, program string) {
 	c := newCluster(t, 1)
 	must(t, c[0].s.Set(t.Context(), "k", []byte("v")))
 	refused := func(dir, addr, join string, words ...string) {
