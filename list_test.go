@@ -228,7 +228,7 @@ func TestListingIsOfOneMoment(t *testing.T) {
 				}
 			}
 		})
-		for i := range 60 {
+		for i := range 150 {
 			l := beginListing(t, s, span{limit: -1, reverse: i%2 == 1})
 			newest, rows := uint64(0), 0
 			want := fmt.Sprint(l.revision)
@@ -799,6 +799,11 @@ func TestListIsLinearizable(t *testing.T) {
 		defer cancel()
 		if got, err := collect(t, f.s.List(ctx, "k")); len(got) > 0 || !errors.Is(err, ErrNoLeader) || !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("without a majority: %q, %v", got, err)
+		}
+		began := time.Now()
+		got, err := collect(t, f.s.List(context.Background(), "k"))
+		if took := time.Since(began); len(got) > 0 || !errors.Is(err, ErrNoLeader) || took > f.s.conf.Timeout+time.Second {
+			t.Errorf("without a deadline: %q, %v after %v", got, err, took)
 		}
 		if got, err := collect(t, f.s.Local().List(t.Context(), "k")); len(got) != 5 || err != nil {
 			t.Errorf("its own copy: %q, %v", got, err)
