@@ -35,13 +35,12 @@
 //
 // # Reading the code
 //
-// One Set: db.go (the call) → tx.go (its limits) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and logstore.go (the log)
-// → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows). One Get: view.go (the call) → read.go (the round) → memory.go.
+// One Set: db.go (the call) → tx.go (its limits) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and
+// logstore.go (the log) → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows). One Get: view.go (the call) → read.go (the round) → memory.go.
 // One List: list.go → read.go → memory.go, or conn.go when it does not hold all. One Query: query.go → read.go, and then
 // SQLite itself. The other rooms: peer.go, transport.go and frame.go (how members talk), member.go (who takes part),
-// identity.go (who this member is),
-// recover.go (how a directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft
-// says).
+// identity.go (who this member is), recover.go (how a directory comes to life), copy.go (how a state travels), health.go (what is
+// wrong now), slog.go (what raft says).
 package quorate
 
 import (

@@ -59,7 +59,8 @@ var queryLimits = []struct{ id, limit int }{
 // Rows, and ask for their Err after the last one.
 //
 // What is not one reading statement is ErrInvalid: a statement that writes, a PRAGMA, BEGIN, ATTACH, two statements, wrong SQL, a
-// private table. A statement has 1 MiB at most (*LimitError), and a value in it or out of it 64 MiB.
+// private table. A statement has 1 MiB at most (*LimitError), and a value in it or out of it 64 MiB. What is sorted or grouped and
+// takes more than about 2 MB goes into the system's directory for temporary files meanwhile.
 //
 // Query waits as Get does, with the same errors, for at most Config.Timeout if ctx has no deadline. From then on the Rows end
 // when ctx ends, and 30 seconds after the statement began: then their Err is context.DeadlineExceeded. It is ErrSlow if more than
@@ -193,6 +194,7 @@ type running struct {
 	finished bool
 }
 
+// begin starts what ends it: the time, and the caller's context.
 func (q *querier) begin(ctx context.Context) *running {
 	r := &running{Context: ctx, q: q, before: q.s.walSize(), pin: q.pin, done: make(chan struct{})}
 	tooLong := fmt.Errorf("query: longer than %v: %w", q.time, context.DeadlineExceeded)
