@@ -100,16 +100,8 @@ func (m *memory) empty() {
 func (m *memory) whole() bool   { return memoryState(m.state.Load()) == memoryWhole }
 func (m *memory) dropped() bool { return memoryState(m.state.Load()) == memoryDropped }
 
-// get allocates nothing; the value is shared and must not be changed. ok means little unless whole.
-func (m *memory) get(key string) (r row, ok, whole bool) {
-	it, whole := m.item(key)
-	if it == nil {
-		return row{}, false, whole
-	}
-	return it.row, true, whole
-}
-
-// item asks for the state first, so that a reader of a copy that is not whole never waits for the scan's merge.
+// item allocates nothing. It is nil if there is none, and means little unless whole. It asks for the state first, so that a reader
+// of a copy that is not whole never waits for the scan's merge.
 func (m *memory) item(key string) (it *item, whole bool) {
 	if !m.whole() {
 		return nil, false

@@ -93,7 +93,7 @@ func TestMemoryOverBudgetIsDropped(t *testing.T) {
 func TestMemoryGetAllocatesNothing(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	fill(t, s, 100, 100)
-	if n := testing.AllocsPerRun(100, func() { s.memory.get("key/0000042") }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { s.memory.item("key/0000042") }); n != 0 {
 		t.Fatalf("%v allocations", n)
 	}
 }

@@ -83,8 +83,8 @@ func (r *rounds) join(ctx context.Context) (landing, error) {
 
 // fly runs a round and starts the next one if one has formed.
 func (r *rounds) fly(ctx context.Context, rd *round) {
-	ctx, cancel := context.WithTimeout(ctx, roundTimeout)
 	rd.at.began = time.Now()
+	ctx, cancel := context.WithDeadline(ctx, rd.at.began.Add(roundTimeout))
 	rd.at.readPoint, rd.err = r.run(ctx)
 	cancel()
 	close(rd.done)

@@ -999,20 +999,17 @@ func (s *store) walSize() int64 {
 	return info.Size()
 }
 
-// get returns a committed row; its value is shared, and the caller copies it before handing it out.
-func (s *store) get(key string) (row, bool, error) {
-	if r, ok, whole := s.memory.get(key); whole {
-		return r, ok, nil
+// item returns what is committed under key, nil if nothing is. It is shared, and the caller copies the value before handing it
+// out.
+func (s *store) item(key string) (it *item, err error) {
+	if it, whole := s.memory.item(key); whole {
+		return it, nil
 	}
-	var it *item
-	err := s.read(func(c *conn) (err error) {
+	err = s.read(func(c *conn) (err error) {
 		it, err = c.get(key)
 		return err
 	})
-	if err != nil || it == nil {
-		return row{}, false, err
-	}
-	return it.row, true, nil
+	return it, err
 }
 
 func (s *store) sessions() (rows []sessionRow, err error) {

@@ -538,3 +538,32 @@ func FuzzOps(f *testing.F) {
 		}
 	})
 }
+
+// One writer: what a call costs beside the disk is in the allocations.
+func BenchmarkWrite(b *testing.B) {
+	s := openSole(b)
+	value := make([]byte, 256)
+	ctx := b.Context()
+	for _, c := range []struct {
+		name  string
+		write func() error
+	}{
+		{"Set", func() error { return s.Set(ctx, "k", value) }},
+		{"Exec", func() error { _, err := s.Exec(ctx, Set("k", value)); return err }},
+		{"Exec of 16", func() error {
+			ops := make([]Op, 16)
+			for i := range ops {
+				ops[i] = Set(fmt.Sprint(i), value)
+			}
+			_, err := s.Exec(ctx, ops...)
+			return err
+		}},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				must(b, c.write())
+			}
+		})
+	}
+}

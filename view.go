@@ -32,51 +32,60 @@ func (k missingKey) Is(target error) bool { return target == ErrNotFound }
 // log. Errors: ErrNoLeader while no majority answers, the context's error, ErrClosed, ErrRemoved, ErrCorrupt; ErrInvalid and
 // ErrTooLarge for what is no key. A retry is safe.
 func (s *Service) Get(ctx context.Context, key string) ([]byte, error) {
-	e, err := s.lookup(ctx, key)
-	if err != nil {
+	it, err := s.lookup(ctx, key)
+	switch {
+	case err != nil:
 		return nil, fmt.Errorf("get: %w", err)
+	case it == nil:
+		return nil, nil
 	}
-	return e.Value, nil
+	return clone(it.value), nil
 }
 
 // Lookup is Get with the key's revisions. The versions of one key only grow, so an Entry that has the same Version is the same
 // entry, and IfVersion makes a write depend on what was looked up here. A missing key is ErrNotFound with Entry{Key: key}, whose
 // Version, 0, is what IfVersion takes for an absent key. The other errors are those of Get; a retry is safe.
 func (s *Service) Lookup(ctx context.Context, key string) (Entry, error) {
-	e, err := s.lookup(ctx, key)
-	if err != nil {
+	it, err := s.lookup(ctx, key)
+	switch {
+	case err != nil:
 		return Entry{Key: key}, fmt.Errorf("lookup: %w", err)
+	case it == nil:
+		return Entry{Key: key}, missingKey(key)
 	}
-	if e.Version == 0 {
-		return e, missingKey(key)
-	}
-	return e, nil
+	return Entry{key, clone(it.value), it.version, it.created}, nil
 }
 
-// lookup is a read round and then entry.
-func (s *Service) lookup(ctx context.Context, key string) (Entry, error) {
+// lookup is a read round and then the item.
+func (s *Service) lookup(ctx context.Context, key string) (*item, error) {
 	if err := checkKey(key); err != nil {
-		return Entry{}, err
+		return nil, err
 	}
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	if err := s.catchUp(ctx); err != nil {
-		return Entry{}, err
+		return nil, err
 	}
-	return s.entry(key)
+	return s.item(key)
 }
 
-// entry is a copy of what this member has under key; Version 0 = nothing. A row that is damaged is no answer, and wakes the
-// rebuild.
-func (s *Service) entry(key string) (Entry, error) {
-	r, ok, err := s.store.get(key)
-	if errors.Is(err, ErrCorrupt) {
-		s.distrust(err)
+// item is what this member has under key, nil if nothing; it is shared. A row that is damaged is no answer, and wakes the rebuild.
+func (s *Service) item(key string) (*item, error) {
+	it, err := s.store.item(key)
+	if err != nil {
+		if errors.Is(err, ErrCorrupt) {
+			s.distrust(err)
+		}
+		return nil, err
 	}
-	if err != nil || !ok {
-		return Entry{Key: key}, err
-	}
-	return Entry{Key: key, Value: append([]byte{}, r.value...), Version: r.version, Created: r.created}, nil
+	return it, nil
+}
+
+// clone is never nil: of an empty value it is an empty one.
+func clone(value []byte) []byte {
+	b := make([]byte, len(value))
+	copy(b, value)
+	return b
 }
 
 // A View reads this member's own copy: no network, no waiting for others. It may be behind, without bound while this member is
@@ -94,11 +103,11 @@ func (v View) Get(key string) []byte {
 	if v.closed() {
 		return nil
 	}
-	e, err := v.s.entry(key)
-	if err != nil {
+	it, err := v.s.item(key)
+	if err != nil || it == nil {
 		return nil
 	}
-	return e.Value
+	return clone(it.value)
 }
 
 // Lookup reads key from this member's copy. A missing key is ErrNotFound with Entry{Key: key}. Errors: ErrClosed, ErrCorrupt if
@@ -107,17 +116,17 @@ func (v View) Lookup(key string) (Entry, error) {
 	if v.closed() {
 		return Entry{Key: key}, ErrClosed
 	}
-	e, err := v.s.entry(key)
+	it, err := v.s.item(key)
 	switch {
-	case err != nil:
-		return e, fmt.Errorf("lookup: %w", err)
-	case e.Version != 0:
-		return e, nil
+	case it != nil:
+		return Entry{key, clone(it.value), it.version, it.created}, nil
+	case err == nil:
+		err = checkKey(key) // only now, for a key that is found is one
 	}
-	if err := checkKey(key); err != nil { // last, for a key that is found is one
-		return e, fmt.Errorf("lookup: %w", err)
+	if err != nil {
+		return Entry{Key: key}, fmt.Errorf("lookup: %w", err)
 	}
-	return e, missingKey(key)
+	return Entry{Key: key}, missingKey(key)
 }
 
 // closed costs one atomic load; nothing hides this fault.

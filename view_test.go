@@ -236,3 +236,74 @@ func TestFreshnessBoundsTheAge(t *testing.T) {
 		}
 	})
 }
+
+// benchSole is a member without a network with 1,024 keys of 256 bytes.
+func benchSole(b *testing.B) (s *Service, keys []string) {
+	s = openSole(b)
+	value := make([]byte, 256)
+	var writers sync.WaitGroup
+	for i := range 1024 {
+		keys = append(keys, fmt.Sprintf("key/%07d", i))
+		writers.Go(func() {
+			if err := s.Set(context.Background(), keys[i], value); err != nil {
+				b.Error(err)
+			}
+		})
+	}
+	writers.Wait()
+	eventually(b, patience, "the check of the file", func() error { return s.verified(b.Context()) })
+	return s, keys
+}
+
+// benchReads measures one caller, and one on each processor.
+func benchReads(b *testing.B, read func(s *Service, key string) error) {
+	s, keys := benchSole(b)
+	b.Run("one", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			if err := read(s, keys[i&1023]); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for i := 0; pb.Next(); i++ {
+				if err := read(s, keys[i&1023]); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	})
+}
+
+func BenchmarkGet(b *testing.B) {
+	ctx := b.Context()
+	benchReads(b, func(s *Service, key string) error { _, err := s.Get(ctx, key); return err })
+}
+
+func BenchmarkLookup(b *testing.B) {
+	ctx := b.Context()
+	benchReads(b, func(s *Service, key string) error { _, err := s.Lookup(ctx, key); return err })
+}
+
+func BenchmarkStale(b *testing.B) {
+	benchReads(b, func(s *Service, key string) error {
+		if s.Stale().Get(key) == nil {
+			return ErrNotFound
+		}
+		return nil
+	})
+}
+
+func BenchmarkLocalLookup(b *testing.B) {
+	benchReads(b, func(s *Service, key string) error { _, err := s.Local().Lookup(key); return err })
+}
+
+func BenchmarkFreshness(b *testing.B) {
+	s, _ := benchSole(b)
+	for b.Loop() {
+		s.Local().Freshness()
+	}
+}
