@@ -150,6 +150,7 @@ type Service struct {
 	snaps *snapshotStore
 	batch *batcher
 	reads *rounds
+	hub   *hub
 	asOf  latest // how old this member's copy can be: see Freshness
 
 	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
@@ -289,6 +290,7 @@ func (s *Service) startBackground() {
 		s.batch.keepSession()
 	})
 	s.running.Go(s.reads.carry)
+	s.running.Go(func() { s.hub.ring(s.ctx) })
 	s.running.Go(func() { s.store.maintain(s.ctx) })
 	s.running.Go(s.lead)
 	s.running.Go(s.announce)
@@ -334,6 +336,8 @@ func (s *Service) Close() error {
 
 func (s *Service) close() error {
 	s.faults.set(faultClosed, ErrClosed)
+	s.hub.wake()
+	s.changes.notify()
 	s.batch.refuse(ErrClosed)
 	s.drain(2 * time.Second)
 	s.handOver(2 * time.Second)

@@ -142,6 +142,9 @@ func (s *Service) watchHealth() {
 		s.checkStall()
 		s.checkFile()
 		s.checkRemoved()
+		if s.unfit() != nil {
+			s.hub.wake()
+		}
 		if s.store.meta().applied > 0 {
 			if err := s.settleIn(); err != nil {
 				s.log.Error("mark the id as a member's", "error", err)
@@ -393,6 +396,7 @@ func (s *Service) trust() {
 		s.faults.set(k, nil)
 	}
 	s.fsm.paused.Store(false)
+	s.changes.notify() // watchers wait for it
 }
 
 func (s *Service) rebuild() error {

@@ -107,6 +107,8 @@ func (s *Service) openState(ctx context.Context) error {
 		return err
 	}
 	s.store.damaged = s.distrust
+	s.hub = newHub(func() uint64 { return s.store.meta().revision })
+	s.store.published, s.store.replaced = s.hub.publish, s.hub.replaced
 	if s.fsm, err = newFSM(s.store, s.log); err != nil {
 		return err
 	}

@@ -20,6 +20,11 @@ type Entry struct {
 	Created uint64 // revision of the set that made it
 }
 
+// entry is a copy of a row.
+func (k keyed) entry() Entry {
+	return Entry{Key: k.key, Value: append([]byte{}, k.value...), Version: k.version, Created: k.created}
+}
+
 // missingKey is the error of a Lookup that finds nothing. It is ErrNotFound. The text is made only when somebody asks for it: a
 // key that is not there is an everyday answer.
 type missingKey string
