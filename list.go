@@ -501,6 +501,7 @@ func (l *listing) spool() (more bool) {
 	}
 	if p.last {
 		l.endTransaction()
+		l.buf = nil
 	}
 	return !p.last
 }
