@@ -4,12 +4,16 @@ package quorate
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,6 +30,7 @@ import (
 type history struct {
 	start time.Time
 	clock atomic.Int64 // orders calls and returns, also where time stands still
+	calls []string     // what clients choose from
 
 	mu      sync.Mutex // guards the fields below
 	ops     []porcupine.Operation
@@ -34,28 +39,217 @@ type history struct {
 	acks    []time.Duration // when writes were acknowledged
 }
 
-type asked struct{ op, key, value string }
+type asked struct {
+	op, key, value string // key: of a list and a transaction, the name of the group of keys that it is about
+	parts          []part
+}
 
 // told is what a call returned; an unknown one may have taken effect at any time after the call, or never.
 type told struct {
 	verdict, value string
+	entries        []Entry         // of lookup and list
+	revision       uint64          // of exec
+	failed         *ConditionError // of exec
 	unknown        bool
 }
 
-// registers: each key is on its own. "" is a missing key.
+// A write is one transaction, whichever call made it.
+func (c asked) transaction() []part {
+	switch c.op {
+	case "set":
+		return []part{{Do: "set", Key: c.key, Value: []byte(c.value)}}
+	case "insert":
+		return []part{{Do: "if not exists", Key: c.key}, {Do: "set", Key: c.key, Value: []byte(c.value)}}
+	case "delete":
+		return []part{{Do: "delete", Key: c.key}}
+	}
+	return c.parts
+}
+
+func (c asked) reads() bool { return c.op == "get" || c.op == "lookup" || c.op == "list" }
+
+// values are those that the call writes.
+func (c asked) values() (list []string) {
+	for _, p := range c.transaction() {
+		if p.Do == "set" {
+			list = append(list, string(p.Value))
+		}
+	}
+	return list
+}
+
+// groupKeys is how many keys form a group: "GROUP/0" and on. No transaction leaves its group, so that each can be checked alone.
+const groupKeys = 4
+
+func (c asked) group() string {
+	g, _, _ := strings.Cut(c.key, "/")
+	return g
+}
+
+// A written is a row of the table history, as the sqlite3 tool prints it.
+type written struct {
+	Revision, Created, Previous, Last uint64
+	Key                               string
+	Value                             *string
+	Deleted                           int
+}
+
+// readHistory is all of the table in a member's directory, which must go back to the first change.
+func readHistory(t *testing.T, dir string) (rows []written) {
+	t.Helper()
+	out := sqlite3(t, "-readonly", "-json", filepath.Join(dir, "snap"), "select revision, created, previous, last, key, value, deleted from history order by revision")
+	if out == "" {
+		return nil
+	}
+	must(t, json.Unmarshal([]byte(out), &rows))
+	now := make(map[string]Entry)
+	for i, r := range rows {
+		was := now[r.Key]
+		created := was.Created
+		if r.Deleted == 1 {
+			created = 0
+			delete(now, r.Key)
+		} else {
+			if was.Version == 0 {
+				created = r.Revision
+			}
+			now[r.Key] = Entry{Version: r.Revision, Created: created}
+		}
+		switch {
+		case r.Revision != uint64(i+1), r.Previous != was.Version, r.Created != created, (r.Value == nil) != (r.Deleted == 1), r.Deleted == 1 && was.Version == 0,
+			r.Last < r.Revision, i > 0 && rows[i-1].Last != r.Last && rows[i-1].Last >= r.Revision:
+			t.Fatalf("history: row %d is %+v, and the key was %+v", i, r, was)
+		}
+	}
+	return rows
+}
+
+// A ledger is what the table history says of a group of keys: its changes, and what the group was after so many of them. It says
+// which order of the writes to try, so that the search is short; whether it is right is for the answers to tell.
+type ledger struct {
+	changes []written
+	states  [][]Entry
+}
+
+func ledgers(rows []written) map[string]*ledger {
+	all := make(map[string]*ledger)
+	for _, r := range rows {
+		group := asked{key: r.Key}.group()
+		l := all[group]
+		if l == nil {
+			l = &ledger{states: [][]Entry{nil}}
+			all[group] = l
+		}
+		state := slices.Clone(l.states[len(l.changes)])
+		i, there := slices.BinarySearchFunc(state, r.Key, func(e Entry, key string) int { return strings.Compare(e.Key, key) })
+		switch {
+		case r.Deleted == 1:
+			state = slices.Delete(state, i, i+1)
+		case there:
+			state[i] = Entry{r.Key, []byte(*r.Value), r.Revision, r.Created}
+		default:
+			state = slices.Insert(state, i, Entry{r.Key, []byte(*r.Value), r.Revision, r.Created})
+		}
+		l.changes, l.states = append(l.changes, r), append(l.states, state)
+	}
+	return all
+}
+
+// explains tells whether the call can come after so many changes, and how many changes there are then.
+func (l *ledger) explains(at int, c asked, a told) (bool, int) {
+	state := l.states[at]
+	entry := func(key string) Entry {
+		for _, e := range state {
+			if e.Key == key {
+				return e
+			}
+		}
+		return Entry{Key: key}
+	}
+	tx := c.transaction()
+	switch {
+	case c.op == "get":
+		return a.value == string(entry(c.key).Value), at
+	case c.op == "lookup" && len(a.entries) == 0:
+		return entry(c.key).Version == 0, at
+	case c.op == "lookup":
+		return reflect.DeepEqual(a.entries[0], entry(c.key)), at
+	case c.op == "list":
+		return slices.EqualFunc(a.entries, state, func(x, y Entry) bool { return reflect.DeepEqual(x, y) }), at
+	case a.verdict == "unsatisfied":
+		p, failed := firstFailed(tx, entry)
+		return failed && (c.op == "insert" || a.failed.Key == p.Key && a.failed.Version == entry(p.Key).Version), at
+	}
+	end, ok := l.make(at, tx, entry)
+	switch {
+	case a.unknown && end == at:
+		return at == len(l.changes), at // without effect it can as well be the last one
+	case !ok || a.unknown || c.op != "exec":
+	case end > at:
+		ok = l.changes[end-1].Revision == a.revision
+	default: // it changed nothing: the revision is the current one
+		ok = (at == 0 || l.changes[at-1].Revision <= a.revision) && (at == len(l.changes) || a.revision < l.changes[at].Revision)
+	}
+	return ok, end
+}
+
+// make tells whether the transaction makes exactly the changes that come next.
+func (l *ledger) make(at int, tx []part, entry func(string) Entry) (end int, ok bool) {
+	if _, failed := firstFailed(tx, entry); failed {
+		return at, false
+	}
+	end = at
+	for _, p := range tx {
+		if p.Do != "set" && (p.Do != "delete" || entry(p.Key).Version == 0) {
+			continue
+		}
+		if end == len(l.changes) {
+			return at, false
+		}
+		if r := l.changes[end]; r.Key != p.Key || r.Deleted == 0 != (p.Do == "set") || r.Deleted == 0 && *r.Value != string(p.Value) {
+			return at, false
+		}
+		end++
+	}
+	for _, r := range l.changes[at:end] {
+		if r.Last != l.changes[end-1].Revision {
+			return at, false
+		}
+	}
+	return end, true
+}
+
+// firstFailed is the first condition that does not hold.
+func firstFailed(tx []part, entry func(string) Entry) (part, bool) {
+	for _, p := range tx {
+		e := entry(p.Key)
+		there, same := e.Version != 0, e.Version != 0 && string(e.Value) == string(p.Value)
+		holds := true
+		switch p.Do {
+		case "if exists":
+			holds = there
+		case "if not exists":
+			holds = !there
+		case "if value":
+			holds = same
+		case "if not value":
+			holds = !same
+		case "if version":
+			holds = e.Version == p.Version
+		case "if not version":
+			holds = e.Version != p.Version
+		}
+		if !holds {
+			return p, true
+		}
+	}
+	return part{}, false
+}
+
+// registers is the model of what the first release could do: each key is on its own. "" is a missing key.
 var registers = porcupine.Model{
-	Partition: func(ops []porcupine.Operation) [][]porcupine.Operation {
-		byKey := make(map[string][]porcupine.Operation)
-		for _, o := range ops {
-			byKey[o.Input.(asked).key] = append(byKey[o.Input.(asked).key], o)
-		}
-		var parts [][]porcupine.Operation
-		for _, p := range byKey {
-			parts = append(parts, p)
-		}
-		return parts
-	},
-	Init: func() any { return "" },
+	Partition: partition(func(c asked) string { return c.key }),
+	Init:      func() any { return "" },
 	Step: func(state, input, output any) (bool, any) {
 		now, c, a := state.(string), input.(asked), output.(told)
 		switch {
@@ -72,11 +266,63 @@ var registers = porcupine.Model{
 		}
 		return a.unknown, now // an insert that met a value
 	},
-	DescribeOperation: func(input, output any) string { return fmt.Sprint(input, " → ", output) },
+	DescribeOperation: callAndAnswer,
+}
+
+func partition(by func(asked) string) func([]porcupine.Operation) [][]porcupine.Operation {
+	return func(ops []porcupine.Operation) [][]porcupine.Operation {
+		parts := make(map[string][]porcupine.Operation)
+		for _, o := range ops {
+			name := by(o.Input.(asked))
+			parts[name] = append(parts[name], o)
+		}
+		return slices.Collect(maps.Values(parts))
+	}
+}
+
+func callAndAnswer(input, output any) string { return fmt.Sprint(input, " → ", output) }
+
+// modelOf: each group of keys is on its own, and its state is how many of its changes were made.
+func modelOf(rows []written) porcupine.Model {
+	all := ledgers(rows)
+	none := &ledger{states: [][]Entry{nil}}
+	return porcupine.Model{
+		Partition: partition(asked.group),
+		Init:      func() any { return 0 },
+		Step: func(state, input, output any) (bool, any) {
+			c := input.(asked)
+			l := all[c.group()]
+			if l == nil {
+				l = none
+			}
+			ok, at := l.explains(state.(int), c, output.(told))
+			return ok, at
+		},
+		DescribeOperation: callAndAnswer,
+	}
 }
 
 func newHistory() *history {
-	return &history{start: time.Now(), refused: make(map[string]string), keys: make(map[string]bool)}
+	calls := []string{"set", "insert", "delete", "delete", "get", "get", "lookup", "lookup", "list", "exec", "exec", "exec"}
+	return &history{start: time.Now(), calls: calls, refused: make(map[string]string), keys: make(map[string]bool)}
+}
+
+// newFirstHistory is of members among which are those of the first release: what they can do, and no table of the changes.
+func newFirstHistory() *history {
+	h := newHistory()
+	h.calls = []string{"set", "insert", "delete", "get", "get"}
+	return h
+}
+
+// groups are those of which a key was used.
+func (h *history) groups() map[string]bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	all := make(map[string]bool)
+	for key := range h.keys {
+		all[asked{key: key}.group()] = true
+	}
+	return all
 }
 
 // errDown: nobody was there to be asked.
@@ -85,15 +331,32 @@ var errDown = errors.New("down")
 // run makes calls on one member until ctx ends, and rests between two of them. Every value that is written is unique.
 func (h *history) run(ctx context.Context, t *testing.T, client int, do func(order) (report, error), rest time.Duration) {
 	rnd := rand.New(rand.NewPCG(uint64(client), 1))
+	known := make(map[string]Entry) // what was read last, of keys of the present group
+	group := ""
 	for i := 0; ctx.Err() == nil; i++ {
-		// The keys change with time, so that each has a short history that is quick to check.
-		c := asked{op: "get", key: fmt.Sprintf("%d/%d", time.Since(h.start)/(250*time.Millisecond), rnd.IntN(4))}
-		if n := rnd.IntN(20); n < 12 {
-			c.op = [...]string{"set", "insert", "delete"}[n/4]
-			c.value = fmt.Sprintf("%d-%d", client, i)
+		// The keys change with time, so that each group has a short history that is quick to check.
+		if g := fmt.Sprint(int64(time.Since(h.start) / (250 * time.Millisecond))); g != group {
+			group = g
+			clear(known)
+		}
+		c := asked{key: fmt.Sprintf("%s/%d", group, rnd.IntN(groupKeys)), value: fmt.Sprintf("%d-%d", client, i)}
+		c.op = h.calls[rnd.IntN(len(h.calls))]
+		switch c.op {
+		case "exec":
+			c.parts = someTransaction(rnd, group, known, c.value)
+			c.key, c.value = group+"/", ""
+		case "list":
+			c.key = group + "/"
+		}
+		if c.reads() || c.op == "delete" {
+			c.value = ""
 		}
 		pause := rest
-		if !h.make(t, client, do, c) {
+		r, there := h.make(t, client, do, c)
+		for _, e := range r.Entries {
+			known[e.Key] = e
+		}
+		if !there {
 			pause = 10 * time.Millisecond
 		}
 		if pause == 0 {
@@ -106,36 +369,74 @@ func (h *history) run(ctx context.Context, t *testing.T, client int, do func(ord
 	}
 }
 
+// someTransaction is about two or three keys of a group: conditions, of which at most one is about a key, and effects, in any order.
+func someTransaction(rnd *rand.Rand, group string, known map[string]Entry, value string) (parts []part) {
+	for n, i := range rnd.Perm(groupKeys)[:2+rnd.IntN(2)] {
+		key := fmt.Sprintf("%s/%d", group, i)
+		if rnd.IntN(2) == 0 {
+			was := known[key]
+			kinds := []string{"if not exists", "if not value", "if version"}
+			if was.Version != 0 {
+				kinds = []string{"if exists", "if value", "if version", "if version", "if not value", "if not version"}
+			}
+			p := part{Do: kinds[rnd.IntN(len(kinds))], Key: key}
+			if strings.HasSuffix(p.Do, "value") {
+				p.Value = was.Value
+			}
+			if strings.HasSuffix(p.Do, "version") {
+				p.Version = was.Version
+			}
+			parts = append(parts, p)
+		}
+		switch rnd.IntN(8) {
+		case 0:
+		case 1, 2:
+			parts = append(parts, part{Do: "delete", Key: key})
+		default:
+			parts = append(parts, part{Do: "set", Key: key, Value: fmt.Append(nil, value, "-", n)})
+		}
+	}
+	rnd.Shuffle(len(parts), func(i, j int) { parts[i], parts[j] = parts[j], parts[i] })
+	return parts
+}
+
 // make makes one call and records it. False: nobody was there.
-func (h *history) make(t *testing.T, client int, do func(order) (report, error), c asked) bool {
+func (h *history) make(t *testing.T, client int, do func(order) (report, error), c asked) (report, bool) {
 	began := h.clock.Add(1)
-	r, err := do(order{Op: c.op, Key: c.key, Value: []byte(c.value), Timeout: 5 * time.Second})
+	r, err := do(order{Op: c.op, Key: c.key, Value: []byte(c.value), Parts: c.parts, Timeout: 5 * time.Second})
 	ended := h.clock.Add(1)
 	if errors.Is(err, errDown) || errors.Is(err, syscall.ECONNREFUSED) {
-		return false
+		return report{}, false
 	}
-	a := told{verdict: r.Verdict, value: string(r.Value)}
+	a := told{verdict: r.Verdict, value: string(r.Value), entries: r.Entries, revision: r.Revision, failed: r.Failed}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.keys[c.key] = true
 	switch {
-	case c.op == "get" && (err != nil || r.Verdict != "ok"):
-		return true
+	case c.reads() && (err != nil || r.Verdict != "ok"):
+		return report{}, true
 	case err != nil, strings.HasPrefix(r.Verdict, "uncertain"):
-		a.unknown = true
+		a = told{verdict: r.Verdict, unknown: true}
 	case strings.HasPrefix(r.Verdict, "not applied"):
-		h.refused[c.value] = r.Error
-		return true
-	case r.Verdict == "unsatisfied" && c.op == "insert":
-		h.refused[c.value] = r.Error
+		h.refuse(c, r.Error)
+		return report{}, true
+	case r.Verdict == "unsatisfied" && (c.op == "insert" || a.failed != nil):
+		h.refuse(c, r.Error)
 	case r.Verdict != "ok":
 		t.Errorf("%v: an answer that is not one: %s", c, r.Error)
 	}
-	if c.op != "get" && !a.unknown {
+	if !c.reads() && !a.unknown {
 		h.acks = append(h.acks, time.Since(h.start))
 	}
 	h.ops = append(h.ops, porcupine.Operation{ClientId: client, Input: c, Call: began, Output: a, Return: ended})
-	return true
+	return r, true
+}
+
+// refuse keeps what was not written. mu is held.
+func (h *history) refuse(c asked, why string) {
+	for _, v := range c.values() {
+		h.refused[v] = why
+	}
 }
 
 // pause is the longest time without an acknowledged write after that moment.
@@ -151,8 +452,13 @@ func (h *history) pause(since time.Duration) time.Duration {
 	return longest
 }
 
-func (h *history) check(t *testing.T) {
+// check asks for an order. The rows are those of the table history; none: of a first history.
+func (h *history) check(t *testing.T, rows []written) {
 	t.Helper()
+	model := registers
+	if rows != nil {
+		model = modelOf(rows)
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	last, unknown := h.clock.Load(), 0
@@ -162,18 +468,24 @@ func (h *history) check(t *testing.T) {
 			unknown++
 			h.ops[i].Return = last + 1
 		}
-		if why, ok := h.refused[a.value]; ok && c.op == "get" {
-			t.Errorf("%s holds %s, whose write did nothing, as its caller was told: %s", c.key, a.value, why)
+		read := []string{a.value}
+		for _, e := range a.entries {
+			read = append(read, string(e.Value))
+		}
+		for _, v := range read {
+			if why, ok := h.refused[v]; ok && c.reads() {
+				t.Errorf("%s holds %s, whose write did nothing, as its caller was told: %s", c.key, v, why)
+			}
 		}
 	}
-	t.Logf("%d calls, %d of them with an unknown outcome, %d writes without effect, %d keys", len(h.ops), unknown, len(h.refused), len(h.keys))
-	result, info := porcupine.CheckOperationsVerbose(registers, h.ops, time.Minute)
+	t.Logf("%d calls, %d of them with an unknown outcome, %d values not written, %d keys and groups", len(h.ops), unknown, len(h.refused), len(h.keys))
+	result, info := porcupine.CheckOperationsVerbose(model, h.ops, time.Minute)
 	if result == porcupine.Ok {
 		return
 	}
 	t.Errorf("no order of the calls explains the answers: %v", result)
 	path := filepath.Join(t.ArtifactDir(), "history.html") // kept with go test -artifacts
-	if err := porcupine.VisualizePath(registers, info, path); err == nil {
+	if err := porcupine.VisualizePath(model, info, path); err == nil {
 		t.Logf("see %s", path)
 	}
 }
@@ -192,7 +504,7 @@ func campaign(t *testing.T) time.Duration {
 // TestHistory lets clients on three real processes write and read while members are killed and stopped. QUORATE_CAMPAIGN
 // makes it longer.
 func TestHistory(t *testing.T) {
-	list := newProcesses(t)
+	list := newProcesses(t, func(p *process) { p.history = 1 << 22 }) // so that a campaign's history is whole
 	h := newHistory()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -247,16 +559,22 @@ func TestHistory(t *testing.T) {
 	cancel()
 	clients.Wait()
 	awaitEqualProcesses(t, list)
-	for key := range h.keys {
-		h.make(t, 99, list[0].do, asked{op: "get", key: key})
-		want := list[0].must(order{Op: "stale", Key: key}).Value
+	rows := readHistory(t, list[0].dir)
+	for _, p := range list[1:] {
+		if other := readHistory(t, p.dir); !reflect.DeepEqual(other, rows) {
+			t.Errorf("two members have %d and %d changes, or others", len(rows), len(other))
+		}
+	}
+	for g := range h.groups() {
+		h.make(t, 99, list[0].do, asked{op: "list", key: g + "/"})
+		want := list[0].must(order{Op: "local", Key: g + "/"}).Entries
 		for _, p := range list[1:] {
-			if v := p.must(order{Op: "stale", Key: key}).Value; string(v) != string(want) {
-				t.Errorf("%s is %q on one member and %q on another", key, want, v)
+			if got := p.must(order{Op: "local", Key: g + "/"}).Entries; !reflect.DeepEqual(got, want) {
+				t.Errorf("%s/ is %+v on one member and %+v on another", g, want, got)
 			}
 		}
 	}
-	h.check(t)
+	h.check(t, rows)
 }
 
 // TestHistoryInBubble is the same with faults that a machine does not make on request: partitions, messages that go one way
@@ -344,10 +662,10 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 	clients.Wait()
 	c.obey("await ready a b c")
 	c.obey("await equal")
-	for key := range h.keys {
-		h.make(t, 99, do(0), asked{op: "get", key: key})
+	for g := range h.groups() {
+		h.make(t, 99, do(0), asked{op: "list", key: g + "/"})
 	}
-	h.check(t)
+	h.check(t, readHistory(t, c.members[0].conf.Dir))
 }
 
 func awaitEqualProcesses(t *testing.T, list []*process) {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"net"
 	"net/http"
 	"os"
@@ -28,19 +29,60 @@ const processEnv = "QUORATE_TEST_MEMBER"
 
 // An order is one call that the parent has a member make.
 type order struct {
-	Op      string // set, insert, delete, get, stale, allow, ready, err, status, load
-	Key     string
+	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load
+	Key     string // list, local: the prefix
 	Value   []byte
+	Parts   []part // exec
 	Timeout time.Duration
 	Writers int // load: that many writers write until Timeout
 }
 
+// A part is an Op as it is sent to a process.
+type part struct {
+	Do, Key string
+	Value   []byte
+	Version uint64
+}
+
+func (p part) op() Op {
+	switch p.Do {
+	case "set":
+		return Set(p.Key, p.Value)
+	case "delete":
+		return Delete(p.Key)
+	case "if exists":
+		return IfExists(p.Key)
+	case "if not exists":
+		return IfNotExists(p.Key)
+	case "if value":
+		return IfValue(p.Key, p.Value)
+	case "if not value":
+		return IfNotValue(p.Key, p.Value)
+	case "if version":
+		return IfVersion(p.Key, p.Version)
+	case "if not version":
+		return IfNotVersion(p.Key, p.Version)
+	}
+	panic("unknown part " + p.Do)
+}
+
+func opsOf(parts []part) []Op {
+	var ops []Op
+	for _, p := range parts {
+		ops = append(ops, p.op())
+	}
+	return ops
+}
+
 type report struct {
-	Verdict string // see verdict
-	Value   []byte // nil is missing
-	Status  Status
-	Count   int64 // load: writes that returned nil
-	Error   string
+	Verdict  string // see verdict
+	Value    []byte // nil is missing
+	Entries  []Entry
+	Revision uint64          // exec
+	Failed   *ConditionError // exec: with the verdict unsatisfied
+	Status   Status
+	Count    int64 // load: writes that returned nil
+	Error    string
 }
 
 // TestMemberProcess is no test: it is the member in a process of its own. It ends when its standard input does.
@@ -50,9 +92,9 @@ func TestMemberProcess(t *testing.T) {
 		t.Skip("run by other tests")
 	}
 	c := Config{Logger: testLogger(t)}
-	var given struct{ Dir, Addr, Join string }
+	var given memberConfig
 	must(t, json.Unmarshal([]byte(text), &given))
-	c.Dir, c.Addr, c.Join = given.Dir, given.Addr, given.Join
+	c.Dir, c.Addr, c.Join, c.History = given.Dir, given.Addr, given.Join, given.History
 	s, err := Open(context.Background(), c)
 	must(t, err)
 	mux := http.NewServeMux()
@@ -84,10 +126,24 @@ func obey(s *Service, o order) report {
 		err = s.Insert(ctx, o.Key, o.Value)
 	case "delete":
 		err = s.Delete(ctx, o.Key)
+	case "exec":
+		r.Revision, err = s.Exec(ctx, opsOf(o.Parts)...)
+		errors.As(err, &r.Failed)
 	case "get":
 		r.Value, err = s.Get(ctx, o.Key)
+	case "lookup":
+		var e Entry
+		if e, err = s.Lookup(ctx, o.Key); err == nil {
+			r.Entries = []Entry{e}
+		} else if errors.Is(err, ErrNotFound) {
+			err = nil
+		}
+	case "list":
+		r.Entries, err = entriesOf(s.List(ctx, o.Key))
 	case "stale":
 		r.Value = s.Stale().Get(o.Key)
+	case "local":
+		r.Entries, err = entriesOf(s.Local().List(ctx, o.Key))
 	case "allow":
 		err = s.AddAllowedMember(ctx, o.Key)
 	case "ready":
@@ -108,6 +164,16 @@ func obey(s *Service, o order) report {
 	return r
 }
 
+func entriesOf(list iter.Seq2[Entry, error]) (all []Entry, err error) {
+	for e, err := range list {
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, e)
+	}
+	return all, nil
+}
+
 // load writes 256 bytes at a time to a thousand keys.
 func load(ctx context.Context, s *Service, writers int) int64 {
 	var done atomic.Int64
@@ -126,10 +192,17 @@ func load(ctx context.Context, s *Service, writers int) int64 {
 	return done.Load()
 }
 
+// A memberConfig is what a process is told of its Config.
+type memberConfig struct {
+	Dir, Addr, Join string
+	History         int
+}
+
 type process struct {
 	t               *testing.T
 	dir, addr, join string
 	program         string // of an earlier release; "" is this test binary
+	history         int    // Config.History
 	client          *http.Client
 
 	mu    sync.Mutex // guards the fields below
@@ -138,17 +211,15 @@ type process struct {
 }
 
 // newProcesses starts a cluster of three, all of them voters when it returns.
-func newProcesses(t *testing.T) []*process {
-	t.Helper()
-	return newProcessesOf(t, "")
-}
-
-func newProcessesOf(t *testing.T, program string) []*process {
+func newProcesses(t *testing.T, change ...func(*process)) []*process {
 	t.Helper()
 	var list []*process
 	for i := range 3 {
-		p := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), program: program, client: newClient(t, new(line))}
+		p := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), client: newClient(t, new(line))}
 		t.Cleanup(p.stop)
+		for _, f := range change {
+			f(p)
+		}
 		if i > 0 {
 			p.join = list[0].addr
 			list[0].must(order{Op: "allow", Key: p.addr})
@@ -181,7 +252,7 @@ func (p *process) start() {
 // launch starts it and waits for nothing.
 func (p *process) launch() {
 	p.t.Helper()
-	text, err := json.Marshal(struct{ Dir, Addr, Join string }{p.dir, p.addr, p.join})
+	text, err := json.Marshal(memberConfig{p.dir, p.addr, p.join, p.history})
 	must(p.t, err)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestMemberProcess$", "-test.timeout=0")
 	cmd.Env = append(os.Environ(), processEnv+"="+string(text))

@@ -54,10 +54,10 @@ func TestBesideTheFirstRelease(t *testing.T) {
 
 // rollingUpgrade upgrades one member after another, while clients write and read on all of them.
 func rollingUpgrade(t *testing.T, program string) {
-	list := newProcessesOf(t, program)
+	list := newProcesses(t, func(p *process) { p.program = program })
 	c := make(testCluster, len(list))
 	up := make([]atomic.Pointer[Service], len(list)) // what the clients see
-	h := newHistory()
+	h := newFirstHistory()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	do := func(i int) func(order) (report, error) {
@@ -121,7 +121,7 @@ func rollingUpgrade(t *testing.T, program string) {
 	for key := range h.keys {
 		h.make(t, 99, do(0), asked{op: "get", key: key})
 	}
-	h.check(t)
+	h.check(t, nil)
 }
 
 // oneOfUsLeads stops the last member of the first release until another one leads.
