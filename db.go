@@ -1,6 +1,7 @@
 // Package quorate is a durable, replicated key-value store inside your own processes: the configuration, flags, ownership
 // and registry of a service, without a server to run beside it. One process is an embedded store; start the next with the
-// first one's address and they are a cluster. Its state is an SQLite file. It needs neither CGO nor gRPC.
+// first one's address and they are a cluster. It has transactions, lists, watches and SQL that reads, on every member. Its state
+// is an SQLite file. It needs neither CGO nor gRPC.
 //
 //	s, err := quorate.Start("10.0.0.1:7001", "/var/lib/app/quorate", "", nil, false)
 //	if err != nil { … }
@@ -11,9 +12,12 @@
 // # What an acknowledged write means
 //
 // Set, Insert, Delete, Exec and Update return without an error once the write is in the log on the disks of a majority of the
-// members (with fsync), and applied on the member that was called. Get is linearizable on every member: it sees every write that
-// returned before it was called, and no clock takes part in that. Stale reads this member's own copy at once, without asking
-// anybody.
+// members (with fsync), and applied on the member that was called. Get, Lookup, List and Query are linearizable on every member:
+// they see every write that returned before they were called, and no clock takes part in that. Local and Stale read this member's
+// own copy at once, without asking anybody.
+//
+// Every change has a revision, one more than the change before, and an entry's Version is the revision of its last set. Exec
+// makes a transaction depend on versions and values; Watch delivers every change after a revision, each once, in order.
 //
 // An error of a write says what became of it: ErrUnsatisfied and ErrNotApplied, that nothing happened and nothing will;
 // ErrUncertain, that the caller must look.
@@ -24,6 +28,7 @@
 // database that anyone may read while the program runs:
 //
 //	sqlite3 -readonly /var/lib/app/quorate/snap 'select key, value, version from kv'
+//	sqlite3 -readonly /var/lib/app/quorate/snap 'select revision, key, value, deleted from history'
 //
 // The same file is the snapshot that a lagging member receives, and the backup.
 //
@@ -35,12 +40,11 @@
 //
 // # Reading the code
 //
-// One Set: db.go (the call) → tx.go (its limits) → op.go (its bytes) → batch.go (one entry for all that wait) → raft and
-// logstore.go (the log) → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows). One Get: view.go (the call) → read.go (the round) → memory.go.
-// One List: list.go → read.go → memory.go, or conn.go when it does not hold all. One Query: query.go → read.go, and then
-// SQLite itself. The other rooms: peer.go, transport.go and frame.go (how members talk), member.go (who takes part),
-// identity.go (who this member is), recover.go (how a directory comes to life), copy.go (how a state travels), health.go (what is
-// wrong now), slog.go (what raft says).
+// One Set: db.go (the call) → tx.go (its limits and its verdict) → op.go (its bytes) → batch.go (one entry for all that wait) →
+// raft and logstore.go (the log) → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows), history.go (the changes). One
+// Get: view.go (the call) → read.go (the round) → memory.go. What else reads: list.go, watch.go, query.go. The other rooms: peer.go,
+// transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is), recover.go (how a
+// directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft says).
 package quorate
 
 import (

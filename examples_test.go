@@ -99,12 +99,27 @@ func TestReadmeShowsTheExamples(t *testing.T) {
 	}
 }
 
-func TestExampleQuickstart(t *testing.T) {
+// The other fragments are lines of the tour, where they are compiled and run.
+func TestReadmeShowsTheTour(t *testing.T) {
+	tour, err := os.ReadFile("examples/tour/main.go")
+	must(t, err)
+	for _, block := range readmeBlocks(t, "go")[2:] {
+		if !strings.Contains(string(tour), "\n"+block) {
+			t.Errorf("these lines of README.md are not in examples/tour/main.go:\n%s", block)
+		}
+	}
+}
+
+func TestExampleQuickstart(t *testing.T) { readmeExample(t, "quickstart") }
+func TestExampleTour(t *testing.T)       { readmeExample(t, "tour") }
+
+// readmeExample runs the README's lines about an example and compares what they say.
+func readmeExample(t *testing.T, name string) {
 	needShell(t)
-	dir := buildExample(t, "quickstart")
-	commands, outputs := readmeSession(t, "./examples/quickstart")
+	dir := buildExample(t, name)
+	commands, outputs := readmeSession(t, "./examples/"+name)
 	for i, command := range commands {
-		cmd := exec.Command("sh", "-c", strings.Replace(command, "go run ./examples/quickstart", "./quickstart", 1))
+		cmd := exec.Command("sh", "-c", strings.Replace(command, "go run ./examples/"+name, "./"+name, 1))
 		cmd.Dir = dir
 		out, err := cmd.CombinedOutput()
 		if err != nil || string(out) != outputs[i] {
