@@ -290,7 +290,7 @@ func (s *Service) startBackground() {
 		s.running.Go(s.batch.carry)
 	}
 	s.running.Go(func() {
-		s.awaitOwnFormat()
+		s.awaitRaise()
 		s.batch.keepSession()
 	})
 	s.running.Go(s.reads.carry)

@@ -534,13 +534,13 @@ func (s *Service) proposeRaise(format, history uint64) {
 	}
 }
 
-// awaitOwnFormat waits while this is the only member and the state is not yet in the format that it writes: its session is
-// opened after that, so that no write of a new cluster is in an older one. With others it may be long until they all read it,
-// and their writes go on.
-func (s *Service) awaitOwnFormat() {
+// awaitRaise waits while this is the only member and has yet to raise the state's format, or to set its history's length: its
+// session is opened after that, so that no write of a new cluster is in an older format. With others it may be long until they all
+// read it, and their writes go on.
+func (s *Service) awaitRaise() {
 	for s.ctx.Err() == nil {
 		at := s.fsm.applied.at()
-		if s.store.meta().format >= s.conf.format || !s.alone() {
+		if _, _, due := s.raiseDue(); !due || !s.alone() {
 			return
 		}
 		ctx, cancel := context.WithTimeout(s.ctx, 50*time.Millisecond)

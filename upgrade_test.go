@@ -212,6 +212,8 @@ func TestRaiseAndMembersExcludeEachOther(t *testing.T) {
 			older(&conf)
 			c.obey("await equal")
 			release := make(chan struct{})
+			letGo := sync.OnceFunc(func() { close(release) })
+			defer letGo()
 			hold := func(m *scriptMember) { c.net.serve(m.conf.Addr, withoutEntries(m.s, release)) }
 			for _, m := range c.running(nil) {
 				if m != l {
@@ -247,7 +249,7 @@ func TestRaiseAndMembersExcludeEachOther(t *testing.T) {
 				t.Errorf("joining ended while the raise was not committed: %v", err)
 			default:
 			}
-			close(release)
+			letGo()
 			if err := <-joined; !errors.Is(err, ErrFormat) {
 				t.Errorf("the older member's error is %v", err)
 			}
