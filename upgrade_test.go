@@ -288,13 +288,16 @@ func TestOlderMemberCannotJoin(t *testing.T) {
 		c.wantFormat(entryFormat)
 		conf := c.outsider(f)
 		older(&conf)
-		_, err := Open(t.Context(), conf)
+		s, err := Open(t.Context(), conf)
+		if err == nil {
+			s.Close()
+		}
 		is(t, err, ErrFormat, "format 2", "reads up to 1", "upgrade it")
 		if n := len(l.s.Status().Members); n != 3 {
 			t.Errorf("%d members", n)
 		}
 		conf.format = 0 // with the upgrade it joins
-		s, err := Open(t.Context(), conf)
+		s, err = Open(t.Context(), conf)
 		must(t, err)
 		must(t, s.Close())
 	})
