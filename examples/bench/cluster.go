@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -187,6 +188,7 @@ func (p *process) start() error {
 	defer log.Close()
 	p.cmd = exec.Command(self, "member")
 	p.cmd.Stderr = log
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the parent; members end when their standard input does
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
 		return err
 	}

@@ -23,6 +23,7 @@ const (
 	grace      = 15 * time.Second // that an operation may take when its cell has ended
 	errorPause = 5 * time.Millisecond
 	sampleSize = 200 // acknowledged writes that are read back after a cell
+	loaders    = 256 // workers that load keys
 )
 
 // A cell is one operation with so many workers on the leader or on a follower.
@@ -202,9 +203,14 @@ type worker struct {
 	rand   *rand.Rand
 	acked  map[int]uint64 // by key's place: the number of the last acknowledged set
 	doubt  map[int]bool   // a set of this key has failed and may still happen
-	fresh  map[string]uint64
+	fresh  []insertion    // some of those that were acknowledged, early and late ones alike
 	hist   histogram
 	result result
+}
+
+type insertion struct {
+	key    string
+	number uint64
 }
 
 func carryOut(ctx context.Context, s system, o order, halted *atomic.Bool) result {
@@ -215,7 +221,7 @@ func carryOut(ctx context.Context, s system, o order, halted *atomic.Bool) resul
 	workers := make([]*worker, o.Cell.Workers)
 	for i := range workers {
 		workers[i] = &worker{run: r, id: i, rand: rand.New(rand.NewPCG(o.Number, uint64(i))),
-			acked: map[int]uint64{}, doubt: map[int]bool{}, fresh: map[string]uint64{}}
+			acked: map[int]uint64{}, doubt: map[int]bool{}}
 	}
 	r.from = time.Now().Add(o.Warmup)
 	r.end = r.from.Add(o.For)
@@ -266,9 +272,10 @@ func (w *worker) take() (key string, number uint64, ok bool) {
 			return w.key(i), n, true
 		}
 	}
-	for key, n := range w.fresh {
-		delete(w.fresh, key)
-		return key, n, true
+	if last := len(w.fresh) - 1; last >= 0 {
+		i := w.fresh[last]
+		w.fresh = w.fresh[:last]
+		return i.key, i.number, true
 	}
 	return "", 0, false
 }
@@ -348,8 +355,10 @@ func (w *worker) insert(ctx context.Context, n uint64) error {
 	if err := w.system.insert(ctx, key, makeValue(key, num)); err != nil {
 		return err
 	}
-	if len(w.fresh) < sampleSize {
-		w.fresh[key] = num
+	if made := (insertion{key, num}); len(w.fresh) < sampleSize {
+		w.fresh = append(w.fresh, made)
+	} else if i := w.rand.IntN(int(n)); i < sampleSize {
+		w.fresh[i] = made
 	}
 	return nil
 }

@@ -14,10 +14,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
-// A loose is a system that can be told to break each promise that the driver checks. Nothing but its faults is in question here.
+// A loose is a system that can be told to break each promise that the driver checks. Nothing but its faults is in question here. Each
+// call takes a millisecond, which passes at once in a test's bubble.
 type loose struct {
 	mu     sync.Mutex // guards values
 	values map[string][]byte
@@ -29,6 +31,7 @@ type loose struct {
 }
 
 func (l *loose) set(_ context.Context, key string, val []byte) error {
+	time.Sleep(time.Millisecond)
 	if l.fails {
 		return errors.New("refused")
 	}
@@ -52,6 +55,7 @@ func (l *loose) insert(ctx context.Context, key string, val []byte) error {
 }
 
 func (l *loose) get(_ context.Context, key string) ([]byte, error) {
+	time.Sleep(time.Millisecond)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	val := bytes.Clone(l.values[key])
@@ -71,70 +75,85 @@ func (l *loose) caughtUp(ctx context.Context, key string, val []byte) error {
 	return awaitGet(ctx, l.get, key, val)
 }
 
+const tested = 4 * 500 // operations: four workers for half a second
+
+// runOn is to be called in a bubble.
 func runOn(t *testing.T, s *loose, verb string) result {
 	t.Helper()
 	s.values = map[string][]byte{}
 	for i := range 100 {
 		s.values[keyAt(i)] = makeValue(keyAt(i), uint64(i))
 	}
-	o := order{Cell: cell{Verb: verb, Workers: 4}, Number: 7, Keys: 100, Warmup: 10 * time.Millisecond, For: 50 * time.Millisecond}
+	o := order{Cell: cell{Verb: verb, Workers: 4}, Number: 7, Keys: 100, Warmup: 100 * time.Millisecond, For: 500 * time.Millisecond}
 	return carryOut(t.Context(), s, o, &atomic.Bool{})
 }
 
 func TestDriverCountsWhatASoundSystemDoes(t *testing.T) {
 	for _, verb := range []string{"set", "insert", "get", "stale", "mix"} {
-		s := &loose{}
-		r := runOn(t, s, verb)
-		if r.Ops == 0 || r.Total < r.Ops || r.Errors != 0 || r.Wrong != 0 || r.P99 < r.P50 || r.Max < r.P50 {
-			t.Errorf("%s: %+v", verb, r)
-		}
-		if verb == "set" && r.Total != uint64(s.sets.Load()) {
-			t.Errorf("%d sets were counted and %d made", r.Total, s.sets.Load())
-		}
-		if wrote := verb != "get" && verb != "stale"; wrote != (len(r.Acked) > 0) {
-			t.Errorf("%s: %d acknowledged writes to be looked for", verb, len(r.Acked))
-		}
-		if wrong, first, err := verify(t.Context(), s, r.Acked); wrong != 0 || err != nil {
-			t.Errorf("%s: %d wrong, %s, %v", verb, wrong, first, err)
-		}
+		synctest.Test(t, func(t *testing.T) {
+			s := &loose{}
+			r := runOn(t, s, verb)
+			acked := r.Acked
+			if r.Acked = nil; r.Ops < tested-8 || r.Ops > tested+8 || r.Total != tested*12/10 || r.Errors != 0 || r.Wrong != 0 || r.Seconds != 0.5 {
+				t.Errorf("%s: %+v", verb, r)
+			}
+			for _, d := range []time.Duration{r.P50, r.P99, r.Max} {
+				if d < 990*time.Microsecond || d > 1010*time.Microsecond {
+					t.Errorf("%s: a latency of %v, want 1 ms", verb, d)
+				}
+			}
+			if writes := verb != "get" && verb != "stale"; writes != (len(acked) >= 50) {
+				t.Errorf("%s: %d acknowledged writes to be looked for", verb, len(acked))
+			}
+			if wrong, first, err := verify(t.Context(), s, acked); wrong != 0 || err != nil {
+				t.Errorf("%s: %d wrong, %s, %v", verb, wrong, first, err)
+			}
+		})
 	}
 }
 
 func TestDriverSeesLostWrites(t *testing.T) {
 	for _, verb := range []string{"set", "insert"} {
-		s := &loose{loses: 3}
-		r := runOn(t, s, verb)
-		if wrong, _, err := verify(t.Context(), s, r.Acked); wrong == 0 || err != nil {
-			t.Errorf("%s: of %d writes, a third of which was dropped, none is missing (%v)", verb, len(r.Acked), err)
+		synctest.Test(t, func(t *testing.T) {
+			s := &loose{loses: 7}
+			r := runOn(t, s, verb)
+			if wrong, _, err := verify(t.Context(), s, r.Acked); wrong == 0 || err != nil {
+				t.Errorf("%s: of %d writes, a seventh of which was dropped, none is missing (%v)", verb, len(r.Acked), err)
+			}
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		if r := runOn(t, &loose{loses: 3}, "mix"); r.Wrong == 0 {
+			t.Error("reads after a dropped set of the same worker are taken for right")
 		}
-	}
-	if r := runOn(t, &loose{loses: 3}, "mix"); r.Wrong == 0 {
-		t.Error("reads after a dropped set of the same worker are taken for right")
-	}
+	})
 }
 
 func TestDriverSeesDamagedValues(t *testing.T) {
-	if r := runOn(t, &loose{damages: true}, "get"); r.Wrong != r.Total || !strings.Contains(r.FirstBad, "damaged") {
-		t.Errorf("%+v", r)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		if r := runOn(t, &loose{damages: true}, "get"); r.Wrong != r.Total || !strings.Contains(r.FirstBad, "damaged") {
+			t.Errorf("%+v", r)
+		}
+	})
 }
 
 func TestDriverCountsErrors(t *testing.T) {
-	if r := runOn(t, &loose{fails: true}, "set"); r.Errors == 0 || r.Ops != 0 || r.FirstError != "refused" || len(r.Acked) != 0 {
-		t.Errorf("%+v", r)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		if r := runOn(t, &loose{fails: true}, "set"); r.Errors != 4*100 || r.Ops != 0 || r.FirstError != "refused" || len(r.Acked) != 0 {
+			t.Errorf("%+v", r) // one every 6 ms, with the pause after it
+		}
+	})
 }
 
 func TestHaltEndsARun(t *testing.T) {
-	s, halted := &loose{values: map[string][]byte{}}, &atomic.Bool{}
-	ended := make(chan result)
-	go func() {
-		ended <- carryOut(t.Context(), s, order{Cell: cell{Verb: "set", Workers: 2}, Keys: 10, For: time.Hour}, halted)
-	}()
-	halted.Store(true)
-	if r := <-ended; r.Seconds > 60 {
-		t.Errorf("%v s", r.Seconds)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		s, halted := &loose{values: map[string][]byte{}}, &atomic.Bool{}
+		time.AfterFunc(10*time.Second, func() { halted.Store(true) })
+		r := carryOut(t.Context(), s, order{Cell: cell{Verb: "set", Workers: 2}, Keys: 10, For: time.Hour}, halted)
+		if r.Seconds < 10 || r.Seconds > 10.01 || r.Ops < 19_990 || r.Ops > 20_010 {
+			t.Errorf("%v s, %d operations", r.Seconds, r.Ops)
+		}
+	})
 }
 
 func TestReadValue(t *testing.T) {

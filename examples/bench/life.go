@@ -73,11 +73,14 @@ func (l *life) live() error {
 	have := 0
 	for _, size := range l.states() {
 		began := time.Now()
-		if err := l.loadUpTo(l.cluster, have, size); err != nil {
+		if err := l.load(have, size, loaders); err != nil {
 			return err
 		}
-		if size-have > cellKeys {
-			l.note(fmt.Sprint("load/", size), time.Since(began).Seconds(), "s")
+		if took := time.Since(began); slices.Contains(l.sizes, size) {
+			l.note(fmt.Sprint("load/", size), float64(took.Microseconds())/float64(size-have), "µs")
+		}
+		if err := l.checkLoaded(l.cluster, have, size); err != nil {
+			return err
 		}
 		have = size
 		if err := l.at(size); err != nil {
@@ -187,18 +190,26 @@ func (l *life) failover() error {
 	return l.ready()
 }
 
+// size waits until the load has been digested, and looks at members that do nothing.
 func (l *life) size(size int) error {
 	time.Sleep(settle)
-	var rss, disk []float64
-	for _, p := range l.members {
-		u, err := p.usage()
-		if err != nil {
-			return err
-		}
+	before, _, err := l.usages()
+	if err != nil {
+		return err
+	}
+	time.Sleep(settle)
+	after, _, err := l.usages()
+	if err != nil {
+		return err
+	}
+	var rss, disk, idle []float64
+	for i, u := range after {
 		rss, disk = append(rss, float64(u.RSS)/(1<<20)), append(disk, float64(u.Disk)/(1<<20))
+		idle = append(idle, inMillis(u.CPU-before[i].CPU)/settle.Seconds())
 	}
 	l.note(fmt.Sprint("rss/", size), median(rss), "MiB")
 	l.note(fmt.Sprint("disk/", size), median(disk), "MiB")
+	l.note(fmt.Sprint("idle/", size), median(idle), "ms")
 	return nil
 }
 

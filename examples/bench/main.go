@@ -2,7 +2,7 @@
 // processes of this machine, with data on its disk and fsync on, under the same closed-loop driver inside the members' processes.
 // It prints a Markdown report and writes it, a plot, and every single result to the directory that -out names:
 //
-//	go run .                                                everything: some two and a half hours
+//	go run .                                                everything: some two hours
 //	go run . -rounds 1 -cell 1s -warmup 500ms -life none    a first look: some minutes
 //	go run . -merge a/results.jsonl,b/results.jsonl         one report of several runs
 //
@@ -14,6 +14,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -70,6 +71,7 @@ type bench struct {
 	began         time.Time
 	done, planned int // cells
 	bad           uint64
+	faulty        bool // some record could not be had, or is bad: what the members left is kept
 }
 
 // A record is one result: of a cell, or one figure of a life. It is a line of results.jsonl.
@@ -197,14 +199,12 @@ func (b *bench) measure() (err error) {
 		return err
 	}
 	b.add(record{About: about})
-	interrupted := make(chan os.Signal, 1) // members end by themselves when we are gone
+	interrupted := make(chan os.Signal, 1) // the cell or the life under way is finished, and what there is is reported
 	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
 	stopped := func() bool { return len(interrupted) > 0 }
 	for round := 1; round <= max(b.rounds, b.lifeRounds) && !stopped(); round++ {
 		if round <= b.rounds && len(b.cells) > 0 {
-			if err := b.roundOfCells(round, stopped); err != nil {
-				return err
-			}
+			b.roundOfCells(round, stopped)
 		}
 		for _, k := range b.kinds {
 			if round <= b.lifeRounds && len(b.life) > 0 && !stopped() {
@@ -212,7 +212,20 @@ func (b *bench) measure() (err error) {
 			}
 		}
 	}
-	return b.report()
+	return errors.Join(b.report(), b.tidy())
+}
+
+// tidy removes the gigabytes that the members leave behind; their logs are of use if something has failed.
+func (b *bench) tidy() error {
+	if b.faulty {
+		log.Print("the members' directories and logs are kept in ", b.dir)
+		return nil
+	}
+	var errs []error
+	for _, k := range b.kinds {
+		errs = append(errs, os.RemoveAll(filepath.Join(b.dir, k.name)))
+	}
+	return errors.Join(errs...)
 }
 
 func (b *bench) describe() (*about, error) {
@@ -271,7 +284,7 @@ func fsyncTime(dir string) (time.Duration, error) {
 
 // roundOfCells starts all systems and measures cell by cell, each on all of them, so that whatever else the machine does meets them alike.
 // Those that wait are idle.
-func (b *bench) roundOfCells(round int, stopped func() bool) error {
+func (b *bench) roundOfCells(round int, stopped func() bool) {
 	var clusters []*cluster
 	defer func() {
 		for _, c := range clusters {
@@ -281,17 +294,22 @@ func (b *bench) roundOfCells(round int, stopped func() bool) error {
 	for _, k := range b.kinds {
 		b.say(round, k.name, "start", "")
 		c, err := b.prepare(k)
-		if c != nil {
+		if err == nil {
 			clusters = append(clusters, c)
+			continue
 		}
-		if err != nil {
-			return fmt.Errorf("%s: %w", k.name, err)
+		if c != nil {
+			c.stop()
 		}
+		r := record{Round: round, System: k.name, Cell: "start", Error: err.Error()} // the others still have their round
+		b.add(r)
+		b.say(round, k.name, r.Cell, r.summary())
+		b.done += len(b.cells)
 	}
 	for i, cell := range b.cells {
 		for j := range clusters {
 			if stopped() {
-				return nil
+				return
 			}
 			c := clusters[(i+j+round)%len(clusters)] // none has its turn always after the same neighbour
 			r := record{Round: round, System: c.kind.name, Cell: cell.String()}
@@ -303,7 +321,6 @@ func (b *bench) roundOfCells(round int, stopped func() bool) error {
 			b.say(round, c.kind.name, cell.String(), r.summary())
 		}
 	}
-	return nil
 }
 
 // prepare starts a cluster, loads the keys of the cells, and looks whether every member tells the truth about them.
@@ -315,13 +332,14 @@ func (b *bench) prepare(k kind) (*cluster, error) {
 	if err := c.start(); err != nil {
 		return c, err
 	}
-	return c, b.loadUpTo(c, 0, cellKeys)
+	if err := c.load(0, cellKeys, loaders); err != nil {
+		return c, err
+	}
+	return c, b.checkLoaded(c, 0, cellKeys)
 }
 
-func (b *bench) loadUpTo(c *cluster, from, to int) error {
-	if err := c.load(from, to, 256); err != nil {
-		return err
-	}
+// checkLoaded wants some of the keys from..to on every member, and every member to refuse an insert of one.
+func (b *bench) checkLoaded(c *cluster, from, to int) error {
 	loaded := map[string]uint64{}
 	for i := from; i < to; i += max(1, (to-from)/sampleSize) {
 		loaded[keyAt(i)] = uint64(i)
@@ -411,6 +429,7 @@ func (c *cluster) usages() (all [3]usage, machine time.Duration, err error) {
 func (b *bench) add(r record) {
 	r.Time = time.Now().UTC().Truncate(time.Millisecond)
 	b.records = append(b.records, r)
+	b.faulty = b.faulty || r.Error != "" || r.Wrong > 0
 	line, err := json.Marshal(r)
 	if err == nil {
 		_, err = b.results.Write(append(line, '\n'))

@@ -13,7 +13,7 @@ import (
 
 const (
 	panelWidth, panelHeight = 400.0, 260.0 // of the axes
-	left, top, gap          = 70.0, 60.0, 90.0
+	left, top, gap          = 90.0, 60.0, 100.0
 )
 
 // colors are told apart by people who see few (Okabe and Ito).
@@ -67,6 +67,7 @@ func plot(all []record) []byte {
 			x, x+24, colors[k.name], x+30, html.EscapeString(k.title))
 		x += 150
 	}
+	fmt.Fprintf(out, `<text x="%.0f" y="%.0f" fill="#444">dashed: not linearizable</text>`+"\n", left, height-8)
 	for i, p := range panels {
 		p.draw(out, left+float64(i%2)*(panelWidth+gap), top+float64(i/2)*(panelHeight+gap), p.lines(cells))
 	}
@@ -104,14 +105,18 @@ func (p panel) draw(out *bytes.Buffer, x0, y0 float64, lines map[string][]point)
 	for v := ys.low; v <= ys.high*1.001; v *= 10 {
 		y := ys.at(v)
 		fmt.Fprintf(out, `<line x1="%.0f" y1="%.1f" x2="%.0f" y2="%.1f" stroke="#ddd"/><text x="%.0f" y="%.1f" text-anchor="end" fill="#444">%s</text>`+"\n",
-			x0, y, x0+panelWidth, y, x0-6, y+4, number3(v))
+			x0, y, x0+panelWidth, y, x0-6, y+4, tick(v))
 	}
 	for _, k := range kinds {
 		points := lines[k.name]
 		if len(points) == 0 {
 			continue
 		}
-		fmt.Fprintf(out, `<polyline fill="none" stroke="%s" stroke-width="2.5" points="`, colors[k.name])
+		dashes := ""
+		if weaker(p.verb+"/", k.name) {
+			dashes = ` stroke-dasharray="6 5"`
+		}
+		fmt.Fprintf(out, `<polyline fill="none" stroke="%s" stroke-width="2.5"%s points="`, colors[k.name], dashes)
 		for _, pt := range points {
 			fmt.Fprintf(out, "%.1f,%.1f ", xs.at(pt.x), ys.at(pt.y))
 		}
@@ -120,4 +125,12 @@ func (p panel) draw(out *bytes.Buffer, x0, y0 float64, lines map[string][]point)
 			fmt.Fprintf(out, `<circle cx="%.1f" cy="%.1f" r="3.5" fill="%s"/>`+"\n", xs.at(pt.x), ys.at(pt.y), colors[k.name])
 		}
 	}
+}
+
+// tick is a power of ten.
+func tick(v float64) string {
+	if v < 1 {
+		return fmt.Sprint(v)
+	}
+	return comma(int(math.Round(v)))
 }

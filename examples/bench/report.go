@@ -112,7 +112,7 @@ func markdown(all []record) string {
 		}
 	}
 	cells, order := index(all, byCell)
-	order = slices.DeleteFunc(order, func(name string) bool { return strings.HasPrefix(name, "cost/") })
+	order = slices.DeleteFunc(order, func(name string) bool { _, err := parseCell(name); return err != nil }) // costs, and starts that failed
 	shown := present(all)
 	if len(order) > 0 {
 		fmt.Fprintf(out, "\n## Operations a second\n\nMore is better; the last column is quorate's figure divided by that of the best peer.\n\n")
@@ -270,12 +270,13 @@ func writeLife(out *strings.Builder, shown []kind, all []record) {
 var figureTitles = []struct{ prefix, title string }{
 	{"start", "first acknowledged write after the start of three empty members, ms"},
 	{"failover", "writes are acknowledged again after SIGKILL of the leader, ms"},
-	{"load", "loading up to %s keys with 256 writers, s"},
+	{"load", "time for each key of a load up to %s keys by 256 writers, µs"},
 	{"restart", "restarted member holds all that was written, %s keys, ms"},
 	{"answers", "and answers linearizable reads, %s keys, ms"},
 	{"rss", "memory of a member (RSS), %s keys, MiB"},
 	{"disk", "disk of a member, %s keys, MiB"},
-	{"stall plain", "longest of 16 writers' writes in 6 s, %s keys, ms"},
+	{"idle", "CPU of a member that does nothing, %s keys, ms a second"},
+	{"stall plain", "longest of 16 writers' writes in 7 s, %s keys, ms"},
 	{"stall snapshot", "the same while a snapshot is taken, %s keys, ms"},
 	{"stall replace", "the same while a member is sent the state, %s keys, ms"},
 	{"replace", "member with an empty disk holds the state, %s keys, ms"},
