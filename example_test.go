@@ -246,6 +246,43 @@ func ExampleService_List() {
 	// jobs/3 new, version 3
 }
 
+// A copy of a part of the state that follows every change of it.
+func ExampleService_Watch() {
+	db, done := open()
+	defer done()
+
+	ctx := context.Background()
+	if err := db.Set(ctx, "flags/checkout", []byte("on")); err != nil {
+		log.Fatal(err)
+	}
+	flags := make(map[string]string)
+	for e, err := range db.Watch(ctx, "flags/", 0) {
+		switch {
+		case err != nil:
+			log.Fatal(err) // or watch again, from the last e.Revision
+		case e.Kind == quorate.EventReset:
+			clear(flags)
+		case e.Kind == quorate.EventSet:
+			flags[e.Entry.Key] = string(e.Entry.Value)
+		case e.Kind == quorate.EventDelete:
+			delete(flags, e.Entry.Key)
+		}
+		fmt.Println(e.Kind, e.Revision, flags)
+		if e.Kind == quorate.EventSynced { // somebody changes something
+			go db.Exec(ctx, quorate.Delete("flags/checkout"), quorate.Set("flags/search", []byte("off")))
+		}
+		if e.Revision == 3 {
+			break
+		}
+	}
+	// Output:
+	// reset 0 map[]
+	// set 0 map[flags/checkout:on]
+	// synced 1 map[flags/checkout:on]
+	// delete 2 map[]
+	// set 3 map[flags/search:off]
+}
+
 // A backup is an SQLite file; Restore makes a new cluster of one member out of it.
 func ExampleRestore() {
 	db, done := open()

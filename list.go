@@ -115,7 +115,7 @@ func (s *Service) list(ctx context.Context, ready func(context.Context) error, p
 				return
 			case !more:
 				return
-			case !yield(Entry{Key: k.key, Value: append([]byte{}, k.value...), Version: k.version, Created: k.created}, nil):
+			case !yield(k.entry(), nil):
 				return
 			}
 		}

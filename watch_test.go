@@ -444,7 +444,7 @@ func (m *watchModel) take(t *rapid.T, w *modelledWatch) bool {
 
 // Random transactions and watchers that begin, go on, dawdle, leave and resume, against a list of all changes. Every one of them
 // sees what the list says, and the history table holds its end.
-func TestWatchMoDelete(t *testing.T) {
+func TestWatchModel(t *testing.T) {
 	t.Parallel()
 	m := &watchModel{s: openSole(t, func(c *Config) { c.History = 24 }), now: make(map[string]Entry)}
 	table := func(after uint64) []past { return pasts(t, m.s, after) }
@@ -688,6 +688,94 @@ func TestWatchersAmongWriters(t *testing.T) {
 	must(t, hubEmpty(s))
 }
 
+// spoilHistory damages a row as a disk would: no sum knows of it.
+func spoilHistory(t testing.TB, s *Service, revision uint64) {
+	t.Helper()
+	s.store.mu.Lock()
+	defer s.store.mu.Unlock()
+	must(t, s.store.writer.execText(fmt.Sprint("UPDATE history SET value = 'evil' WHERE revision = ", revision)))
+}
+
+// Alone there is nobody to take the row from.
+func TestWatchOfDamagedHistory(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	for i := range 4 {
+		transact(t, s, set("k", fmt.Sprint(i)))
+	}
+	spoilHistory(t, s, 3)
+	wantIs(t, "a damaged row", startWatch(t, s, "", 1).end(), ErrCorrupt)
+	wantIs(t, "a damaged state", startWatch(t, s, "", 0).end(), ErrCorrupt)
+}
+
+// What is held for the first part of a watch is given back when its consumer takes nothing, and the watch says so.
+func TestWatchOfAStoppedConsumer(t *testing.T) {
+	t.Parallel()
+	for name, memory := range map[string]int64{"in memory": 0, "in SQLite": -1} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := openSole(t, func(c *Config) { c.Memory = memory })
+			for i := range 3 {
+				var tx []Op
+				for k := range 100 {
+					tx = append(tx, set(fmt.Sprint("k", i, k), ""))
+				}
+				transact(t, s, tx...)
+			}
+			w := startWatch(t, s, "", 0)
+			w.event()
+			w.event()
+			holds := s.store.openHolds()
+			if len(holds) != 1 {
+				t.Fatalf("%d holds", len(holds))
+			}
+			holds[0].tend(0)
+			holds[0].tend(slowLimit)
+			for {
+				if _, err, ok := w.next(); err != nil || !ok {
+					wantIs(t, "a minute without a step", err, ErrSlow)
+					break
+				}
+			}
+			if n := len(s.store.openHolds()); n != 0 {
+				t.Errorf("%d holds are left", n)
+			}
+			must(t, hubEmpty(s))
+		})
+	}
+}
+
+// Ten thousand watchers that wait cost little: each its goroutine, and beside that no more than 2 KiB.
+func TestIdleWatchersAreSmall(t *testing.T) {
+	const n, limit = 10_000, 2 << 10
+	s := openSole(t)
+	for name, prefix := range map[string]func(int) string{
+		"of one prefix":       func(int) string { return "watched/" },
+		"of a prefix of each": func(i int) string { return fmt.Sprint("watched/", i, "/") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			measure := func() (m runtime.MemStats) {
+				for range 4 { // stacks shrink by half each time
+					runtime.GC()
+				}
+				runtime.ReadMemStats(&m)
+				return m
+			}
+			before := measure()
+			stop := idleWatchers(t, s, n, prefix, func(Event) {})
+			transact(t, s, set("other", ""))
+			after := measure()
+			stop()
+			heap := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) / n
+			stack := (int64(after.StackInuse) - int64(before.StackInuse)) / n
+			if t.Logf("%d bytes each, and %d of stack", heap, stack); heap > limit {
+				t.Errorf("%d bytes each, the limit is %d", heap, limit)
+			}
+			must(t, hubEmpty(s))
+		})
+	}
+}
+
 // idleWatchers starts n loops over Watch and waits until each of them has nothing to do. They end with the test.
 func idleWatchers(t testing.TB, s *Service, n int, prefix func(i int) string, got func(Event)) (stop func()) {
 	t.Helper()
@@ -762,5 +850,198 @@ func BenchmarkWatchFanOut(b *testing.B) {
 			}
 			b.ReportMetric(float64(writing.Nanoseconds())/float64(b.N), "ns/write")
 		})
+	}
+}
+
+// A traveller follows one prefix on one member, and resumes there whenever the watch has ended.
+type traveller struct {
+	mu     sync.Mutex // guards the fields below
+	events []Event
+	errs   []error // what ended a watch
+}
+
+func (v *traveller) follow(ctx context.Context, on func() *Service, prefix string) {
+	for since := uint64(0); ctx.Err() == nil; {
+		if s := on(); s != nil {
+			for e, err := range s.Watch(ctx, prefix, since) {
+				v.mu.Lock()
+				if err != nil {
+					v.errs = append(v.errs, err)
+				} else {
+					v.events, since = append(v.events, e), e.Revision
+				}
+				v.mu.Unlock()
+			}
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+}
+
+// await waits until a change has been seen, and returns what ended watches since the last call.
+func (v *traveller) await(t testing.TB, revision uint64) (errs []error) {
+	t.Helper()
+	eventually(t, patience, "the change to be seen", func() error {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if n := len(v.events); n == 0 || v.events[n-1].Revision < revision {
+			return fmt.Errorf("%d events, without revision %d", n, revision)
+		}
+		errs, v.errs = v.errs, nil
+		return nil
+	})
+	return errs
+}
+
+// A watch on a follower goes on through changes of the leader, an installed snapshot and a rebuild of its member, and is resumed
+// after a restart and on another member: in the end it has seen each change that the history holds once, in order.
+func TestWatchTravels(t *testing.T) {
+	c := newCluster(t, 3)
+	m := c.follower(t)
+	var here atomic.Pointer[testMember]
+	here.Store(m)
+	var v traveller
+	ctx, cancel := context.WithCancel(t.Context())
+	var following sync.WaitGroup
+	following.Go(func() {
+		v.follow(ctx, func() *Service {
+			m := here.Load()
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			return m.s
+		}, "w/")
+	})
+	defer following.Wait()
+	defer cancel()
+	n := 0
+	write := func(t *testing.T, on *testMember) uint64 {
+		t.Helper()
+		n++
+		b := Delete("w/b")
+		if n%2 == 0 {
+			b = set("w/b", "")
+		}
+		return transact(t, on.s, set("w/a", fmt.Sprint(n)), set("other", ""), set(fmt.Sprint("w/", n%7), ""), b, set("w/end", ""))
+	}
+	wantErrs := func(t *testing.T, errs []error, want ...error) {
+		t.Helper()
+		if len(errs) != len(want) {
+			t.Fatalf("watches ended with %v, want %v", errs, want)
+		}
+		for i := range want {
+			wantIs(t, "the end of a watch", errs[i], want[i])
+		}
+	}
+	v.await(t, 0)
+	t.Run("changes of the leader", func(t *testing.T) {
+		for range 2 {
+			l := c.leader(t)
+			write(t, l)
+			if l == m {
+				must(t, l.s.raft.Load().LeadershipTransfer().Error())
+				continue
+			}
+			l.stop()
+			wantErrs(t, v.await(t, write(t, m)))
+			l.start()
+		}
+	})
+	t.Run("a restart", func(t *testing.T) {
+		wantErrs(t, v.await(t, write(t, m)))
+		m.stop()
+		for range 3 {
+			write(t, c.leader(t))
+		}
+		m.start()
+		wantErrs(t, v.await(t, write(t, m)), ErrClosed)
+	})
+	t.Run("an installed snapshot", func(t *testing.T) {
+		c.awaitVoters(t, 3)
+		m.isolate()
+		past := m.s.store.meta().applied
+		others := slices.DeleteFunc(slices.Clone(c), func(o *testMember) bool { return o == m })
+		eventually(t, patience, "a leader without the watching member", func() error {
+			if id := others[0].s.Status().LeaderID; id == "" || id == m.s.Status().ID {
+				return errors.New("none")
+			}
+			return nil
+		})
+		l := testCluster(others).leader(t)
+		for range 20 {
+			write(t, l)
+		}
+		testCluster(others).cutLogs(t, past)
+		m.rejoin()
+		eventually(t, patience, "an install", func() error {
+			if m.s.store.meta().installed == 0 {
+				return errors.New("none")
+			}
+			return nil
+		})
+		wantErrs(t, v.await(t, write(t, testCluster(others).leader(t))))
+	})
+	t.Run("a rebuild", func(t *testing.T) {
+		was := m.s.store.meta().installed
+		sqlite3(t, m.snap(), "update kv set value = 'evil' where key = 'w/a'; update history set value = 'evil'")
+		eventually(t, patience, "a rebuild", func() error {
+			if m.s.store.meta().installed == was || m.s.unfit() != nil {
+				return fmt.Errorf("fault %v", m.s.unfit())
+			}
+			return nil
+		})
+		wantErrs(t, v.await(t, write(t, c.leader(t))))
+	})
+	t.Run("a damaged row of the history", func(t *testing.T) {
+		revision := write(t, c.leader(t))
+		wantErrs(t, v.await(t, revision))
+		want := eventText(pasts(t, m.s, revision-1)[0].event())
+		spoilHistory(t, m.s, revision)
+		m.s.hub.mu.Lock()
+		m.s.hub.recent.forget()
+		m.s.hub.mu.Unlock()
+		was := m.s.store.meta().installed
+		startWatch(t, m.s, "w/", revision-1).want(want)
+		if m.s.store.meta().installed == was {
+			t.Error("it was not rebuilt")
+		}
+	})
+	t.Run("another member, and a removal", func(t *testing.T) {
+		c.awaitVoters(t, 3)
+		to := c[0]
+		if to == m {
+			to = c[1]
+		}
+		here.Store(to)
+		if c.leader(t) == m {
+			must(t, m.s.raft.Load().LeadershipTransfer().Error())
+		}
+		must(t, to.s.RemoveMember(ctxFor(t, patience), m.conf.Addr))
+		eventually(t, patience, "the end of the removed member's watch", func() error {
+			v.mu.Lock()
+			defer v.mu.Unlock()
+			if len(v.errs) == 0 {
+				return errors.New("none")
+			}
+			return nil
+		})
+		wantErrs(t, v.await(t, write(t, to)), ErrRemoved)
+	})
+	cancel()
+	following.Wait()
+	if v.events[0].Kind != EventReset || v.events[1].Kind != EventSynced {
+		t.Fatalf("it began with %s, %s", eventText(v.events[0]), eventText(v.events[1]))
+	}
+	var want []string
+	for _, p := range pasts(t, here.Load().s, v.events[1].Revision) {
+		if strings.HasPrefix(p.key, "w/") {
+			want = append(want, eventText(p.event()))
+		}
+	}
+	for i, e := range v.events[2:] {
+		if i >= len(want) || eventText(e) != want[i] {
+			t.Fatalf("event %d of %d is %s, want %v", i, len(v.events)-2, eventText(e), want[i:min(i+1, len(want))])
+		}
+	}
+	if len(v.events)-2 != len(want) {
+		t.Errorf("%d changes were seen, want %d", len(v.events)-2, len(want))
 	}
 }
