@@ -165,6 +165,18 @@ func checkFirstFormat(t *testing.T, m *testMember, older []*process) {
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("the list is %v, want %v", got, want)
 	}
+	var seen []string
+	for e, err := range m.s.Watch(ctx, prefix, 0) {
+		must(t, err)
+		if seen = append(seen, fmt.Sprint(e.Kind, " ", strings.TrimPrefix(e.Entry.Key, prefix))); e.Kind == EventDelete {
+			break
+		} else if e.Kind == EventSynced {
+			must(t, m.s.Delete(ctx, prefix+"x"))
+		}
+	}
+	if want := []string{fmt.Sprint(EventReset, " "), fmt.Sprint(EventSet, " x"), fmt.Sprint(EventSet, " y"), fmt.Sprint(EventSynced, " "), fmt.Sprint(EventDelete, " x")}; !slices.Equal(seen, want) {
+		t.Errorf("watched %q, want %q", seen, want)
+	}
 	for _, p := range older {
 		if v := p.must(order{Op: "get", Key: prefix + "y"}).Value; string(v) != "2" {
 			t.Errorf("%s, of the first release, reads %q", p.addr, v)
