@@ -246,7 +246,7 @@ func TestRaiseAndMembersExcludeEachOther(t *testing.T) {
 			c.obey("advance 3s")
 			select {
 			case err := <-joined:
-				t.Errorf("joining ended while the raise was not committed: %v", err)
+				t.Fatalf("joining ended while the raise was not committed: %v", err)
 			default:
 			}
 			letGo()
