@@ -2,7 +2,8 @@ package quorate
 
 // Who takes part: joining, promotion, removal and new addresses, as the leader decides them and as a member asks for them,
 // and what is known of the others beside raft's configuration. It owns every change of the configuration, and the functions
-// that the peer protocol calls on this member. It never touches SQL or the bytes of a message.
+// that the peer protocol calls on this member. When the state's format is raised depends on who takes part, so that is here too.
+// It never touches SQL or the bytes of a message.
 //
 // One rule stands above the others: a change that adds or removes a voter is proposed only while every voter that counts
 // answers in this term and has the whole log, the last such change included. Otherwise two of three voters can end without
