@@ -4,10 +4,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"os"
 	"strconv"
+	"time"
 
 	"github.com/quorate/quorate"
 )
@@ -27,7 +29,7 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, step := range []func(context.Context, *quorate.Service) error{claim, count, finish, list, follow, query} {
+	for _, step := range []func(context.Context, *quorate.Service) error{claim, count, finish, list, look, query} {
 		if err := step(ctx, db); err != nil {
 			return err
 		}
@@ -77,17 +79,24 @@ func list(ctx context.Context, db *quorate.Service) error {
 	return nil
 }
 
-// follow sees every change after a revision, each once, in order; it ends when it has seen the newest.
-func follow(ctx context.Context, db *quorate.Service) error {
-	newest, since := db.Local().Freshness().Revision, uint64(1)
+// look follows the changes for a moment.
+func look(ctx context.Context, db *quorate.Service) error {
+	ctx, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+	defer cancel()
+	if err := follow(ctx, db, 1); !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return nil
+}
+
+// follow sees every change after a revision, each once, in order, until ctx ends.
+func follow(ctx context.Context, db *quorate.Service, since uint64) error {
 	for event, err := range db.Watch(ctx, "", since) {
 		if err != nil {
 			return err
 		}
 		fmt.Println(event.Revision, event.Kind, event.Entry.Key)
-		if since = event.Revision; since == newest {
-			break
-		}
+		since = event.Revision // where to go on after a restart
 	}
 	return nil
 }
