@@ -522,17 +522,18 @@ func columnBytes(v driver.Value) (b []byte, ok bool) {
 
 // SQLite's primary result codes that we act on.
 const (
-	sqliteError    = 1 // in the SQL, or in what a function of SQL was given
-	sqliteBusy     = 5
-	sqliteReadOnly = 8
-	sqliteIOErr    = 10
-	sqliteCorrupt  = 11
-	sqliteFull     = 13
-	sqliteTooBig   = 18
-	sqliteMismatch = 20
-	sqliteRange    = 25
-	sqliteNotADB   = 26
-	sqliteShmSize  = sqliteIOErr | 19<<8 // extended
+	sqliteError      = 1 // in the SQL, or in what a function of SQL was given
+	sqliteBusy       = 5
+	sqliteReadOnly   = 8
+	sqliteIOErr      = 10
+	sqliteCorrupt    = 11
+	sqliteFull       = 13
+	sqliteTooBig     = 18
+	sqliteConstraint = 19
+	sqliteMismatch   = 20
+	sqliteRange      = 25
+	sqliteNotADB     = 26
+	sqliteShmSize    = sqliteIOErr | 19<<8 // extended
 )
 
 func sqliteCode(err error) int {

@@ -202,3 +202,22 @@ func TestPublishedChanges(t *testing.T) {
 		t.Errorf("told %q, want %q", got, want)
 	}
 }
+
+// A row that nobody wrote must not keep apply waiting for ever: it is damage, which a rebuild mends.
+func TestHistoryRowFromNowhere(t *testing.T) {
+	s := newHistoryStore(t, 10)
+	setTimes(t, s, 3)
+	must(t, s.close())
+	must(t, changeFile(s.path, func(c *conn) error {
+		return c.execText(`INSERT INTO history VALUES(4, 'k', 'v', 0, 1, 3, 4, 0)`)
+	}))
+	s = openTestStore(t, s.path, testBudget)
+	tx, err := s.begin()
+	must(t, err)
+	tx.meta.revision++
+	must(t, tx.set("k", row{value: []byte("v"), version: 4, created: 1}))
+	tx.endChanges()
+	if err := tx.commit(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("commit says %v", err)
+	}
+}

@@ -605,11 +605,15 @@ func (s *store) meta() meta { return *s.last.Load() }
 // explain says which file an error is about, and turns SQLite's corruption codes into ErrCorrupt.
 func (s *store) explain(doing string, err error) error { return aboutFile(doing, s.path, err) }
 
+// damages are SQLite's codes for a file that is not what we have written. Our own statements break no constraint of the tables
+// unless there are rows that we did not put there.
+var damages = []int{sqliteCorrupt, sqliteNotADB, sqliteConstraint}
+
 func aboutFile(doing, path string, err error) error {
 	if err == nil {
 		return nil
 	}
-	if code := sqliteCode(err); (code == sqliteCorrupt || code == sqliteNotADB) && !errors.Is(err, ErrCorrupt) {
+	if code := sqliteCode(err); slices.Contains(damages, code) && !errors.Is(err, ErrCorrupt) {
 		return fmt.Errorf("%s %s: %w; this copy of the state must be replaced: %w", doing, path, ErrCorrupt, err)
 	}
 	return fmt.Errorf("%s %s: %w", doing, path, err)
