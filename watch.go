@@ -492,6 +492,9 @@ func (h *hub) publish(_ uint64, changes []past) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.watchers.Load() == 0 { // the last one has just left: what is kept for nobody would not go on without a gap when one comes
+		return
+	}
 	for _, p := range changes {
 		if p.revision <= h.newest { // committed when the first watcher came
 			continue

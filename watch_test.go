@@ -582,6 +582,34 @@ func TestCrowdsOfAKey(t *testing.T) {
 	})
 }
 
+// What the hub keeps has no gap, also when the last watcher leaves while a change is being published.
+func TestRecentHasNoGap(t *testing.T) {
+	t.Parallel()
+	var revision atomic.Uint64
+	h := newHub(revision.Load)
+	var leaving sync.WaitGroup
+	var done atomic.Bool
+	for range 2 {
+		leaving.Go(func() {
+			for !done.Load() {
+				c := h.join("k")
+				h.mu.RLock()
+				if r := &h.recent; r.n > 0 && (r.at(r.n-1).revision != h.newest || h.newest-r.at(0).revision != uint64(r.n-1)) {
+					t.Errorf("%d changes from %d to %d, and the newest is %d", r.n, r.at(0).revision, r.at(r.n-1).revision, h.newest)
+				}
+				h.mu.RUnlock()
+				h.leave(c)
+			}
+		})
+	}
+	for i := uint64(1); i <= 300_000 && !t.Failed(); i++ {
+		revision.Store(i)
+		h.publish(i, []past{{revision: i, last: i, key: fmt.Sprint("k", i)}})
+	}
+	done.Store(true)
+	leaving.Wait()
+}
+
 // The hub holds no more than it may, whatever comes, and what it holds has no gap.
 func TestRecentIsBounded(t *testing.T) {
 	t.Parallel()
