@@ -535,7 +535,7 @@ func (s *Service) verified(ctx context.Context) error {
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("the check of snap that began at the start has not ended: %w", ctx.Err())
+			return fmt.Errorf("the check of snap that began at the start has not ended: %w", context.Cause(ctx))
 		case <-s.ctx.Done():
 			return ErrClosed
 		}

@@ -152,14 +152,17 @@ func (w *watcher) run() error {
 	}
 }
 
-// enter is the read round. A member that is being rebuilt answers none, and is waited for.
+// enter is the read round. A member that is being rebuilt, or must be, answers none, and is waited for.
 func (w *watcher) enter() error {
 	for {
 		if err := w.fit(); err != nil {
 			return err
 		}
 		err := w.s.catchUp(w.ctx)
-		if err == nil || w.ctx.Err() != nil || w.s.unfit() == nil {
+		if _, damage := w.s.store.verified(); damage != nil {
+			w.s.distrust(damage) // nobody may have been told of it yet
+		}
+		if err == nil || w.ctx.Err() != nil || w.s.unfit() == nil && !errors.Is(err, ErrCorrupt) {
 			return err
 		}
 	}

@@ -187,6 +187,18 @@ func TestWatchEnds(t *testing.T) {
 		if _, err, _ := startPulled(ctx, s, 0); !errors.Is(err, cause) {
 			t.Errorf("begun after the end of its context: %v", err)
 		}
+		unchecked := func(yes bool) {
+			s.store.stateMu.Lock()
+			defer s.store.stateMu.Unlock()
+			s.store.scanned = !yes
+		}
+		unchecked(true)
+		defer unchecked(false)
+		ctx, cancel = context.WithCancelCause(context.Background())
+		time.AfterFunc(time.Millisecond, func() { cancel(cause) })
+		if _, err, _ := startPulled(ctx, s, 1); !errors.Is(err, cause) {
+			t.Errorf("waiting for the check of the file: %v", err)
+		}
 	})
 	t.Run("when the loop is left", func(t *testing.T) {
 		for name, leave := range map[string]func(){"by break": func() {}, "by a panic": func() { panic("body") }} {
@@ -734,6 +746,17 @@ func TestWatchOfDamagedHistory(t *testing.T) {
 	spoilHistory(t, s, 3)
 	wantIs(t, "a damaged row", startWatch(t, s, "", 1).end(), ErrCorrupt)
 	wantIs(t, "a damaged state", startWatch(t, s, "", 0).end(), ErrCorrupt)
+}
+
+// Damage that the check of the file has just found is mended before a watch begins: it is no more its end than what is found later.
+func TestWatchBeginsBesideDamage(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		c.obey("set L k 1")
+		c.obey("await equal")
+		f.s.store.setVerdict(corrupt("kv has 0 rows and should have 1"))
+		startWatch(t, f.s, "k", 0).want("reset", "0/0 set k=1 (1 1) was 0", "synced 1")
+	})
 }
 
 // What is held for the first part of a watch is given back when its consumer takes nothing, and the watch says so.
