@@ -80,16 +80,17 @@ func Resync() WatchOption { return func(o *watchOptions) { o.resync = true } }
 //
 // since is the Revision of the last event that was handled: every change after it follows, on whichever member, across
 // restarts and changes of the leader. 0 begins anew: EventReset, the current entries in the order of their keys as EventSet,
-// EventSynced, then every change after that. An entry is delivered as it was at one point in time, and a change may follow at
-// once. The watch begins with a read round, so that it includes every write that returned before; it waits for that round as
-// long as ctx allows, and Config.Timeout does not limit it.
+// EventSynced, then every change after that. The entries are those of one point in time; what has changed meanwhile follows.
+// The watch begins with a read round, so that it includes every write that returned before; it waits for that round as long as
+// ctx allows, and Config.Timeout does not limit it.
 //
-// Errors, the last of them once with a zero Event: ctx's cause; a *CompactedError if the history (Config.History) does not
-// reach back to since, also later on when the consumer is that far behind; ErrSlow if the consumer takes no entry between
-// EventReset and EventSynced for a minute; ErrInvalid and a LimitError for the prefix (valid UTF-8 without NUL, at most 4 KiB),
-// and ErrInvalid for a since that the cluster has not reached, as after Restore from a backup; ErrClosed, ErrRemoved, the
-// error of a failed disk; ErrCorrupt if the rows are damaged and there is no other member to mend them. Watching
-// again from the last Revision is safe after any error, and loses nothing if the history reaches back to it.
+// The error comes last, once, with a zero Event: ctx's cause (and ErrNoLeader, if no majority had answered by then); a
+// *CompactedError if the history (Config.History) does not reach back to since, also later on when the consumer is that far
+// behind; ErrSlow if the consumer takes no entry between EventReset and EventSynced for a minute; ErrInvalid and a LimitError
+// for the prefix (valid UTF-8 without NUL, at most 4 KiB), and ErrInvalid for a since that the cluster has not reached, as
+// after Restore from a backup; ErrClosed, ErrRemoved, the error of a failed disk; ErrCorrupt if the rows are damaged and there
+// is no other member to mend them. Watching again from the last Revision is safe after any error, and loses nothing if the
+// history reaches back to it.
 //
 // A watch costs its caller's goroutine and a few hundred bytes. A slow consumer holds up neither writes nor other watchers:
 // what it has not taken yet is read from disk. Ranging over the result again starts again at since.
