@@ -361,8 +361,9 @@ func (s *Service) close() error {
 	select {
 	case closed := <-files:
 		return errors.Join(err, closed)
-	case <-time.After(limit): // nothing in this process can end a call that hangs in the system
-		return errors.Join(err, fmt.Errorf("quorate: close: the disk does not answer: %s stays locked until it does", s.conf.Dir))
+	case <-time.After(limit): // nothing in this process can end a call that hangs in the system, or in one of SQL's functions
+		return errors.Join(err, fmt.Errorf("quorate: close: the disk does not answer, or a function in a Query does not return: %s "+
+			"stays locked until then", s.conf.Dir))
 	}
 }
 

@@ -65,6 +65,8 @@ var queryLimits = []struct{ id, limit int }{
 // Query waits as Get does, with the same errors, for at most Config.Timeout if ctx has no deadline. From then on the Rows end
 // when ctx ends, and 30 seconds after the statement began: then their Err is context.DeadlineExceeded. It is ErrSlow if more than
 // 256 MiB are written in that time and not all rows are read, because the file grows until they are, and ErrClosed after Close.
+// One call of a function is never cut short: instr, replace or trim of one value of many MiB by another takes minutes, and what ends
+// the Rows waits for it; Close, after five seconds, no longer does.
 // Four queries for each of GOMAXPROCS run at a time, and a query runs until its Rows are closed; the next one waits. Retrying is
 // safe after any error.
 func (s *Service) Query(ctx context.Context, query string, args ...any) (*sql.Rows, error) {
@@ -222,7 +224,8 @@ func (r *running) attach(rows *queryRows) error {
 	return r.err
 }
 
-// end makes the statement stop, and frees what it holds without waiting for the consumer of its rows.
+// end makes the statement stop, and frees what it holds without waiting for the consumer of its rows: the connection too, which
+// database/sql would keep with the turn for as long as the consumer holds an [sql.RawBytes]. It waits for a function of SQL.
 func (r *running) end(err error) {
 	r.mu.Lock()
 	if r.err != nil || r.finished {
@@ -234,7 +237,8 @@ func (r *running) end(err error) {
 	rows := r.rows
 	r.mu.Unlock()
 	if rows != nil {
-		rows.release()
+		rows.abort()
+		r.finish()
 	}
 }
 
@@ -243,9 +247,10 @@ func (r *running) pinned() bool { return r.pins(walAgain) }
 
 func (r *running) pins(bytes int64) bool { return !r.read.Load() && r.q.s.walSize()-r.before > bytes }
 
+// tend does not wait for the end: while a function of SQL runs, the store has others to look after.
 func (r *running) tend(time.Duration) {
 	if r.pins(r.pin) {
-		r.end(fmt.Errorf("query: %w: it keeps the write-ahead log, to which %d MiB were added meanwhile", ErrSlow, r.pin>>20))
+		go r.end(fmt.Errorf("query: %w: it keeps the write-ahead log, to which %d MiB were added meanwhile", ErrSlow, r.pin>>20))
 	}
 }
 
@@ -376,7 +381,8 @@ func (c *queryConn) authorize(action sqlite.AuthorizerActionCode, first, second,
 	case sqlite.AuthSelect, sqlite.AuthRecursive:
 		return sqlite.AuthorizerOK
 	case sqlite.AuthRead:
-		if !strings.HasPrefix(strings.ToLower(first), "quorate_") {
+		table := strings.ToLower(first)
+		if !strings.HasPrefix(table, "quorate_") && table != "sqlite_dbpage" { // which has the pages of all tables
 			return sqlite.AuthorizerOK
 		}
 		return c.deny("table %s is private: kv and history are for Query", first)
@@ -462,8 +468,12 @@ func (c *queryConn) IsValid() bool {
 // Close ends a query that still runs.
 func (c *queryConn) Close() error {
 	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closeLocked()
+}
+
+func (c *queryConn) closeLocked() error {
 	if c.closed {
-		c.mu.Unlock()
 		return nil
 	}
 	c.closed = true
@@ -471,7 +481,6 @@ func (c *queryConn) Close() error {
 		c.rows.releaseLocked()
 	}
 	err := errors.Join(c.step.Close(), c.held.Close())
-	c.mu.Unlock()
 	stepping.Delete(c.id)
 	c.q.mu.Lock()
 	delete(c.q.conns, c)
@@ -563,6 +572,15 @@ func (r *queryRows) Close() error {
 	r.release()
 	r.run.finish()
 	return nil
+}
+
+// abort closes the connection, unless the rows have let go of it: then another query may run on it.
+func (r *queryRows) abort() {
+	r.c.mu.Lock()
+	defer r.c.mu.Unlock()
+	if r.c.rows == r {
+		r.c.closeLocked()
+	}
 }
 
 // release ends the statement and with it the read transaction.

@@ -216,6 +216,7 @@ var refused = []string{
 	"SELECT * FROM quorate_meta",
 	"SELECT count(*) FROM quorate_session",
 	"SELECT * FROM kv JOIN main.QUORATE_ALLOWED",
+	"SELECT data FROM sqlite_dbpage WHERE pgno = 2",
 	"SELECT 1; SELECT 2",
 	"SELECT 1; DROP TABLE kv",
 	"SELECT 1;DELETE FROM kv;",
@@ -467,6 +468,64 @@ func TestQueryForgotten(t *testing.T) {
 		awaitNoQuery(t, s)
 		must(t, s.Close())
 	})
+}
+
+// A consumer that has left with an sql.RawBytes holds a lock of database/sql's for ever, and keeps nobody from querying.
+func TestQueryForgottenWithRawBytes(t *testing.T) {
+	t.Parallel()
+	s := newLone(t, "a", "1")
+	q := s.store.queries
+	q.time = time.Second
+	for range cap(q.slots) {
+		rows, err := s.Local().Query(t.Context(), endless+"SELECT 'x' FROM n")
+		must(t, err)
+		var raw sql.RawBytes
+		if !rows.Next() {
+			t.Fatal(rows.Err())
+		}
+		must(t, rows.Scan(&raw))
+	}
+	wantRows(t, s, []string{"1"}, "SELECT value FROM kv")
+	eventually(t, 5*time.Second, "the end of all that they hold", func() error {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if len(s.store.openHolds()) != 0 || len(q.slots) != 0 || len(q.conns) > 1 {
+			return fmt.Errorf("%d run, %d slots, %d connections", len(s.store.openHolds()), len(q.slots), len(q.conns))
+		}
+		return nil
+	})
+}
+
+// SQLite does not interrupt a function. Until it returns, what looks after all that hold the WAL must not wait for this one.
+func TestQueryInALongFunction(t *testing.T) {
+	t.Parallel()
+	s := newLone(t)
+	s.store.queries.pin = 1
+	rows, err := s.Query(t.Context(), "WITH n(i) AS (VALUES(1), (2)) "+
+		"SELECT CASE i WHEN 2 THEN instr(hex(zeroblob(80000)), hex(zeroblob(40000)) || '1') END FROM n")
+	must(t, err)
+	defer rows.Close()
+	h := s.store.openHolds()[0].(*running)
+	ended := make(chan error, 1)
+	go func() {
+		for rows.Next() {
+		}
+		ended <- rows.Err()
+	}()
+	runs := func() error {
+		if h.rows.c.mu.TryLock() {
+			defer h.rows.c.mu.Unlock()
+			return errors.New("the function does not run")
+		}
+		return nil
+	}
+	eventually(t, 5*time.Second, "the function", runs)
+	must(t, s.Set(t.Context(), "a", nil))
+	h.tend(0)
+	must(t, runs()) // tend has not waited
+	if err := <-ended; !errors.Is(err, ErrSlow) {
+		t.Errorf("the rows end with %v", err)
+	}
 }
 
 func TestQueryTimeoutIsNotForRows(t *testing.T) {
