@@ -232,6 +232,11 @@ func (p *process) listen(out io.Reader) {
 
 func (p *process) ask(req request) (answer, error) {
 	answered := make(chan answer, 1)
+	select {
+	case <-p.ended:
+		return answer{}, p.gone(req)
+	default:
+	}
 	p.mu.Lock()
 	p.asked++
 	req.ID = p.asked
@@ -251,10 +256,14 @@ func (p *process) ask(req request) (answer, error) {
 		}
 		return a, nil
 	case <-p.ended:
-		return answer{}, fmt.Errorf("%s: %s: %w, see %s.log", p.name(), req.Do, errEnded, p.conf.Dir)
+		return answer{}, p.gone(req)
 	case <-time.After(req.Limit + grace):
 		return answer{}, fmt.Errorf("%s: %s: no answer", p.name(), req.Do)
 	}
+}
+
+func (p *process) gone(req request) error {
+	return fmt.Errorf("%s: %s: %w, see %s.log", p.name(), req.Do, errEnded, p.conf.Dir)
 }
 
 func (p *process) name() string { return fmt.Sprintf("%s member %d", p.conf.System, p.conf.Index) }

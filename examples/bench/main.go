@@ -49,8 +49,8 @@ func main() {
 	if err := b.measure(); err != nil {
 		log.Fatal(err)
 	}
-	if b.bad > 0 {
-		log.Fatalf("%d answers or acknowledgements were wrong: see the report", b.bad)
+	if b.faulty {
+		log.Fatalf("something failed or was wrong: see the report; the members' directories and logs are kept in %s", b.dir)
 	}
 }
 
@@ -65,12 +65,12 @@ type bench struct {
 	sizes        []int
 	dir, out     string
 	merge        []string
+	profile      bool
 
 	results       io.Writer // a line for each record
 	records       []record
 	began         time.Time
 	done, planned int // cells
-	bad           uint64
 	faulty        bool // some record could not be had, or is bad: what the members left is kept
 }
 
@@ -125,6 +125,7 @@ func parseFlags() (*bench, error) {
 	sizes := flag.String("keys", "100000,1000000", "states in which a life is measured")
 	flag.StringVar(&b.dir, "dir", "data", "where the members keep their data: on the disk that is to be measured")
 	flag.StringVar(&b.out, "out", "data/out", "where report.md, plot.svg and results.jsonl go")
+	flag.BoolVar(&b.profile, "profile", false, "also write a CPU profile of each cell, by the process of the member that is called, to -out")
 	merge := flag.String("merge", "", "results.jsonl files of earlier runs to be reported together; nothing is measured")
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -194,6 +195,9 @@ func (b *bench) measure() (err error) {
 	if b.dir, err = filepath.Abs(b.dir); err != nil {
 		return err
 	}
+	if b.out, err = filepath.Abs(b.out); err != nil {
+		return err
+	}
 	about, err := b.describe()
 	if err != nil {
 		return err
@@ -218,7 +222,6 @@ func (b *bench) measure() (err error) {
 // tidy removes the gigabytes that the members leave behind; their logs are of use if something has failed.
 func (b *bench) tidy() error {
 	if b.faulty {
-		log.Print("the members' directories and logs are kept in ", b.dir)
 		return nil
 	}
 	var errs []error
@@ -358,7 +361,6 @@ func (b *bench) checkLoaded(c *cluster, from, to int) error {
 func (b *bench) verify(p *process, acked map[string]uint64) (answer, error) {
 	a, err := p.ask(request{Do: "verify", Acked: acked, Limit: time.Minute})
 	if err == nil && a.Wrong > 0 {
-		b.bad += a.Wrong
 		err = fmt.Errorf("%s: %d of %d acknowledged writes are not there: %s", p.name(), a.Wrong, len(acked), a.Bad)
 	}
 	return a, err
@@ -378,8 +380,11 @@ func (b *bench) runCell(c *cluster, cell cell, keys int, r *record) error {
 	if err != nil {
 		return err
 	}
-	a, err := target.ask(request{Do: "run", Order: c.order(order{Cell: cell, Keys: keys, Warmup: b.warmup, For: b.cell}),
-		Limit: b.warmup + b.cell + 2*grace})
+	o := c.order(order{Cell: cell, Keys: keys, Warmup: b.warmup, For: b.cell})
+	if b.profile {
+		o.Profile = filepath.Join(b.out, strings.ReplaceAll(fmt.Sprintf("%s-%s-%d.pprof", r.System, r.Cell, r.Round), "/", "-"))
+	}
+	a, err := target.ask(request{Do: "run", Order: o, Limit: b.warmup + b.cell + 2*grace})
 	if err != nil {
 		return err
 	}
@@ -390,7 +395,6 @@ func (b *bench) runCell(c *cluster, cell cell, keys int, r *record) error {
 	res := a.Result
 	r.Rate, r.P50, r.P99, r.Max = res.rate(), res.P50, res.P99, res.Max
 	r.Errors, r.FirstError, r.Wrong, r.FirstBad = res.Errors, res.FirstError, res.Wrong, res.FirstBad
-	b.bad += res.Wrong
 	own, leads := time.Duration(0), slices.Index(c.members[:], leader)
 	for i := range after {
 		used := after[i].CPU - before[i].CPU
@@ -412,6 +416,9 @@ func (b *bench) runCell(c *cluster, cell cell, keys int, r *record) error {
 		return err
 	}
 	r.Moved = now != leader
+	if res.Ops == 0 {
+		return fmt.Errorf("no operation ended in time; the first of %d errors: %s", res.Errors, res.FirstError)
+	}
 	_, err = b.verify(other, res.Acked)
 	return err
 }

@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"sync"
@@ -174,7 +175,7 @@ func (m *member) do(ctx context.Context, req request, a *answer) (err error) {
 	case "run":
 		halted := &atomic.Bool{}
 		m.halted.Store(halted)
-		a.Result = carryOut(ctx, s, req.Order, halted)
+		a.Result, err = profiled(req.Order.Profile, func() result { return carryOut(ctx, s, req.Order, halted) })
 	case "halt":
 		m.halted.Load().Store(true)
 	case "verify":
@@ -201,6 +202,23 @@ func (m *member) do(ctx context.Context, req request, a *answer) (err error) {
 		return errors.New("unknown request")
 	}
 	return err
+}
+
+// profiled runs f while a CPU profile is written to path, if there is one.
+func profiled(path string, f func() result) (result, error) {
+	if path == "" {
+		return f(), nil
+	}
+	out, err := os.Create(path)
+	if err != nil {
+		return result{}, err
+	}
+	if err := pprof.StartCPUProfile(out); err != nil {
+		return result{}, errors.Join(err, out.Close())
+	}
+	r := f()
+	pprof.StopCPUProfile()
+	return r, out.Close()
 }
 
 // probe begins a write every 10 ms, without waiting for those before it, until the first is acknowledged: a client that waits out
