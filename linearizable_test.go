@@ -94,34 +94,41 @@ type written struct {
 	Deleted                           int
 }
 
-// readHistory is all of the table in a member's directory, which must go back to the first change.
+// readHistory is the table in a member's directory.
 func readHistory(t *testing.T, dir string) (rows []written) {
 	t.Helper()
 	out := sqlite3(t, "-readonly", "-json", filepath.Join(dir, "snap"), "select revision, created, previous, last, key, value, deleted from history order by revision")
-	if out == "" {
-		return nil
+	if out != "" {
+		must(t, json.Unmarshal([]byte(out), &rows))
 	}
-	must(t, json.Unmarshal([]byte(out), &rows))
+	return rows
+}
+
+// checkChanges: these are all changes since the first one, and each says rightly what was there before.
+func checkChanges(t *testing.T, rows []written) {
+	t.Helper()
 	now := make(map[string]Entry)
 	for i, r := range rows {
 		was := now[r.Key]
 		created := was.Created
-		if r.Deleted == 1 {
+		switch {
+		case r.Deleted == 1:
 			created = 0
+		case was.Version == 0:
+			created = r.Revision
+		}
+		if now[r.Key] = (Entry{Version: r.Revision, Created: created}); r.Deleted == 1 {
 			delete(now, r.Key)
-		} else {
-			if was.Version == 0 {
-				created = r.Revision
-			}
-			now[r.Key] = Entry{Version: r.Revision, Created: created}
 		}
 		switch {
 		case r.Revision != uint64(i+1), r.Previous != was.Version, r.Created != created, (r.Value == nil) != (r.Deleted == 1), r.Deleted == 1 && was.Version == 0,
 			r.Last < r.Revision, i > 0 && rows[i-1].Last != r.Last && rows[i-1].Last >= r.Revision:
-			t.Fatalf("history: row %d is %+v, and the key was %+v", i, r, was)
+			t.Fatalf("change %d is %+v, and the key was %+v", i+1, r, was)
 		}
 	}
-	return rows
+	if n := len(rows); n > 0 && rows[n-1].Last != rows[n-1].Revision {
+		t.Errorf("the last transaction is not whole: %+v", rows[n-1])
+	}
 }
 
 // A ledger is what the table history says of a group of keys: its changes, and what the group was after so many of them. It says
@@ -455,6 +462,7 @@ func (h *history) pause(since time.Duration) time.Duration {
 // check asks for an order. The rows are those of the table history; none: of a first history.
 func (h *history) check(t *testing.T, rows []written) {
 	t.Helper()
+	checkChanges(t, rows)
 	model := registers
 	if rows != nil {
 		model = modelOf(rows)
@@ -512,6 +520,22 @@ func TestHistory(t *testing.T) {
 	for i := range 12 {
 		clients.Go(func() { h.run(ctx, t, i, list[i%3].do, 0) })
 	}
+	watchCtx, leave := context.WithCancel(t.Context())
+	defer leave()
+	var watchers sync.WaitGroup
+	spectators := []*spectator{{name: "one that leaves", leaves: 500}, {name: "one with a prefix", prefix: "1", leaves: 100, slow: 4 * time.Millisecond}}
+	for i, p := range list {
+		spectators = append(spectators, &spectator{name: fmt.Sprint("one on member ", i)})
+		watchers.Go(func() {
+			spectators[2+i].follow(watchCtx, ctx, t, rand.New(rand.NewPCG(uint64(i), 3)), func() watching { return p.watch })
+		})
+	}
+	for i, w := range spectators[:2] {
+		watchers.Go(func() {
+			rnd := rand.New(rand.NewPCG(uint64(i), 4))
+			w.follow(watchCtx, ctx, t, rnd, func() watching { return list[rnd.IntN(3)].watch })
+		})
+	}
 	after := func(d time.Duration) { <-time.After(d) }
 	faults := []struct {
 		name   string
@@ -537,10 +561,26 @@ func TestHistory(t *testing.T) {
 				p.start()
 			}
 		}},
-		{"kill -9 of a follower", func() {
+		{"kill -9 of a follower, and nobody has the entries that it needs", func() {
 			f := without(list, leaderProcess(t, list))[0]
+			past := f.must(order{Op: "status"}).Status.LastIndex
 			f.kill()
+			for _, p := range without(list, f) {
+				eventually(t, 30*time.Second, "a short log", func() error {
+					r, err := p.do(order{Op: "cut", Index: past + 100})
+					if err == nil && r.Verdict != "ok" {
+						err = errors.New(r.Error)
+					}
+					return err
+				})
+			}
 			f.start()
+			eventually(t, 30*time.Second, "an install", func() error {
+				if at := f.must(order{Op: "installed"}).Count; at <= int64(past) {
+					return fmt.Errorf("the last one was at %d", at)
+				}
+				return nil
+			})
 		}},
 	}
 	end := time.Now().Add(campaign(t))
@@ -558,7 +598,13 @@ func TestHistory(t *testing.T) {
 	}
 	cancel()
 	clients.Wait()
+	last := list[0].must(order{Op: "exec", Parts: changeForAll("end")}).Revision
 	awaitEqualProcesses(t, list)
+	for _, w := range spectators {
+		eventually(t, 30*time.Second, "all events of "+w.name, func() error { return w.want(last) })
+	}
+	leave()
+	watchers.Wait()
 	rows := readHistory(t, list[0].dir)
 	for _, p := range list[1:] {
 		if other := readHistory(t, p.dir); !reflect.DeepEqual(other, rows) {
@@ -575,6 +621,10 @@ func TestHistory(t *testing.T) {
 		}
 	}
 	h.check(t, rows)
+	for _, w := range spectators {
+		w.verify(t, rows)
+	}
+	t.Logf("%d changes, seen by %d spectators", len(rows), len(spectators))
 }
 
 // TestHistoryInBubble is the same with faults that a machine does not make on request: partitions, messages that go one way
@@ -589,7 +639,9 @@ func TestHistoryInBubble(t *testing.T) {
 	end := time.Now().Add(campaign(t))
 	for again := true; again; again = time.Now().Before(end) && !t.Failed() {
 		t.Logf("QUORATE_SEED=%d", seed)
-		bubble(t, func(t *testing.T, c *script, _, _, _ *scriptMember) { disturb(t, c, rand.New(rand.NewPCG(seed, 2))) })
+		rnd := rand.New(rand.NewPCG(seed, 2))
+		history := []int{defaultHistory, 150}[rnd.IntN(2)]
+		bubbleOf(t, func(c *Config) { c.History = history }, func(t *testing.T, c *script, _, _, _ *scriptMember) { disturb(t, c, rnd) })
 		seed++
 	}
 }
@@ -600,6 +652,7 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 	defer cancel()
 	var up [3]atomic.Pointer[Service] // what the clients see; the script's own view is not for many goroutines
 	for i, m := range c.members {
+		shortMemory(m.s, 32)
 		up[i].Store(m.s)
 	}
 	do := func(i int) func(order) (report, error) {
@@ -611,6 +664,43 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 			return obey(s, o), nil
 		}
 	}
+	watchCtx, leave := context.WithCancel(t.Context())
+	defer leave()
+	var watchers sync.WaitGroup
+	spectators := []*spectator{
+		{name: "a"}, {name: "b"}, {name: "c"}, {name: "the slow one", slow: 8 * time.Millisecond}, {name: "the one with a prefix", prefix: "1", leaves: 20},
+		{name: "the one that leaves", leaves: 50}, {name: "the one that begins anew", resync: true, leaves: 1000, slow: 20 * time.Millisecond},
+	}
+	for i, w := range spectators {
+		rnd := rand.New(rand.NewPCG(rnd.Uint64(), 5))
+		watchers.Go(func() {
+			w.follow(watchCtx, ctx, t, rnd, func() watching {
+				at := i
+				if i > 2 {
+					at = rnd.IntN(3)
+				}
+				if s := up[at].Load(); s != nil {
+					return watchOn(s)
+				}
+				return nil
+			})
+		})
+	}
+	all := func(seen func(w *spectator) error) {
+		t.Helper()
+		for _, w := range spectators {
+			if got := c.poll(ctxFor(t, scriptLimit), func() error { return seen(w) }); got != "ok" {
+				t.Errorf("%s: %s", w.name, got)
+			}
+		}
+	}
+	write := func(name string) {
+		t.Helper()
+		r, _ := do(0)(order{Op: "exec", Parts: changeForAll(name), Timeout: scriptLimit})
+		all(func(w *spectator) error { return w.want(r.Revision) })
+	}
+	all((*spectator).synced) // before the first change, so that every change is seen by one of them
+	write("begin")
 	var clients sync.WaitGroup
 	for i := range 9 {
 		clients.Go(func() { h.run(ctx, t, i, do(i%3), time.Duration(10+5*i)*time.Millisecond) })
@@ -649,10 +739,16 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 			c.obey("reset " + x)
 		}
 		time.Sleep(time.Duration(rnd.IntN(1000)) * time.Millisecond)
+		if rnd.IntN(2) == 0 { // who is away, or behind, needs a snapshot
+			for _, m := range c.running(nil) {
+				cutLog(m.s, 0)
+			}
+		}
 		c.obey("heal")
 		for i, m := range c.members {
 			if m.s == nil {
 				c.obey("restart " + m.name)
+				shortMemory(m.s, 32)
 				up[i].Store(m.s)
 			}
 		}
@@ -661,11 +757,29 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 	cancel()
 	clients.Wait()
 	c.obey("await ready a b c")
+	write("end")
 	c.obey("await equal")
+	leave()
+	watchers.Wait()
 	for g := range h.groups() {
 		h.make(t, 99, do(0), asked{op: "list", key: g + "/"})
 	}
-	h.check(t, readHistory(t, c.members[0].conf.Dir))
+	rows, installed := allSeen(t, spectators), 0
+	h.check(t, rows)
+	for _, w := range spectators {
+		w.verify(t, rows)
+	}
+	for _, m := range c.members {
+		if m.s.store.meta().installed > 0 {
+			installed++
+		}
+		table := readHistory(t, m.conf.Dir)
+		if n := len(rows) - len(table); n < 0 || !reflect.DeepEqual(table, rows[n:]) {
+			t.Errorf("the table of %s holds %d changes, and they are not the last ones of the %d that were seen", m.name, len(table), len(rows))
+		}
+	}
+	t.Logf("%d changes; %d members installed a snapshot; %d times a place was gone, and %d times the watch began anew by itself",
+		len(rows), installed, lostBy(spectators), spectators[len(spectators)-1].resets()-1)
 }
 
 func awaitEqualProcesses(t *testing.T, list []*process) {

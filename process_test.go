@@ -29,12 +29,13 @@ const processEnv = "QUORATE_TEST_MEMBER"
 
 // An order is one call that the parent has a member make.
 type order struct {
-	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load
+	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load, cut, installed
 	Key     string // list, local: the prefix
 	Value   []byte
 	Parts   []part // exec
 	Timeout time.Duration
-	Writers int // load: that many writers write until Timeout
+	Writers int    // load: that many writers write until Timeout
+	Index   uint64 // cut: of the log, until it does not hold this entry any more
 }
 
 // A part is an Op as it is sent to a process.
@@ -81,7 +82,7 @@ type report struct {
 	Revision uint64          // exec
 	Failed   *ConditionError // exec: with the verdict unsatisfied
 	Status   Status
-	Count    int64 // load: writes that returned nil
+	Count    int64 // load: writes that returned nil; installed: index of the last snapshot that was installed
 	Error    string
 }
 
@@ -107,6 +108,7 @@ func TestMemberProcess(t *testing.T) {
 		}
 		json.NewEncoder(w).Encode(obey(s, o))
 	})
+	mux.HandleFunc("GET /watch", serveWatch(s))
 	l, err := net.Listen("tcp", c.Addr)
 	must(t, err)
 	go http.Serve(l, mux)
@@ -154,6 +156,10 @@ func obey(s *Service, o order) report {
 		r.Status = s.Status()
 	case "load":
 		r.Count = load(ctx, s, o.Writers)
+	case "cut":
+		err = cutLog(s, o.Index)
+	case "installed":
+		r.Count = int64(s.store.meta().installed)
 	default:
 		err = errors.New("unknown order")
 	}

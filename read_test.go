@@ -15,8 +15,15 @@ import (
 // bubble runs f with a cluster of three in a synctest bubble: a, b and c, of which l leads.
 func bubble(t *testing.T, f func(t *testing.T, c *script, l, f1, f2 *scriptMember)) {
 	t.Helper()
+	bubbleOf(t, nil, f)
+}
+
+// bubbleOf is bubble with members whose Config is changed.
+func bubbleOf(t *testing.T, change func(*Config), f func(t *testing.T, c *script, l, f1, f2 *scriptMember)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		c := newScript(t)
+		c.change = change
 		defer c.end()
 		for _, line := range []string{"start a", "join b via a", "join c via a", "await voters 3", "cast leader L followers F G"} {
 			c.obey(line)
