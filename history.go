@@ -119,7 +119,7 @@ func (t *storeTx) announce() {
 	}
 }
 
-// changes reads a page of the history: what came after a revision, in order and without a gap. It is empty if that one is the
+// changes reads a page of the history: what came after a revision, in order and without a gap, up to the end of a transaction. It is empty if that one is the
 // newest. If some of it is gone the error is a *CompactedError.
 func (s *store) changes(after uint64) (list []past, err error) {
 	err = s.read(func(c *conn) error {
@@ -164,11 +164,21 @@ func (c *conn) changesAfter(after uint64) (list []past, m meta, err error) {
 		return nil
 	})
 	if err == io.EOF {
-		err = nil
+		list, err = whole(list), nil
 	} else if err == nil && after != m.revision {
 		err = corrupt("history ends at %d and should end at %d", after, m.revision)
 	}
 	return list, m, err
+}
+
+// whole cuts off a transaction of which a page has only the beginning. None is as large as a page.
+func whole(list []past) []past {
+	for n := len(list); n > 0; n-- {
+		if list[n-1].revision == list[n-1].last {
+			return list[:n]
+		}
+	}
+	return list
 }
 
 // scanHistory reads all of it once, a page and a snapshot at a time; what is trimmed meanwhile needs no check.

@@ -58,9 +58,7 @@ type Event struct {
 	// Revision is where to resume: Watch(ctx, prefix, Revision) delivers what comes after this event. It is 0, and resuming
 	// begins anew, from EventReset until EventSynced.
 	Revision uint64
-	// Last is the last revision of the same transaction: buffer until Revision == Last to see it whole. A transaction that
-	// ends with changes outside the prefix has a Last that never comes: any greater Revision ends it too.
-	Last     uint64
+	Last     uint64 // last revision under the prefix of the same transaction: buffer until Revision == Last to see it whole
 	Entry    Entry  // a copy; of a deletion the Key only
 	Previous uint64 // Version of the entry that was replaced or deleted; 0 = absent, or not known between EventReset and EventSynced
 }
@@ -350,10 +348,8 @@ func (w *watcher) stretch() (stretch, error) {
 		return stretch{}, corrupt("the history ends at revision %d", w.cursor)
 	}
 	p := stretch{upTo: list[len(list)-1].revision}
-	for _, c := range list {
-		if strings.HasPrefix(c.key, w.prefix) {
-			p.changes, p.size = append(p.changes, c), p.size+pastSize(c)
-		}
+	for _, c := range under(w.prefix, list) {
+		p.changes, p.size = append(p.changes, c), p.size+pastSize(c)
 	}
 	if h.held.Add(p.size) > heldBytes && len(p.changes) > 1 {
 		first := p.changes[0]
@@ -361,6 +357,24 @@ func (w *watcher) stretch() (stretch, error) {
 		p = stretch{changes: []past{first}, upTo: first.revision, size: pastSize(first)}
 	}
 	return p, nil
+}
+
+// under picks the changes under a prefix out of a page that holds whole transactions, and gives them its last one for theirs.
+func under(prefix string, list []past) []past {
+	kept := list[:0]
+	for _, c := range list {
+		if strings.HasPrefix(c.key, prefix) {
+			kept = append(kept, c)
+		}
+	}
+	end, last := uint64(0), uint64(0) // of the transaction at hand: by all changes, and by those that are kept
+	for i := len(kept) - 1; i >= 0; i-- {
+		if c := &kept[i]; c.last != end {
+			end, last = c.last, c.revision
+		}
+		kept[i].last = last
+	}
+	return kept
 }
 
 func pastSize(p past) int64 {
@@ -471,10 +485,11 @@ func (h *hub) next(c *crowd, cursor uint64) next {
 		return next{cursor: cursor, behind: true}
 	}
 	for end := min(i+recentScan, h.recent.n); i < end; i++ {
-		p := h.recent.at(i)
+		p := *h.recent.at(i)
 		cursor = p.revision
 		if strings.HasPrefix(p.key, c.prefix) {
-			return next{cursor: cursor, change: *p}
+			p.last = h.recent.lastUnder(c.prefix, i)
+			return next{cursor: cursor, change: p}
 		}
 	}
 	return next{cursor: cursor}
@@ -633,6 +648,17 @@ func (r *recent) find(revision uint64) (int, bool) {
 		return 0, false
 	}
 	return int(revision - r.at(0).revision), true
+}
+
+// lastUnder is the last revision under the prefix of the transaction that the change at i belongs to. A commit publishes whole
+// transactions, so the rest of this one is here.
+func (r *recent) lastUnder(prefix string, i int) (revision uint64) {
+	for end := r.at(i).last; i < r.n && r.at(i).revision <= end; i++ {
+		if p := r.at(i); strings.HasPrefix(p.key, prefix) {
+			revision = p.revision
+		}
+	}
+	return revision
 }
 
 func (r *recent) add(p past) {

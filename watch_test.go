@@ -418,12 +418,17 @@ func (m *watchModel) next(w *modelledWatch) (Event, bool) {
 	if len(w.queue) > 0 {
 		return w.queue[0], true
 	}
-	for _, e := range m.changes[w.cursor:] {
-		if strings.HasPrefix(e.Entry.Key, w.prefix) {
-			return e, true
+	rest := slices.DeleteFunc(slices.Clone(m.changes[w.cursor:]), func(e Event) bool { return !strings.HasPrefix(e.Entry.Key, w.prefix) })
+	if len(rest) == 0 {
+		return Event{}, false
+	}
+	e := rest[0]
+	for _, o := range rest {
+		if o.Last == rest[0].Last {
+			e.Last = o.Revision
 		}
 	}
-	return Event{}, false
+	return e, true
 }
 
 // take compares the next event of a watch with the model; false: the watch has ended, as it may when its place is trimmed.
@@ -691,10 +696,8 @@ func TestWatchersAmongWriters(t *testing.T) {
 				}
 			}
 			var want []Event
-			for _, p := range pasts(t, s, 0) {
-				if strings.HasPrefix(p.key, prefix) {
-					want = append(want, p.event())
-				}
+			for _, p := range under(prefix, pasts(t, s, 0)) {
+				want = append(want, p.event())
 			}
 			if !slices.EqualFunc(got, want[:min(len(want), len(got))], equalEvent) || len(got) != len(want) {
 				t.Errorf("a watcher of %q saw %d changes, which are not the %d of the history", prefix, len(got), len(want))
