@@ -124,7 +124,7 @@ func (l *life) at(size int) error {
 		name string
 		take func(int) error
 	}{{"restart", l.restart}, {"stall", l.stall}, {"replace", l.replaceOne}} {
-		if !l.wants(f.name) {
+		if !l.wants(f.name) && (f.name != "stall" || !l.wants("replace")) {
 			continue
 		}
 		if err := f.take(size); err != nil {
@@ -302,7 +302,8 @@ func (l *life) stalled(p *process, figure string, f func() error) error {
 	return nil
 }
 
-// replaceOne takes a follower's directory away and lets it come back empty, under writes.
+// replaceOne takes a follower's directory away and lets it come back empty, under writes. stall has seen to it that the log no longer
+// reaches back to the beginning, so that the state must be sent.
 func (l *life) replaceOne(size int) error {
 	leader, followers, err := l.leader()
 	if err != nil {

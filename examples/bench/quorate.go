@@ -31,10 +31,7 @@ func openQuorate(ctx context.Context, c conf) (system, error) {
 	} else if c.First {
 		config.Join = c.Peers[0]
 	}
-	listener, err := net.Listen("tcp", c.addr())
-	if err != nil {
-		return nil, err
-	}
+	var err error
 	for {
 		q.db, err = quorate.Open(ctx, config)
 		if !errors.Is(err, quorate.ErrNotAllowed) { // the first member is still opening, or has not yet said so
@@ -45,7 +42,11 @@ func openQuorate(ctx context.Context, c conf) (system, error) {
 		}
 	}
 	if err != nil {
-		return nil, errors.Join(err, listener.Close())
+		return nil, err
+	}
+	listener, err := net.Listen("tcp", c.addr())
+	if err != nil {
+		return nil, errors.Join(err, q.db.Close())
 	}
 	q.server = &http.Server{Handler: q.db, ReadHeaderTimeout: 5 * time.Second}
 	go q.server.Serve(listener)
@@ -108,14 +109,19 @@ func (q *quorateMember) caughtUp(ctx context.Context, key string, val []byte) er
 	return nil
 }
 
-// snapshot waits for one, which comes with about 8,192 entries: there is no call for it, as it costs one fsync.
+// snapshot waits for one, which comes with about 8,192 entries: there is no call for it, as it costs one fsync. It waits on until there
+// is one at which the beginning of the log was cut off, of which the last 10,240 entries stay.
 func (q *quorateMember) snapshot(ctx context.Context) error {
-	for before := q.snaps.n.Load(); q.snaps.n.Load() == before; {
+	for before := q.snaps.n.Load(); ; {
 		if err := wait(ctx, time.Millisecond); err != nil {
 			return err
 		}
+		if now := q.snaps.n.Load(); now == before {
+			continue
+		} else if before = now; q.db.Status().LastIndex > 10_240 {
+			return nil
+		}
 	}
-	return nil
 }
 
 // replace does nothing: a member that comes back empty to an allowed address takes the place of the one that was there.
