@@ -79,6 +79,10 @@ func TestThreePages(t *testing.T) {
 		p.await("String(find('beta'))", "undefined")
 	}
 
+	three.eval("(add('gone'), last = '0', listen())") // as a page that was away for longer than the history reaches back
+	three.await("String(find('gone'))", "undefined")
+	three.await(checked("search-v2"), "false")
+
 	leader := 0
 	for i, p := range all {
 		if p.eval("get('role').textContent") == "leader" {
@@ -104,8 +108,8 @@ func TestThreePages(t *testing.T) {
 	killed.await(checked("search-v2"), "true")
 	left.await(button+".ariaLabel", fmt.Sprintf("Kill member %d", leader+1))
 
+	program.interrupt() // with the pages open: their streams must not hold it up
 	b.close()
-	program.interrupt()
 }
 
 func checked(name string) string {
@@ -172,6 +176,8 @@ func startProgram(t *testing.T) *program {
 func (p *program) interrupt() {
 	p.t.Helper()
 	must(p.t, p.cmd.Process.Signal(os.Interrupt))
+	late := time.AfterFunc(15*time.Second, func() { p.cmd.Process.Kill() })
+	defer late.Stop()
 	if err := p.cmd.Wait(); err != nil {
 		p.t.Errorf("the program ended with %v", err)
 	}
@@ -227,8 +233,9 @@ func (b *browser) receive(from *os.File) {
 		if err != nil {
 			return
 		}
+		data = data[:len(data)-1]
 		var m message
-		if err := json.Unmarshal(bytes.TrimSuffix(data, []byte{0}), &m); err != nil {
+		if err := json.Unmarshal(data, &m); err != nil {
 			m.Method = "Runtime.exceptionThrown"
 		}
 		b.mu.Lock()
