@@ -1,9 +1,13 @@
 package quorate
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // newHistoryStore is a store at the format that keeps a history.
@@ -219,5 +223,37 @@ func TestHistoryRowFromNowhere(t *testing.T) {
 	tx.endChanges()
 	if err := tx.commit(); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("commit says %v", err)
+	}
+}
+
+// BenchmarkSetHistory is what a history costs a write: three members, with the format that has none and the one that has.
+func BenchmarkSetHistory(b *testing.B) {
+	for _, writers := range []int{1, 64} {
+		for _, format := range []uint64{firstFormat, historyFormat} {
+			b.Run(fmt.Sprintf("writers=%d/format=%d", writers, format), func(b *testing.B) {
+				c := newCluster(b, 3, func(c *Config) { c.format = format })
+				eventually(b, patience, "the format", func() error {
+					if now := c[0].s.store.meta().format; now != format {
+						return fmt.Errorf("it is %d", now)
+					}
+					return nil
+				})
+				s, ctx := c.leader(b).s, ctxFor(b, time.Hour)
+				value := bytes.Repeat([]byte("v"), 256)
+				var n atomic.Int64
+				var wg sync.WaitGroup
+				b.ResetTimer()
+				for range writers {
+					wg.Go(func() {
+						for i := n.Add(1); i <= int64(b.N); i = n.Add(1) {
+							if err := s.Set(ctx, fmt.Sprintf("key/%020d", i%10_000), value); err != nil {
+								b.Error(err)
+							}
+						}
+					})
+				}
+				wg.Wait()
+			})
+		}
 	}
 }
