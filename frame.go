@@ -24,8 +24,13 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// protocolVersion is spoken on every route; members of different versions refuse each other by name.
-const protocolVersion = 1
+// protocolVersion is spoken on every route; members of different versions refuse each other by name. laterProtocol is the same,
+// asked by a member whose state is past the first format. A release that reads no more than that one refuses it, and is thereby
+// told of no commit that it would pass over as bytes without meaning, and answer as if it had applied it.
+const (
+	protocolVersion = 1
+	laterProtocol   = 2
+)
 
 // frameVersion is the first byte of the binary bodies.
 const frameVersion = 1
@@ -37,6 +42,7 @@ const (
 	headerFrom     = "Quorate-From"
 	headerFromAddr = "Quorate-From-Addr"
 	headerTo       = "Quorate-To"
+	headerReads    = "Quorate-Reads" // of requests: the newest format that the sender reads; missing = the first
 )
 
 // Limits of the wire. They are protocol, not configuration: members that disagreed about them could not replicate.

@@ -169,6 +169,7 @@ func (s *Service) startPeer() {
 		raftEnd:    func() uint64 { return raftNow().LastIndex() },
 		termAt:     func(index uint64) (uint64, bool) { return s.wal.termAt(index) },
 		checkEntry: checkEntry,
+		formats:    s.formats,
 		stranger:   func(cluster, from, fromAddr, target string) { s.members.noteStranger(cluster, fromAddr) },
 		contact:    s.members.contact,
 		propose:    s.servePropose,
@@ -184,6 +185,14 @@ func (s *Service) startPeer() {
 // ServeHTTP answers the other members at /raft/. Register the Service for the pattern "/raft/" on a server that listens on
 // Addr. Without client certificates it belongs on a trusted network.
 func (s *Service) ServeHTTP(w http.ResponseWriter, req *http.Request) { s.peer.ServeHTTP(w, req) }
+
+// formats is asked before there is a state, by what fetches one.
+func (s *Service) formats() (state, reads uint64) {
+	if s.store == nil {
+		return firstFormat, s.conf.format
+	}
+	return s.store.meta().format, s.conf.format
+}
 
 func (s *Service) server(id string) (addr string, known, voter bool) {
 	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {

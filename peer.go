@@ -53,6 +53,7 @@ type peerHost struct {
 	raftEnd    func() uint64 // raft's own last index, which may be behind what an install has applied
 	termAt     func(index uint64) (uint64, bool)
 	checkEntry func(*raft.Log) error
+	formats    func() (state, reads uint64) // of this member: what its state is at, and the newest that it reads
 	stranger   func(cluster, from, fromAddr, target string)
 	contact    func(id string)
 
@@ -222,7 +223,7 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 	if r.bare && x.from == "" {
 		return p.checkPlain(x)
 	}
-	if v := x.req.Header.Get(headerProtocol); v != strconv.Itoa(protocolVersion) {
+	if v := x.req.Header.Get(headerProtocol); v != strconv.Itoa(protocolVersion) && v != strconv.Itoa(laterProtocol) {
 		return refuse(http.StatusPreconditionFailed, codeProtocol, "protocol %q, and this member speaks %d", v, protocolVersion)
 	}
 	asksWay := name == "join" && x.to == ""
@@ -253,8 +254,27 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 	if p.host.removed(x.from) {
 		return refuse(http.StatusGone, codeRemoved, "member %s was removed", x.from)
 	}
+	if name != "join" { // which says it better
+		if err := p.checkFormat(x); err != nil {
+			return err
+		}
+	}
 	if r.member {
 		return p.checkHome(x)
+	}
+	return nil
+}
+
+// checkFormat refuses a member that went back to a release that can't read what is in the log by now. It has said once that it
+// can, so entries of the newer format are written; it would neither apply them nor say so, and its vote must not make it a leader.
+func (p *peer) checkFormat(x *exchange) error {
+	reads, err := strconv.ParseUint(x.req.Header.Get(headerReads), 10, 8)
+	if err != nil {
+		reads = firstFormat
+	}
+	if state, _ := p.host.formats(); reads < state {
+		return refuse(http.StatusPreconditionFailed, codeProtocol, "the state is at format %d and member %s reads up to %d: upgrade it",
+			state, shortID(x.from), reads)
 	}
 	return nil
 }

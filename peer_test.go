@@ -69,6 +69,7 @@ func doorHost() *door {
 			}
 			return nil
 		},
+		formats:   func() (uint64, uint64) { return firstFormat, entryFormat },
 		leading:   func(term uint64) bool { return d.lead.Load() == term },
 		leader:    func() (string, string) { return "l", "127.0.0.1:9" },
 		term:      func() uint64 { return 7 },
@@ -195,7 +196,7 @@ func TestDoorRefuses(t *testing.T) {
 		{"post status", post, "/raft/status", nil, nil, 405, codeBadRequest},
 		{"put join", "PUT", "/raft/join", nil, nil, 405, codeBadRequest},
 		{"no protocol", post, "/raft/append", good, header(headerProtocol, ""), 412, codeProtocol},
-		{"newer protocol", post, "/raft/append", good, header(headerProtocol, "2"), 412, codeProtocol},
+		{"newer protocol", post, "/raft/append", good, header(headerProtocol, "3"), 412, codeProtocol},
 		{"no cluster", post, "/raft/append", good, header(headerCluster, ""), 412, codeWrongCluster},
 		{"other cluster", post, "/raft/append", good, header(headerCluster, "d"), 412, codeWrongCluster},
 		{"join of another cluster", post, "/raft/join", nil, header(headerCluster, "d"), 412, codeWrongCluster},
@@ -252,6 +253,30 @@ func TestDoorRefuses(t *testing.T) {
 				t.Errorf("%d strangers reported", d.strangers.Load())
 			}
 		})
+	}
+}
+
+// Who reads less than the state holds by now is refused on every route that could give it an answer or a vote; a request of a
+// member whose own state is merely behind is not.
+func TestDoorRefusesWhoReadsLess(t *testing.T) {
+	t.Parallel()
+	d := doorHost()
+	d.formats = func() (uint64, uint64) { return historyFormat, entryFormat }
+	p, reached := d.peer(t, false, nil)
+	vote := asJSON(raft.RequestVoteRequest{RPCHeader: from("b"), Term: 8})
+	for route, body := range map[string][]byte{"append": appendOf("b"), "vote": vote, "prevote": vote, "readindex": nil, "propose": []byte("x"), "term": nil} {
+		for _, reads := range []string{"", "1", "x", "999"} {
+			if _, r := send(p, http.MethodPost, "/raft/"+route, body, map[string]string{headerReads: reads}); r == nil || r.Code != codeProtocol ||
+				!strings.Contains(r.Message, "upgrade it") {
+				t.Errorf("%s of a member that reads %q: %v", route, reads, r)
+			}
+		}
+	}
+	if reached.Load() != 0 || d.proposed.Load() != 0 {
+		t.Error("something went through the door")
+	}
+	if _, r := send(p, http.MethodPost, "/raft/term", nil, map[string]string{headerReads: "2"}); r != nil {
+		t.Errorf("a member that reads it: %v", r)
 	}
 }
 

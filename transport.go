@@ -710,7 +710,13 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	}
 	req.ContentLength = size
 	id, cluster, addr := p.host.self()
-	req.Header.Set(headerProtocol, strconv.Itoa(protocolVersion))
+	protocol := protocolVersion
+	state, reads := p.host.formats()
+	if state > firstFormat {
+		protocol = laterProtocol
+	}
+	req.Header.Set(headerProtocol, strconv.Itoa(protocol))
+	req.Header.Set(headerReads, strconv.FormatUint(reads, 10))
 	req.Header.Set(headerCluster, cluster)
 	req.Header.Set(headerFrom, id)
 	req.Header.Set(headerFromAddr, addr)

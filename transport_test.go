@@ -133,6 +133,7 @@ func (n *node) host() peerHost {
 			s, _ := addr.(string)
 			return s
 		},
+		formats: func() (uint64, uint64) { return firstFormat, entryFormat },
 		removed: func(string) bool { return false },
 		silent:  func() error { return nil },
 		leading: func(term uint64) bool {
