@@ -525,9 +525,10 @@ func TestHistory(t *testing.T) {
 	var watchers sync.WaitGroup
 	spectators := []*spectator{{name: "one that leaves", leaves: 500}, {name: "one with a prefix", prefix: "1", leaves: 100, slow: 4 * time.Millisecond}}
 	for i, p := range list {
-		spectators = append(spectators, &spectator{name: fmt.Sprint("one on member ", i)})
+		w := &spectator{name: fmt.Sprint("one on member ", i)}
+		spectators = append(spectators, w)
 		watchers.Go(func() {
-			spectators[2+i].follow(watchCtx, ctx, t, rand.New(rand.NewPCG(uint64(i), 3)), func() watching { return p.watch })
+			w.follow(watchCtx, ctx, t, rand.New(rand.NewPCG(uint64(i), 3)), func() watching { return p.watch })
 		})
 	}
 	for i, w := range spectators[:2] {
