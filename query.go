@@ -65,8 +65,8 @@ var queryLimits = []struct{ id, limit int }{
 // Query waits as Get does, with the same errors, for at most Config.Timeout if ctx has no deadline. From then on the Rows end
 // when ctx ends, and 30 seconds after the statement began: then their Err is context.DeadlineExceeded. It is ErrSlow if more than
 // 256 MiB are written in that time and not all rows are read, because the file grows until they are, and ErrClosed after Close.
-// One call of a function is never cut short: instr, replace or trim of one value of many MiB by another takes minutes, and what ends
-// the Rows waits for it; Close, after five seconds, no longer does.
+// One call of a function is never cut short: instr, replace or trim of one value of many MiB by another takes minutes, and what
+// ends the Rows waits for it; Close, after five seconds, no longer does.
 // Four queries for each of GOMAXPROCS run at a time, and a query runs until its Rows are closed; the next one waits. Retrying is
 // safe after any error.
 func (s *Service) Query(ctx context.Context, query string, args ...any) (*sql.Rows, error) {

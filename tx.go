@@ -143,10 +143,10 @@ func (s *Service) Exec(ctx context.Context, ops ...Op) (revision uint64, err err
 	return r.revision, nil
 }
 
-// Update sets key to what f makes of its entry, unless it was changed in between; then it begins anew, until ctx ends (Config.Timeout
-// if it has no deadline). It is Lookup, f, and Exec(ctx, IfVersion(key, old.Version), Set(key, val)). f gets Entry{Key: key} if there is no such key, and a
-// copy of its own otherwise; it may be called several times, and a result of nil is the empty value. It returns the entry that it
-// has set.
+// Update sets key to what f makes of its entry, unless it was changed in between; then it begins anew, until ctx ends
+// (Config.Timeout if it has no deadline). It is Lookup, f, and Exec(ctx, IfVersion(key, old.Version), Set(key, val)). f gets
+// Entry{Key: key} if there is no such key, and a copy of its own otherwise; it may be called several times, and a result of nil
+// is the empty value. It returns the entry that it has set.
 //
 // An error of f ends it: nothing was written, and the error is f's and ErrNotApplied. Other errors are ErrNotApplied (also
 // when ctx has ended between two attempts) or ErrUncertain, never ErrUnsatisfied unless it is f's. A retry inside the library never
