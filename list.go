@@ -28,6 +28,7 @@ const (
 	listPageBytes = 64 << 10 // of keys and values, after which a page ends; its last value may be larger
 	maxLists      = 32       // that have a transaction or a file at one time on one member; more wait
 
+	pinMost   = 48 << 20    // of the WAL that a listing with an idle consumer may keep, at the very most
 	slowLimit = time.Minute // in which a consumer must take an entry, or what is held for it is given back
 )
 
@@ -66,9 +67,10 @@ func Reverse() ListOption {
 //
 // An error comes last, once, with a zero Entry; a list that is complete ends without one. What came before an error was right.
 // Errors: ErrInvalid (the prefix is no valid UTF-8 without NUL, or a Limit is negative), ErrTooLarge (a prefix of more than 4096
-// bytes), ErrNoLeader while no majority answers, ErrSlow (the loop took nothing for a minute, and the list was longer than about a
-// hundred entries or 64 KiB), ErrClosed, ErrRemoved, ErrCorrupt, and the error of ctx, also in the middle. ctx limits the whole
-// loop; without a deadline, Config.Timeout limits what happens before the first entry only. A retry is safe.
+// bytes), ErrNoLeader while no majority answers, ErrSlow (the list was longer than about a hundred entries or 64 KiB, and the loop
+// took nothing for a minute, or for a moment in which so much was written that the rest could not be put aside in time),
+// ErrClosed, ErrRemoved, ErrCorrupt, and the error of ctx, also in the middle. ctx limits the whole loop; without a deadline,
+// Config.Timeout limits what happens before the first entry only. A retry is safe.
 //
 // At most 32 long lists that do not come from the copy in memory are open at once on one member; the next one waits for ctx.
 func (s *Service) List(ctx context.Context, prefix string, opts ...ListOption) iter.Seq2[Entry, error] {
@@ -460,8 +462,9 @@ func (l *listing) pinned() bool { return l.pins.Load() }
 
 // tend lets go of the WAL if the listing has kept too much of it, and of everything if its consumer has taken nothing for too long.
 func (l *listing) tend(passed time.Duration) {
-	if l.pinned() && l.s.walSize()-l.before > pinLimit {
+	if l.pinned() && l.grown() > pinLimit {
 		for l.spool() {
+			l.cede()
 		}
 	}
 	if !l.mu.TryLock() {
@@ -475,6 +478,22 @@ func (l *listing) tend(passed time.Duration) {
 		if l.idle += passed; l.idle >= slowLimit {
 			l.endLocked(ErrSlow)
 		}
+	}
+}
+
+// grown is by how much the WAL is longer than when the transaction began, which keeps it from restarting.
+func (l *listing) grown() int64 { return l.s.walSize() - l.before }
+
+// cede: moving a large state into a file, or many states one after the other, may take so long that the WAL grows past all bounds
+// meanwhile. Then a consumer that has taken nothing of late gives way.
+func (l *listing) cede() {
+	if l.grown() <= pinMost {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.c != nil && l.steps == l.seen {
+		l.endLocked(fmt.Errorf("%w: it keeps the write-ahead log, to which %d MiB were added meanwhile", ErrSlow, pinMost>>20))
 	}
 }
 

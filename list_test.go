@@ -383,6 +383,44 @@ func TestSlowListingLetsGoOfTheWAL(t *testing.T) {
 	}
 }
 
+// With a state that is large, or many lists of it, there is no time to put everything aside: who takes nothing gives way.
+func TestIdleListingGivesWay(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t, -1)
+	fill(t, s, 1000, 1000)
+	idle, lively := beginListing(t, s, span{limit: -1}), beginListing(t, s, span{limit: -1})
+	for _, l := range []*listing{idle, lively} {
+		l.next()
+		l.tend(0)
+	}
+	for i := 0; idle.grown() <= pinMost; i++ {
+		value := bytes.Repeat([]byte{byte(i)}, 1<<20)
+		apply(t, s, func(tx *storeTx) { setTx(t, tx, "large", value) })
+	}
+	lively.next()
+	for _, l := range []*listing{idle, lively} {
+		l.tend(0)
+		if l.pinned() {
+			t.Error("the WAL is still kept")
+		}
+	}
+	if _, _, err := idle.next(); !errors.Is(err, ErrSlow) {
+		t.Errorf("who took nothing gets %v", err)
+	}
+	n := 2
+	for {
+		_, more, err := lively.next()
+		must(t, err)
+		if !more {
+			break
+		}
+		n++
+	}
+	if n != 1000 {
+		t.Errorf("who took something gets %d rows", n)
+	}
+}
+
 func TestIdleListingEnds(t *testing.T) {
 	t.Parallel()
 	listStores(t, func(t *testing.T, s *store) {

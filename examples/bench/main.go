@@ -70,7 +70,7 @@ type bench struct {
 	results       io.Writer // a line for each record
 	records       []record
 	began         time.Time
-	done, planned int // cells
+	done, planned int  // cells
 	faulty        bool // some record could not be had, or is bad: what the members left is kept
 }
 
