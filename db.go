@@ -599,7 +599,8 @@ func (s *Service) Backup(ctx context.Context, w io.Writer) (revision uint64, err
 // Restore makes dir a new cluster of one member out of a backup, or out of the snap of a member that is not running. Keys,
 // values and revisions are kept; cluster and member get new ids, so that members of the old cluster and this one never take
 // each other for their own. Open dir afterwards; other members join it with empty directories. What the old cluster
-// acknowledged after the backup was taken (or what this snap had not yet received) is lost. dir must be empty or missing.
+// acknowledged after the backup was taken (or what this snap had not yet received) is lost, and its revisions are given to other
+// changes: whoever watched the old cluster watches the new one from 0. dir must be empty or missing.
 func Restore(dir, from string) error {
 	if err := restore(dir, from); err != nil {
 		return fmt.Errorf("quorate: restore %s from %s: %w", dir, from, err)

