@@ -37,6 +37,23 @@ type testMember struct {
 
 var addrsGiven sync.Map // by freeAddr: it reserves nothing, so no address is given twice
 
+const portBlock = 2000
+
+var portsHeld net.Listener // of firstPort, or it would be closed when it is collected
+
+// firstPort begins this process's own block of ports: beside another run of these tests a member that is down for a while would
+// not get its port back. Whoever listens on the block's first port has it.
+var firstPort = sync.OnceValue(func() int {
+	for _, i := range rand.Perm(10) {
+		port := 10_000 + i*portBlock
+		if l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port)); err == nil {
+			portsHeld = l
+			return port
+		}
+	}
+	return 10_000
+})
+
 // freeAddr is an address on which nobody listens, for a listener that follows soon. The port is below
 // those that connections get for themselves: of the many calls to a member that is down one would get that member's own port
 // some day, talk to itself, and keep the member from coming back.
@@ -45,7 +62,7 @@ func freeAddr(t testing.TB) string {
 	var err error
 	for range 100 {
 		var l net.Listener
-		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000))); err == nil {
+		if l, err = net.Listen("tcp", fmt.Sprint("127.0.0.1:", firstPort()+1+rand.IntN(portBlock-1))); err == nil {
 			l.Close()
 			if _, given := addrsGiven.LoadOrStore(l.Addr().String(), true); !given {
 				return l.Addr().String()
