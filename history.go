@@ -98,15 +98,15 @@ func (t *storeTx) writePast() error {
 	for _, p := range kept {
 		t.s.written += pastSize(p)
 	}
-	for ; len(kept) >= changesAtOnce; kept = kept[changesAtOnce:] {
-		if err := c.putChanges(qPutChanges, kept[:changesAtOnce]); err != nil {
+	for len(kept) > 0 {
+		q, n := qPutChange, 1
+		if len(kept) >= changesAtOnce {
+			q, n = qPutChanges, changesAtOnce
+		}
+		if err := c.putChanges(q, kept[:n]); err != nil {
 			return err
 		}
-	}
-	for i := range kept {
-		if err := c.putChanges(qPutChange, kept[i:i+1]); err != nil {
-			return err
-		}
+		kept = kept[n:]
 	}
 	if before := t.s.meta(); before.keep == 0 || oldest == before.oldest() {
 		return nil

@@ -347,9 +347,9 @@ func (w *watcher) stretch() (stretch, error) {
 	if len(list) == 0 {
 		return stretch{}, corrupt("the history ends at revision %d", w.cursor)
 	}
-	p := stretch{upTo: list[len(list)-1].revision}
-	for _, c := range under(w.prefix, list) {
-		p.changes, p.size = append(p.changes, c), p.size+pastSize(c)
+	p := stretch{upTo: list[len(list)-1].revision, changes: under(w.prefix, list)}
+	for _, c := range p.changes {
+		p.size += pastSize(c)
 	}
 	if h.held.Add(p.size) > heldBytes && len(p.changes) > 1 {
 		first := p.changes[0]
