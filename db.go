@@ -158,9 +158,11 @@ type Service struct {
 	asOf  latest // how old this member's copy can be: see Freshness
 
 	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
+	starts   atomic.Uint64             // odd while raft is started and s.raft may not be the one that votes
 	faults   faults
 	changes  broadcast     // the leader, as this member knows it, or its state changed
 	members  peerTable     // what is known of the others beside the configuration
+	panel    panel         // whom this leader's read rounds ask
 	telling  sync.Mutex    // held by the one caller that tells raft of a commit (awaitApplied)
 	changing chan struct{} // one change of the configuration at a time on this leader: see changeMembers
 

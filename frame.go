@@ -152,6 +152,8 @@ type indexAnswer struct {
 	Term  uint64 `json:"term"`
 }
 
+// termAnswer is the term of whoever sends it. It is the answer to term, and may be the body of readindex: the sender had read it
+// after what it asks for had begun. Release 0.1.0 sends no body there and reads none.
 type termAnswer struct {
 	Term uint64 `json:"term"`
 }

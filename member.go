@@ -163,6 +163,7 @@ func (s *Service) startPeer() {
 		leading:    s.leading,
 		leader:     s.leader,
 		term:       func() uint64 { return raftNow().CurrentTerm() },
+		states:     s.stateTerm,
 		hasLeader:  func() bool { id, _ := s.leader(); return id != "" },
 		lastEntry:  s.lastEntry,
 		applied:    func() uint64 { return s.store.meta().applied },
@@ -358,10 +359,13 @@ func (s *Service) notLeader() error {
 	return r
 }
 
-// serveReadIndex is a round for another member; it shares this leader's own rounds.
-func (s *Service) serveReadIndex(ctx context.Context) (readPoint, error) {
+// serveReadIndex is a round for another member. If what that states of itself does not complete it, it shares this leader's own.
+func (s *Service) serveReadIndex(ctx context.Context, from string, states uint64) (readPoint, error) {
 	if s.raft.Load().State() != raft.Leader {
 		return readPoint{}, s.notLeader()
+	}
+	if at, ok := s.roundWith(from, states); ok {
+		return at, nil
 	}
 	at, err := s.reads.join(ctx)
 	if err != nil {
@@ -375,7 +379,7 @@ func (s *Service) serveState(ctx context.Context, w io.Writer) error {
 	if err := s.unfit(); err != nil {
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
-	at, err := s.serveReadIndex(ctx)
+	at, err := s.serveReadIndex(ctx, "", 0)
 	if err != nil {
 		return err
 	}

@@ -47,6 +47,7 @@ type peerHost struct {
 	leading    func(term uint64) bool
 	leader     func() (id, addr string)
 	term       func() uint64
+	states     func() (term uint64, err error) // what others may rely on: see stateTerm
 	hasLeader  func() bool
 	lastEntry  func() (index, term uint64)
 	applied    func() uint64
@@ -58,7 +59,7 @@ type peerHost struct {
 	contact    func(id string)
 
 	propose   func(ctx context.Context, data []byte) ([]byte, error)
-	readIndex func(ctx context.Context) (readPoint, error)
+	readIndex func(ctx context.Context, from string, states uint64) (readPoint, error)
 	join      func(ctx context.Context, r joinRequest) (joinAnswer, error)
 	remove    func(ctx context.Context, addr string) error
 	status    func() statusAnswer
@@ -361,10 +362,17 @@ func (p *peer) servePropose(ctx context.Context, x *exchange) error {
 }
 
 func (p *peer) serveReadIndex(ctx context.Context, x *exchange) error {
-	if _, err := x.body(maxSmallBody); err != nil {
+	data, err := x.body(maxSmallBody)
+	if err != nil {
 		return err
 	}
-	at, err := p.host.readIndex(ctx)
+	var own termAnswer
+	if len(data) > 0 { // release 0.1.0 sends nothing
+		if err := json.Unmarshal(data, &own); err != nil {
+			return refuse(http.StatusBadRequest, codeBadRequest, "body: %v", err)
+		}
+	}
+	at, err := p.host.readIndex(ctx, x.from, own.Term)
 	if err != nil {
 		return err
 	}
@@ -376,7 +384,11 @@ func (p *peer) serveTerm(_ context.Context, x *exchange) error {
 	if _, err := x.body(maxSmallBody); err != nil {
 		return err
 	}
-	return x.answerJSON(termAnswer{p.host.term()})
+	term, err := p.host.states()
+	if err != nil {
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+	}
+	return x.answerJSON(termAnswer{term})
 }
 
 func (p *peer) serveJoin(ctx context.Context, x *exchange) error {
@@ -582,9 +594,10 @@ func neverConnected(err error) bool {
 	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &cert) || errors.Is(err, http.ErrSchemeMismatch)
 }
 
-func (p *peer) readIndex(ctx context.Context, to, addr string) (readPoint, error) {
+// readIndex states this member's own term too. It may be sent twice: a term that was stated stays true.
+func (p *peer) readIndex(ctx context.Context, to, addr string, states uint64) (readPoint, error) {
 	var a indexAnswer
-	err := p.callJSON(ctx, request{route: "readindex", base: p.base(addr), to: to, again: true}, nil, &a)
+	err := p.callJSON(ctx, request{route: "readindex", base: p.base(addr), to: to, again: true}, termAnswer{states}, &a)
 	return readPoint{a.Index, a.Term}, err
 }
 

@@ -73,6 +73,7 @@ func doorHost() *door {
 		leading:   func(term uint64) bool { return d.lead.Load() == term },
 		leader:    func() (string, string) { return "l", "127.0.0.1:9" },
 		term:      func() uint64 { return 7 },
+		states:    func() (uint64, error) { return 7, nil },
 		hasLeader: d.led.Load,
 		lastEntry: func() (uint64, uint64) { return 50, 7 },
 		applied:   func() uint64 { return 40 },
@@ -83,10 +84,12 @@ func doorHost() *door {
 			}
 			return nil
 		},
-		stranger:  func(string, string, string, string) { d.strangers.Add(1) },
-		contact:   func(string) { d.contacts.Add(1) },
-		propose:   func(_ context.Context, data []byte) ([]byte, error) { d.proposed.Add(1); return data, nil },
-		readIndex: func(context.Context) (readPoint, error) { return readPoint{50, 3}, nil },
+		stranger: func(string, string, string, string) { d.strangers.Add(1) },
+		contact:  func(string) { d.contacts.Add(1) },
+		propose:  func(_ context.Context, data []byte) ([]byte, error) { d.proposed.Add(1); return data, nil },
+		readIndex: func(_ context.Context, from string, states uint64) (readPoint, error) {
+			return readPoint{50, states}, nil
+		},
 		join:      func(context.Context, joinRequest) (joinAnswer, error) { return joinAnswer{Cluster: "c"}, nil },
 		remove:    func(context.Context, string) error { return nil },
 		status:    func() statusAnswer { return statusAnswer{ID: "a"} },
@@ -600,7 +603,7 @@ func TestCalls(t *testing.T) {
 	if out, sent, err := b.propose(ctx, "a", addr, []byte("entry")); err != nil || !sent || string(out) != "entry" {
 		t.Errorf("propose: %q %v %v", out, sent, err)
 	}
-	if index, err := b.readIndex(ctx, "a", addr); err != nil || index != (readPoint{50, 3}) {
+	if index, err := b.readIndex(ctx, "a", addr, 3); err != nil || index != (readPoint{50, 3}) {
 		t.Errorf("readindex: %d %v", index, err)
 	}
 	if term, err := b.askTerm(ctx, "a", addr); err != nil || term != 7 {
@@ -768,7 +771,9 @@ func TestSlowAnswer(t *testing.T) {
 		}
 	}
 	d.propose = func(ctx context.Context, data []byte) ([]byte, error) { return data, takesTime(ctx) }
-	d.readIndex = func(ctx context.Context) (readPoint, error) { return readPoint{50, 3}, takesTime(ctx) }
+	d.readIndex = func(ctx context.Context, _ string, _ uint64) (readPoint, error) {
+		return readPoint{50, 3}, takesTime(ctx)
+	}
 	p, _ := d.peer(t, false, nil)
 	p.slow = 100 * time.Millisecond
 	srv := httptest.NewUnstartedServer(p)
@@ -780,7 +785,7 @@ func TestSlowAnswer(t *testing.T) {
 		t.Error(err)
 	}
 	// Without a body net/http reads ahead from the start.
-	if _, err := b.readIndex(context.Background(), "a", srv.Listener.Addr().String()); err != nil {
+	if _, err := b.readIndex(context.Background(), "a", srv.Listener.Addr().String(), 3); err != nil {
 		t.Error(err)
 	}
 }

@@ -8,11 +8,18 @@ package quorate
 // the later term. So if a quorum answers our term after the commit index was taken, no later leader had acknowledged
 // anything before it was taken. Counting answers to requests that were sent earlier (as raft's VerifyLeader does) proves
 // nothing: they may have waited in a socket while this process was stopped.
+//
+// A follower that asks for a round states its own term in the request, having read it after its round had begun. That statement
+// is an answer to the leader, if not a late one: say a write had returned before a Get came, acknowledged by a leader of a later
+// term. Then some member of every quorum was in that term before the Get came. The follower was not, for it read its term after
+// that; nor was the leader, for it took its commit index later still. So where these two are a quorum, nobody else is asked. But
+// the statement is older than a Get that has come to the leader meanwhile, so it counts in no round that others share.
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -124,7 +131,41 @@ func (s *Service) readIndex(ctx context.Context) (readPoint, error) {
 	case s.ident.id:
 		return s.leaderRound(ctx)
 	}
-	return s.peer.readIndex(ctx, id, addr)
+	term, err := s.stateTerm() // in the round: it began after every Get that waits for it
+	if err != nil {
+		return readPoint{}, err
+	}
+	return s.peer.readIndex(ctx, id, addr, term)
+}
+
+// stateTerm is this member's term for others to rely on: at some time during the call it was in that one. It is an error while raft
+// is started, for then the raft that votes may be a newer one than the one that is asked here.
+func (s *Service) stateTerm() (uint64, error) {
+	starts := s.starts.Load()
+	term := s.raft.Load().CurrentTerm()
+	if starts%2 != 0 || s.starts.Load() != starts {
+		return 0, errors.New("raft is being started")
+	}
+	return term, nil
+}
+
+// roundWith is a round that the statement of the member who asks for it completes; !ok means that others must be asked, or that
+// nothing is known yet. It never waits.
+func (s *Service) roundWith(from string, states uint64) (at readPoint, ok bool) {
+	r := s.raft.Load()
+	term := r.CurrentTerm()
+	if states != term || !s.leading(term) || s.store.meta().term != term { // see awaitTerm
+		return readPoint{}, false
+	}
+	index := r.CommitIndex()
+	voters, yes, others := s.electorate(r.GetConfiguration().Configuration())
+	if slices.ContainsFunc(others, func(m raft.Server) bool { return string(m.ID) == from }) {
+		yes++
+	}
+	if yes <= voters/2 || !s.leading(term) {
+		return readPoint{}, false
+	}
+	return readPoint{index, term}, true
 }
 
 // leaderRound takes the commit index and then has a quorum confirm that no later term existed when it was taken.
@@ -195,46 +236,37 @@ func (s *Service) awaitTerm(ctx context.Context, term uint64) error {
 	}
 }
 
-// confirmTerm asks the voters for their current term; a quorum, this member included, must answer exactly term.
+// confirmTerm asks voters for their current term; a quorum, this member included, must answer exactly term. It asks as many as
+// it needs, and the rest when one of these is late or answers something else.
 func (s *Service) confirmTerm(ctx context.Context, term uint64, c raft.Configuration) error {
-	var others []raft.Server
-	voters, yes := 0, 0
-	for _, m := range c.Servers {
-		switch {
-		case m.Suffrage != raft.Voter:
-		case string(m.ID) == s.ident.id:
-			voters, yes = voters+1, yes+1
-		default:
-			voters++
-			others = append(others, m)
-		}
-	}
+	voters, yes, others := s.electorate(c)
 	need := voters/2 + 1
 	if yes >= need {
 		return nil
 	}
-	type answer struct {
-		term uint64
-		err  error
-	}
+	others, first := s.panel.order(others, need-yes)
 	answers := make(chan answer, len(others))
-	for _, m := range others {
-		go func() {
-			// Not ended with the round: a call that is cancelled takes its connection with it.
-			ctx, cancel := context.WithTimeout(s.ctx, roundTimeout)
-			defer cancel()
-			t, err := s.askTerm(ctx, m)
-			answers <- answer{t, err}
-		}()
+	asked := 0
+	ask := func(n int) {
+		for ; asked < n; asked++ {
+			go s.askTerm(others[asked], answers)
+		}
 	}
+	ask(first)
+	hedge := time.NewTimer(hedgeAfter)
+	defer hedge.Stop()
 	var last error
-	for range others {
+	for heard := 0; heard < len(others); {
 		var a answer
 		select {
 		case a = <-answers:
+		case <-hedge.C:
+			ask(len(others))
+			continue
 		case <-ctx.Done():
 			return fmt.Errorf("%d of %d voters confirmed term %d, need %d: %w", yes, voters, term, need, errors.Join(ErrNoLeader, last, ctx.Err()))
 		}
+		heard++
 		switch {
 		case a.err != nil:
 			last = a.err
@@ -246,16 +278,123 @@ func (s *Service) confirmTerm(ctx context.Context, term uint64, c raft.Configura
 		if yes >= need {
 			return nil
 		}
+		if yes+asked-heard < need { // those that are still to answer are not enough
+			ask(len(others))
+		}
 	}
 	return fmt.Errorf("%d of %d voters confirmed term %d, need %d: %w", yes, voters, term, need, errors.Join(ErrNoLeader, last))
 }
 
-// askTerm asks one voter. Calls to one that does not answer end after roundTimeout; until then a few of them are enough.
-func (s *Service) askTerm(ctx context.Context, m raft.Server) (uint64, error) {
-	leave, ok := s.members.ask(string(m.ID))
+// electorate counts the voters of c, and says how many of them this member is.
+func (s *Service) electorate(c raft.Configuration) (voters, self int, others []raft.Server) {
+	for _, m := range c.Servers {
+		switch {
+		case m.Suffrage != raft.Voter:
+		case string(m.ID) == s.ident.id:
+			voters, self = voters+1, 1
+		default:
+			voters++
+			others = append(others, m)
+		}
+	}
+	return voters, self, others
+}
+
+type answer struct {
+	term uint64
+	err  error
+}
+
+// askTerm asks one voter. Calls to one that does not answer end after roundTimeout, not with the round: a call that is cancelled
+// takes its connection with it. Until then a few of them are enough.
+func (s *Service) askTerm(m raft.Server, answers chan<- answer) {
+	id := string(m.ID)
+	leave, ok := s.members.ask(id)
 	if !ok {
-		return 0, fmt.Errorf("%s has not answered the last %d calls", m.Address, maxAsks)
+		answers <- answer{err: fmt.Errorf("%s has not answered the last %d calls", m.Address, maxAsks)}
+		return
 	}
 	defer leave()
-	return s.peer.askTerm(ctx, string(m.ID), s.addressOf(m))
+	ctx, cancel := context.WithTimeout(s.ctx, roundTimeout)
+	defer cancel()
+	asked := s.panel.asks(id)
+	term, err := s.peer.askTerm(ctx, id, s.addressOf(m))
+	s.panel.heard(id, asked, err)
+	answers <- answer{term, err}
+}
+
+const (
+	hedgeAfter = 5 * time.Millisecond // more than an answer takes on a busy machine; what a voter that has just died costs, once
+	tryAfter   = time.Second          // between two questions to a voter that is late, beside those to the others
+)
+
+// A panel chooses whom a round asks: as many as it needs, in turn, among the voters that have answered promptly. Only the cost
+// depends on it; any choice is right.
+type panel struct {
+	mu   sync.Mutex // guards the fields below
+	turn int
+	byID map[string]*panelist
+}
+
+type panelist struct {
+	waiting int       // questions that are not answered yet
+	since   time.Time // none of them was asked before
+	late    bool      // the last answer was late, or none
+	tried   time.Time // when it was asked although it was late
+}
+
+// order returns the voters in the order in which to ask them, and how many at once: need of the prompt ones, or all where these are
+// too few. One that is late is asked once in a while beside them, to learn that it is prompt again.
+func (p *panel) order(voters []raft.Server, need int) (ordered []raft.Server, first int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.turn++
+	now := time.Now()
+	var prompt, due, late []raft.Server
+	for i := range voters {
+		m := voters[(i+p.turn)%len(voters)]
+		l := p.byID[string(m.ID)]
+		switch {
+		case l == nil, !l.late && (l.waiting == 0 || now.Sub(l.since) < hedgeAfter):
+			prompt = append(prompt, m)
+		case now.Sub(l.tried) < tryAfter:
+			late = append(late, m)
+		default:
+			l.tried = now
+			due = append(due, m)
+		}
+	}
+	if len(prompt) < need {
+		return voters, len(voters)
+	}
+	return slices.Concat(prompt[:need], due, prompt[need:], late), need + len(due)
+}
+
+// asks is called before a question, and heard after its end.
+func (p *panel) asks(id string) (at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at = time.Now()
+	l := p.byID[id]
+	if l == nil {
+		if p.byID == nil {
+			p.byID = make(map[string]*panelist)
+		}
+		l = &panelist{}
+		p.byID[id] = l
+	}
+	if l.waiting++; l.waiting == 1 {
+		l.since = at
+	}
+	return at
+}
+
+func (p *panel) heard(id string, asked time.Time, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	l := p.byID[id]
+	l.waiting--
+	l.since = now
+	l.late = err != nil || now.Sub(asked) > hedgeAfter
 }

@@ -136,6 +136,106 @@ func TestLeaderRoundNeedsQuorumOfItsTerm(t *testing.T) {
 	})
 }
 
+// The follower that asks is the quorum's other half: it is believed if it has a vote here and states the leader's term.
+func TestStatementCompletesRound(t *testing.T) {
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		must(t, l.s.Set(t.Context(), "k", []byte("v")))
+		term := l.s.Status().Term
+		r := l.s.raft.Load()
+		must(t, r.AddNonvoter("n", "n:1", 0, time.Second).Error())
+		c.obey("cut L to F") // nobody else can answer the leader
+		c.obey("cut L to G")
+		for _, x := range []struct {
+			from   string
+			states uint64
+			ok     bool
+		}{
+			{f.s.ident.id, term, true},
+			{f.s.ident.id, 0, false},
+			{f.s.ident.id, term - 1, false},
+			{f.s.ident.id, term + 1, false},
+			{"n", term, false}, // has no vote
+			{"x", term, false},
+			{l.s.ident.id, term, false},
+		} {
+			at, ok := l.s.roundWith(x.from, x.states)
+			if ok != x.ok || ok && (at.term != term || at.index != r.CommitIndex()) {
+				t.Errorf("a round with %s, which states term %d of %d: %v, %v", x.from, x.states, term, at, ok)
+			}
+		}
+		if _, ok := f.s.roundWith(g.s.ident.id, term); ok {
+			t.Error("a follower holds a round")
+		}
+
+		before := c.net.arrivals()
+		c.obey("heal")
+		if v, err := f.s.Get(t.Context(), "k"); err != nil || string(v) != "v" {
+			t.Fatalf("%q, %v", v, err)
+		}
+		after := c.net.arrivals()
+		for where, want := range map[string]int{l.conf.Addr + " readindex": 1, f.conf.Addr + " term": 0, g.conf.Addr + " term": 0} {
+			if n := after[where] - before[where]; n != want {
+				t.Errorf("a follower's Get: %d calls to %s, want %d", n, where, want)
+			}
+		}
+	})
+}
+
+// While raft is started, the one that is asked for its term may not be the one that votes.
+func TestNoTermIsStatedWhileRaftStarts(t *testing.T) {
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		f.s.starts.Add(1)
+		var r *refusal
+		if _, err := l.s.peer.askTerm(t.Context(), f.s.ident.id, f.conf.Addr); !errors.As(err, &r) || r.Code != codeNotReady {
+			t.Errorf("a member that starts raft is asked for its term: %v", err)
+		}
+		if _, err := f.s.readIndex(t.Context()); err == nil {
+			t.Error("a member that starts raft states its term")
+		}
+		f.s.starts.Add(1)
+		if _, err := f.s.readIndex(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A round asks no more voters than it needs, each in turn, and one that does not answer costs one round's patience.
+func TestLeaderRoundAsksInTurn(t *testing.T) {
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		asked := func(rounds int) (ofF, ofG int, took time.Duration) {
+			t.Helper()
+			before, began := c.net.arrivals(), time.Now()
+			for range rounds {
+				if _, err := l.s.Get(t.Context(), "k"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			after := c.net.arrivals()
+			return after[f.conf.Addr+" term"] - before[f.conf.Addr+" term"], after[g.conf.Addr+" term"] - before[g.conf.Addr+" term"], time.Since(began)
+		}
+		time.Sleep(tryAfter) // nothing is left of the start
+		asked(2)
+		if ofF, ofG, took := asked(40); ofF != 20 || ofG != 20 || took != 0 {
+			t.Errorf("40 rounds in %v asked one voter %d times and the other %d times", took, ofF, ofG)
+		}
+		c.obey("cut L to F")
+		if _, ofG, took := asked(40); ofG != 40 || took != hedgeAfter {
+			t.Errorf("40 rounds while one voter is cut off took %v and asked the other %d times", took, ofG)
+		}
+		time.Sleep(tryAfter)
+		if _, ofG, took := asked(40); ofG != 40 || took != 0 {
+			t.Errorf("40 more took %v and asked the other %d times", took, ofG)
+		}
+		c.obey("heal")
+		time.Sleep(roundTimeout)
+		asked(1)
+		time.Sleep(tryAfter)
+		if ofF, ofG, took := asked(40); ofF != 20 || ofG < 20 || took != 0 {
+			t.Errorf("40 rounds after that took %v and asked one voter %d times and the other %d times", took, ofF, ofG)
+		}
+	})
+}
+
 // A cut off member answers a Get with an error that tells both, that nobody leads and that the time is over.
 func TestGetOnMemberCutOff(t *testing.T) {
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {

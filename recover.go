@@ -449,6 +449,7 @@ func (s *Service) startRaft(ctx context.Context) error {
 }
 
 func (s *Service) startRaftLocked(ctx context.Context) error {
+	s.starts.Store(s.starts.Load() | 1)
 	trans := s.peer.transport()
 	r, err := besideRaft(ctx, s.wal, func() (*raft.Raft, error) {
 		return raft.NewRaft(s.raftConfig(), s.fsm, s.wal, s.wal, s.snaps, trans)
@@ -475,6 +476,7 @@ func (s *Service) startRaftLocked(ctx context.Context) error {
 		}
 	})
 	s.raft.Store(r)
+	s.starts.Add(1)
 	s.ended = nil
 	if v := voters(r.GetConfiguration().Configuration()); len(v) == 1 && string(v[0].ID) == s.ident.id {
 		// The only voter needs no election timeout: it would wait for nobody.

@@ -144,7 +144,8 @@ func (n *node) host() peerHost {
 			addr, id := n.raft.Load().LeaderWithID()
 			return string(id), string(addr)
 		},
-		term: func() uint64 { return n.raft.Load().CurrentTerm() },
+		term:   func() uint64 { return n.raft.Load().CurrentTerm() },
+		states: func() (uint64, error) { return n.raft.Load().CurrentTerm(), nil },
 		hasLeader: func() bool {
 			_, id := n.raft.Load().LeaderWithID()
 			return id != ""
