@@ -43,7 +43,7 @@
 // One Set: db.go (the call) → tx.go (its limits and its verdict) → op.go (its bytes) → batch.go (one entry for all that wait) →
 // raft and logstore.go (the log) → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows), history.go (the changes). One
 // Get: view.go (the call) → read.go (the round) → memory.go. What else reads: list.go, watch.go, query.go. The other rooms: peer.go,
-// transport.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is), recover.go (how a
+// transport.go, ahead.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is), recover.go (how a
 // directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft says).
 package quorate
 

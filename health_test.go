@@ -327,6 +327,7 @@ func TestStalledDiskOfTheLeader(t *testing.T) {
 	t.Parallel() // with the other one that waits for limits
 	c, disk := brokenCluster(t)
 	old := c.leader(t)
+	must(t, old.s.Set(ctxFor(t, 20*time.Second), "k", nil))
 	hang := make(chan struct{})
 	fs := disk(old)
 	fs.mu.Lock()
@@ -334,9 +335,12 @@ func TestStalledDiskOfTheLeader(t *testing.T) {
 	fs.mu.Unlock()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	go old.s.Set(ctx, "stuck", nil)
+	stuck := make(chan error, 1)
+	go func() { stuck <- old.s.Insert(ctx, "stuck", nil) }()
 	now := c.leaderOtherThan(t, old)
 	must(t, now.s.Set(ctxFor(t, 20*time.Second), "k", []byte("v")))
+	ahead, err := now.s.Lookup(ctxFor(t, 20*time.Second), "stuck") // the others had it before the disk that hangs
+	must(t, err)
 	if err := old.s.Ready(ctxFor(t, 200*time.Millisecond)); err == nil {
 		t.Error("the stalled member is ready")
 	}
@@ -349,6 +353,10 @@ func TestStalledDiskOfTheLeader(t *testing.T) {
 	close(hang)
 	eventually(t, 20*time.Second, "it has recovered", old.s.Err)
 	must(t, old.s.Ready(ctxFor(t, 20*time.Second)))
+	must(t, <-stuck)
+	if e, err := old.s.Lookup(ctxFor(t, 20*time.Second), "stuck"); err != nil || e.Version != ahead.Version {
+		t.Errorf("%+v, %v, and it was %+v", e, err, ahead)
+	}
 	must(t, old.s.Set(ctxFor(t, 20*time.Second), "again", nil))
 	c.awaitEqual(t)
 }
@@ -451,6 +459,12 @@ func TestFullDiskOfOneMember(t *testing.T) {
 		t.Run(who.name, func(t *testing.T) {
 			m := who.pick(t)
 			disk(m).fail(setWrite, syscall.ENOSPC)
+			if wait := m.s.begin(encodeOpen(m.s.batch.format(), [16]byte{1}), time.Second); wait != nil {
+				_, sent, err := wait(ctxFor(t, 20*time.Second))
+				if is(t, err, syscall.ENOSPC); sent != errors.Is(err, errSentAhead) {
+					t.Errorf("sent %v: %v", sent, err)
+				}
+			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			if err := m.s.Set(ctx, "full", nil); err != nil && errors.Is(err, ErrNotApplied) == errors.Is(err, ErrUncertain) {
 				t.Errorf("no verdict: %v", err)

@@ -55,7 +55,10 @@ type logOptions struct {
 	meta        types.MetaStore // votes, terms and the list of segments; nil = raft-wal's own
 	log         *slog.Logger    // never nil
 	leader      func() bool     // whether this member is leader just now; nil = never
-	fault       func(error)     // called once with the sticky fault, and with nil whenever a full disk has space again; may be nil
+	// ahead is called with a leader's new entries, and the term of the one before them, just before they are written. It must
+	// not wait. True: other members may hold them from now on. nil = never.
+	ahead func(entries []*raft.Log, prevTerm uint64) bool
+	fault func(error) // called once with the sticky fault, and with nil whenever a full disk has space again; may be nil
 }
 
 // A logStore is raft's LogStore, StableStore and MonotonicLogStore.
@@ -216,8 +219,8 @@ func (l *logStore) StoreLog(e *raft.Log) error { return l.StoreLogs([]*raft.Log{
 
 // StoreLogs implements raft.LogStore. An entry without a checksum gets one in place, because these same structs go to the
 // followers. It returns an error for entries that don't follow the log or whose checksum is wrong, and nothing is stored. A
-// leader also gets the disk's errors: one that wraps syscall.ENOSPC means that nothing is stored, after any other the
-// entries may be there after a restart.
+// leader also gets the disk's errors: one that wraps syscall.ENOSPC means that nothing is stored here, after any other the
+// entries may be there after a restart. With errSentAhead in it, others may hold them.
 func (l *logStore) StoreLogs(entries []*raft.Log) error {
 	if len(entries) == 0 {
 		return nil
@@ -229,11 +232,11 @@ func (l *logStore) StoreLogs(entries []*raft.Log) error {
 			return err
 		}
 	}
-	how := waits
+	how, ahead := waits, false
 	if l.leader() {
-		how = answers
+		how, ahead = answers, l.sendAhead(entries)
 	}
-	return l.change(fmt.Sprintf("append %d entries at index %d", len(entries), entries[0].Index), how, func() error {
+	err := l.change(fmt.Sprintf("append %d entries at index %d", len(entries), entries[0].Index), how, func() error {
 		if err := l.follows(entries); err != nil {
 			return err
 		}
@@ -243,6 +246,16 @@ func (l *logStore) StoreLogs(entries []*raft.Log) error {
 		l.appended(entries)
 		return nil
 	})
+	if err != nil && ahead {
+		err = fmt.Errorf("%w; %w", err, errSentAhead)
+	}
+	return err
+}
+
+// sendAhead: a disk that is full already would make every failed write an uncertain one.
+func (l *logStore) sendAhead(entries []*raft.Log) bool {
+	last, term := l.last()
+	return l.ahead != nil && last != 0 && entries[0].Index == last+1 && l.failed() == nil && l.ahead(entries, term)
 }
 
 // A usageError is the caller's mistake and says nothing about the disk.

@@ -180,6 +180,8 @@ func (s *Service) startPeer() {
 		status:     s.statusAnswer,
 		state:      s.serveState,
 		snapshots:  s.members.snapshots,
+		others:     s.others,
+		committed:  func() uint64 { return raftNow().CommitIndex() },
 	}, s.conf.Client, s.conf.TLS, s.log)
 }
 
@@ -273,7 +275,7 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 			return outcome{}, false, errRaftBusy
 		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
 			return outcome{}, false, err
-		case isFull(err): // the log has taken it out again
+		case isFull(err) && !errors.Is(err, errSentAhead): // the log has taken it out again, and nobody else has it
 			return outcome{}, false, err
 		default:
 			return outcome{}, true, err

@@ -65,6 +65,9 @@ type peerHost struct {
 	status    func() statusAnswer
 	state     func(ctx context.Context, w io.Writer) error
 	snapshots func(delta int)
+
+	others    func() []raft.Server // of the configuration that raft uses now
+	committed func() uint64        // raft's commit index
 }
 
 type peer struct {
@@ -113,6 +116,12 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.routes = p.makeRoutes()
 	return p
+}
+
+// sendAhead is that of the transport of the raft that runs.
+func (p *peer) sendAhead(entries []*raft.Log, prevTerm uint64) bool {
+	t := p.current.Load()
+	return t != nil && t.sendAhead(entries, prevTerm)
 }
 
 // close is idempotent and waits for nobody.

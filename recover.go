@@ -95,6 +95,7 @@ func (s *Service) openState(ctx context.Context) error {
 		dir: s.path("wal"), vfs: s.conf.vfs, log: s.log,
 		leader: func() bool { r := s.raft.Load(); return r != nil && r.State() == raft.Leader },
 		fault:  func(err error) { s.faults.set(faultLog, err) },
+		ahead:  s.peer.sendAhead,
 	})
 	if err != nil {
 		return err

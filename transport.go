@@ -41,6 +41,8 @@ type transport struct {
 	consumer chan raft.RPC // unbuffered: what raft has not taken can be withdrawn
 	ctx      context.Context
 	cancel   context.CancelFunc
+	ahead    aheadTable
+	gap      gapGate
 
 	mu        sync.Mutex
 	heartbeat func(raft.RPC) // set by raft
@@ -53,7 +55,7 @@ var (
 
 // transport makes the one that receives from now on, and closes the one before.
 func (p *peer) transport() *transport {
-	t := &transport{p: p, consumer: make(chan raft.RPC)}
+	t := &transport{p: p, consumer: make(chan raft.RPC), gap: gapGate{limit: gapWait}}
 	t.ctx, t.cancel = context.WithCancel(p.ctx)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -119,15 +121,34 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 		}
 		return t.append(id, target, encodeAppend(args), resp, voteTimeout)
 	}
-	args.Entries = cutEntries(args.Entries)
-	body := encodeAppend(args)
-	timeout := appendTimeout + timeFor(int64(len(body)))
-	err := t.hold("append", id, target, args.Term, func() error {
-		return t.append(id, target, body, resp, timeout)
-	})
+	var err error
+	if !t.sentAhead(id, args, resp) {
+		err = t.appendNow(id, target, args, resp)
+	}
 	if addr, known, _ := t.p.host.server(string(id)); err == nil && known && addr != string(target) {
 		// Raft reads its record of the peer without the lock now, and may be writing the new address into it: let it ask again.
 		return fmt.Errorf("append to %s: its address is now %s", id, addr)
+	}
+	return err
+}
+
+func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	args.Entries = cutEntries(args.Entries)
+	body := encodeAppend(args)
+	timeout := appendTimeout + timeFor(int64(len(body)))
+	t.ahead.ordinary(id, args)
+	err := t.hold("append", id, target, args.Term, func() error {
+		err := t.append(id, target, body, resp, timeout)
+		if err != nil {
+			t.ahead.forget(id, args.Term, 0)
+		}
+		return err
+	})
+	switch {
+	case err == nil && resp.Success:
+		t.ahead.holds(id, args)
+	case err == nil:
+		t.ahead.forget(id, args.Term, 0)
 	}
 	return err
 }
@@ -413,6 +434,8 @@ func (p *peer) serveAppend(ctx context.Context, x *exchange) error {
 // term for a vote at that moment: the older one would win, and the member could help two leaders.
 func (t *transport) takeAppend(ctx context.Context, args *raft.AppendEntriesRequest) (any, error) {
 	if !isHeartbeat(args) {
+		t.gap.wait(ctx, func() bool { return args.PrevLogEntry <= t.p.host.raftEnd() || args.Term != t.p.host.term() })
+		defer t.gap.answered()
 		return t.deliver(ctx, args)
 	}
 	ctx, cancel := context.WithTimeout(ctx, voteTimeout)
