@@ -87,6 +87,12 @@ func (t *peerTable) unannounce(id, addr string) {
 	}
 }
 
+func (t *peerTable) anyAnnounced() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.announced) > 0
+}
+
 // announcedAddr is empty if nothing newer than the configured address is known.
 func (t *peerTable) announcedAddr(id, configured string) string {
 	t.mu.Lock()
@@ -174,6 +180,7 @@ func (s *Service) startPeer() {
 		stranger:   func(cluster, from, fromAddr, target string) { s.members.noteStranger(cluster, fromAddr) },
 		contact:    s.members.contact,
 		propose:    s.servePropose,
+		roundWith:  s.roundWith,
 		readIndex:  s.serveReadIndex,
 		join:       s.serveJoin,
 		remove:     s.serveRemove,
@@ -214,6 +221,9 @@ func (s *Service) addressOf(m raft.Server) string {
 }
 
 func (s *Service) announcedAddr(id string) string {
+	if !s.members.anyAnnounced() {
+		return ""
+	}
 	configured, _, _ := s.server(id)
 	return s.members.announcedAddr(id, configured)
 }
@@ -361,13 +371,10 @@ func (s *Service) notLeader() error {
 	return r
 }
 
-// serveReadIndex is a round for another member. If what that states of itself does not complete it, it shares this leader's own.
-func (s *Service) serveReadIndex(ctx context.Context, from string, states uint64) (readPoint, error) {
+// serveReadIndex is a round for another member; it shares this leader's own rounds.
+func (s *Service) serveReadIndex(ctx context.Context) (readPoint, error) {
 	if s.raft.Load().State() != raft.Leader {
 		return readPoint{}, s.notLeader()
-	}
-	if at, ok := s.roundWith(from, states); ok {
-		return at, nil
 	}
 	at, err := s.reads.join(ctx)
 	if err != nil {
@@ -381,7 +388,7 @@ func (s *Service) serveState(ctx context.Context, w io.Writer) error {
 	if err := s.unfit(); err != nil {
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
-	at, err := s.serveReadIndex(ctx, "", 0)
+	at, err := s.serveReadIndex(ctx)
 	if err != nil {
 		return err
 	}

@@ -59,7 +59,8 @@ type peerHost struct {
 	contact    func(id string)
 
 	propose   func(ctx context.Context, data []byte) ([]byte, error)
-	readIndex func(ctx context.Context, from string, states uint64) (readPoint, error)
+	roundWith func(from string, states uint64) (at readPoint, ok bool) // never waits
+	readIndex func(ctx context.Context) (readPoint, error)
 	join      func(ctx context.Context, r joinRequest) (joinAnswer, error)
 	remove    func(ctx context.Context, addr string) error
 	status    func() statusAnswer
@@ -101,6 +102,7 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 	if base, ok := http.DefaultTransport.(*http.Transport); ok && own.Transport == nil {
 		idle = base.Clone()
 		idle.MaxIdleConnsPerHost = 64
+		idle.DisableCompression = true // no member compresses
 		own.Transport = idle
 	}
 	_, standard := own.Transport.(*http.Transport)
@@ -212,15 +214,19 @@ func (p *peer) serve(x *exchange) error {
 		return err
 	}
 	defer leave()
-	if _, known, _ := p.host.server(x.from); known && name != "join" && name != "status" {
-		p.host.contact(x.from)
+	if name != "join" && name != "status" {
+		known := r.member // or it would not have come so far
+		if !known {
+			_, known, _ = p.host.server(x.from)
+		}
+		if known {
+			p.host.contact(x.from)
+		}
 	}
-	ctx, cancel := p.bind(x.req.Context())
-	defer cancel()
-	return r.serve(ctx, x)
+	return r.serve(x.req.Context(), x)
 }
 
-// bind ends ctx with the peer.
+// bind ends ctx with the peer. Who waits for raft alone needs no such context: the transport ends with the peer.
 func (p *peer) bind(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(p.ctx, cancel)
@@ -233,7 +239,7 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 	if r.bare && x.from == "" {
 		return p.checkPlain(x)
 	}
-	if v := x.req.Header.Get(headerProtocol); v != strconv.Itoa(protocolVersion) && v != strconv.Itoa(laterProtocol) {
+	if v := header(x.req.Header, headerProtocol); v != strconv.Itoa(protocolVersion) && v != strconv.Itoa(laterProtocol) {
 		return refuse(http.StatusPreconditionFailed, codeProtocol, "protocol %q, and this member speaks %d", v, protocolVersion)
 	}
 	asksWay := name == "join" && x.to == ""
@@ -278,7 +284,7 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 // checkFormat refuses a member that went back to a release that can't read what is in the log by now. It has said once that it
 // can, so entries of the newer format are written; it would neither apply them nor say so, and its vote must not make it a leader.
 func (p *peer) checkFormat(x *exchange) error {
-	reads, err := strconv.ParseUint(x.req.Header.Get(headerReads), 10, 8)
+	reads, err := strconv.ParseUint(header(x.req.Header, headerReads), 10, 8)
 	if err != nil {
 		reads = firstFormat
 	}
@@ -362,6 +368,8 @@ func (p *peer) servePropose(ctx context.Context, x *exchange) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := p.bind(ctx)
+	defer cancel()
 	outcome, err := p.host.propose(ctx, data)
 	if err != nil {
 		return err
@@ -381,9 +389,13 @@ func (p *peer) serveReadIndex(ctx context.Context, x *exchange) error {
 			return refuse(http.StatusBadRequest, codeBadRequest, "body: %v", err)
 		}
 	}
-	at, err := p.host.readIndex(ctx, x.from, own.Term)
-	if err != nil {
-		return err
+	at, ok := p.host.roundWith(x.from, own.Term)
+	if !ok {
+		ctx, cancel := p.bind(ctx)
+		defer cancel()
+		if at, err = p.host.readIndex(ctx); err != nil {
+			return err
+		}
 	}
 	return x.answerJSON(indexAnswer{at.index, at.term})
 }
@@ -409,6 +421,8 @@ func (p *peer) serveJoin(ctx context.Context, x *exchange) error {
 	if r.ID != x.from || r.Addr != x.fromAddr {
 		return refuse(http.StatusBadRequest, codeBadRequest, "%s at %q asks for %s at %q", x.from, x.fromAddr, r.ID, r.Addr)
 	}
+	ctx, cancel := p.bind(ctx)
+	defer cancel()
 	answer, err := p.host.join(ctx, r)
 	if err != nil {
 		return err
@@ -421,6 +435,8 @@ func (p *peer) serveRemove(ctx context.Context, x *exchange) error {
 	if err := x.bodyJSON(&r); err != nil {
 		return err
 	}
+	ctx, cancel := p.bind(ctx)
+	defer cancel()
 	if err := p.host.remove(ctx, r.Addr); err != nil {
 		return err
 	}
@@ -436,6 +452,8 @@ func (p *peer) serveState(ctx context.Context, x *exchange) error {
 	if !p.host.leading(p.host.term()) {
 		return p.notLeader()
 	}
+	ctx, cancel := p.bind(ctx)
+	defer cancel()
 	w := &stateWriter{x: x}
 	err := p.host.state(ctx, w)
 	if err == nil || w.begun {
@@ -475,22 +493,37 @@ type exchange struct {
 
 func (p *peer) newExchange(w http.ResponseWriter, req *http.Request) *exchange {
 	id, cluster, _ := p.host.self()
-	h := w.Header()
-	h.Set(headerProtocol, strconv.Itoa(protocolVersion))
-	h.Set(headerCluster, cluster)
-	h.Set(headerFrom, id)
+	setHeaders(w.Header(), headerProtocol, strconv.Itoa(protocolVersion), headerCluster, cluster, headerFrom, id)
+	w.Header()["Date"] = nil // is not sent: nobody reads it, and members do not go by the clock
 	x := &exchange{
 		w: w, req: req, rc: http.NewResponseController(w), id: id, slow: p.slow,
-		cluster:  req.Header.Get(headerCluster),
-		from:     req.Header.Get(headerFrom),
-		fromAddr: req.Header.Get(headerFromAddr),
-		to:       req.Header.Get(headerTo),
+		cluster:  header(req.Header, headerCluster),
+		from:     header(req.Header, headerFrom),
+		fromAddr: header(req.Header, headerFromAddr),
+		to:       header(req.Header, headerTo),
 	}
 	if req.ContentLength != 0 {
 		// Covers a body that is refused unread too: net/http reads some of it before it takes the connection's next request.
 		x.readWithin(x.slow)
 	}
 	return x
+}
+
+// setHeaders takes names and their values, one after the other. The names are canonical already, as all of ours are.
+func setHeaders(h http.Header, list ...string) {
+	values := make([]string, len(list)/2)
+	for i := range values {
+		values[i] = list[2*i+1]
+		h[list[2*i]] = values[i : i+1 : i+1]
+	}
+}
+
+// header is Get for a name that is canonical already.
+func header(h http.Header, name string) string {
+	if v := h[name]; len(v) > 0 {
+		return v[0]
+	}
+	return ""
 }
 
 // readWithin and forgetRead set deadlines where the caller's server can; where it cannot, its own timeouts must do.
@@ -502,7 +535,12 @@ func (x *exchange) body(limit int64) ([]byte, error) {
 	if x.req.ContentLength > limit {
 		return nil, refuse(http.StatusBadRequest, codeBadRequest, "body of %d bytes, limit %d", x.req.ContentLength, limit)
 	}
-	x.readWithin(x.slow + timeFor(x.req.ContentLength))
+	if x.req.ContentLength == 0 {
+		return nil, nil
+	}
+	if more := timeFor(x.req.ContentLength); more > time.Second {
+		x.readWithin(x.slow + more)
+	}
 	var b bytes.Buffer
 	b.Grow(bytes.MinRead + int(min(max(x.req.ContentLength, 0), 512<<10)))
 	if _, err := b.ReadFrom(http.MaxBytesReader(x.w, x.req.Body, limit)); err != nil {
@@ -560,9 +598,7 @@ func (x *exchange) refuse(err error) {
 // answer to one that took its time. net/http flushes under it and clears it after the request.
 func (x *exchange) write(status int, kind string, data []byte) {
 	_ = x.rc.SetWriteDeadline(time.Now().Add(bodyTimeout))
-	h := x.w.Header()
-	h.Set("Content-Type", kind)
-	h.Set("Content-Length", strconv.Itoa(len(data)))
+	setHeaders(x.w.Header(), "Content-Type", kind, "Content-Length", strconv.Itoa(len(data)))
 	x.w.WriteHeader(status)
 	_, _ = x.w.Write(data) // the sender sees a short answer as no answer
 }
@@ -610,9 +646,10 @@ func (p *peer) readIndex(ctx context.Context, to, addr string, states uint64) (r
 	return readPoint{a.Index, a.Term}, err
 }
 
+// askTerm is called with a context that ends with the Service.
 func (p *peer) askTerm(ctx context.Context, to, addr string) (uint64, error) {
 	var a termAnswer
-	err := p.callJSON(ctx, request{route: "term", base: p.base(addr), to: to, again: true}, nil, &a)
+	err := p.callJSON(ctx, request{route: "term", base: p.base(addr), to: to, again: true, bound: true}, nil, &a)
 	return a.Term, err
 }
 

@@ -84,12 +84,11 @@ func doorHost() *door {
 			}
 			return nil
 		},
-		stranger: func(string, string, string, string) { d.strangers.Add(1) },
-		contact:  func(string) { d.contacts.Add(1) },
-		propose:  func(_ context.Context, data []byte) ([]byte, error) { d.proposed.Add(1); return data, nil },
-		readIndex: func(_ context.Context, from string, states uint64) (readPoint, error) {
-			return readPoint{50, states}, nil
-		},
+		stranger:  func(string, string, string, string) { d.strangers.Add(1) },
+		contact:   func(string) { d.contacts.Add(1) },
+		propose:   func(_ context.Context, data []byte) ([]byte, error) { d.proposed.Add(1); return data, nil },
+		roundWith: func(_ string, states uint64) (readPoint, bool) { return readPoint{50, states}, states == 3 },
+		readIndex: func(context.Context) (readPoint, error) { return readPoint{50, 4}, nil },
 		join:      func(context.Context, joinRequest) (joinAnswer, error) { return joinAnswer{Cluster: "c"}, nil },
 		remove:    func(context.Context, string) error { return nil },
 		status:    func() statusAnswer { return statusAnswer{ID: "a"} },
@@ -572,7 +571,7 @@ func TestHandlersEndWithClose(t *testing.T) {
 // --- calls over real connections
 
 // served is a peer on a real server, and another one, "b", that calls it.
-func served(t *testing.T, d *door, config func(*httptest.Server)) (base string, caller *peer) {
+func served(t testing.TB, d *door, config func(*httptest.Server)) (base string, caller *peer) {
 	t.Helper()
 	p, _ := d.peer(t, false, nil)
 	srv := httptest.NewUnstartedServer(p)
@@ -585,7 +584,7 @@ func served(t *testing.T, d *door, config func(*httptest.Server)) (base string, 
 	return srv.URL, callerOf(t, nil, false)
 }
 
-func callerOf(t *testing.T, client *http.Client, useTLS bool) *peer {
+func callerOf(t testing.TB, client *http.Client, useTLS bool) *peer {
 	t.Helper()
 	b := doorHost()
 	b.self = func() (string, string, string) { return "b", "c", "127.0.0.1:2" }
@@ -605,6 +604,9 @@ func TestCalls(t *testing.T) {
 	}
 	if index, err := b.readIndex(ctx, "a", addr, 3); err != nil || index != (readPoint{50, 3}) {
 		t.Errorf("readindex: %d %v", index, err)
+	}
+	if index, err := b.readIndex(ctx, "a", addr, 5); err != nil || index != (readPoint{50, 4}) {
+		t.Errorf("readindex with a term that says nothing: %d %v", index, err)
 	}
 	if term, err := b.askTerm(ctx, "a", addr); err != nil || term != 7 {
 		t.Errorf("term: %d %v", term, err)
@@ -758,6 +760,32 @@ func TestConnectionsAreReused(t *testing.T) {
 	}
 }
 
+// BenchmarkCall is one call between two members over loopback, both sides of it.
+func BenchmarkCall(b *testing.B) {
+	base, caller := served(b, doorHost(), nil)
+	addr := strings.TrimPrefix(base, "http://")
+	data := make([]byte, 512)
+	for _, bb := range []struct {
+		route string
+		call  func(ctx context.Context) error
+	}{
+		{"term", func(ctx context.Context) error { _, err := caller.askTerm(ctx, "a", addr); return err }},
+		{"readindex", func(ctx context.Context) error { _, err := caller.readIndex(ctx, "a", addr, 3); return err }},
+		{"propose", func(ctx context.Context) error { _, _, err := caller.propose(ctx, "a", addr, data); return err }},
+	} {
+		b.Run(bb.route, func(b *testing.B) {
+			ctx, cancel := context.WithTimeout(b.Context(), time.Minute)
+			defer cancel()
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := bb.call(ctx); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // Neither the caller's short timeouts nor our deadline for the body cut off an answer that takes its time.
 func TestSlowAnswer(t *testing.T) {
 	t.Parallel()
@@ -771,7 +799,7 @@ func TestSlowAnswer(t *testing.T) {
 		}
 	}
 	d.propose = func(ctx context.Context, data []byte) ([]byte, error) { return data, takesTime(ctx) }
-	d.readIndex = func(ctx context.Context, _ string, _ uint64) (readPoint, error) {
+	d.readIndex = func(ctx context.Context) (readPoint, error) {
 		return readPoint{50, 3}, takesTime(ctx)
 	}
 	p, _ := d.peer(t, false, nil)
@@ -785,7 +813,7 @@ func TestSlowAnswer(t *testing.T) {
 		t.Error(err)
 	}
 	// Without a body net/http reads ahead from the start.
-	if _, err := b.readIndex(context.Background(), "a", srv.Listener.Addr().String(), 3); err != nil {
+	if _, err := b.readIndex(context.Background(), "a", srv.Listener.Addr().String(), 4); err != nil {
 		t.Error(err)
 	}
 }

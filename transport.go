@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -226,7 +227,7 @@ func (t *transport) post(route string, id raft.ServerID, target raft.ServerAddre
 	ctx, cancel := context.WithTimeout(t.ctx, timeout)
 	defer cancel()
 	base := t.p.base(t.address(id, target))
-	data, err := t.p.call(ctx, request{route: route, base: base, to: string(id), body: body, again: true})
+	data, err := t.p.call(ctx, request{route: route, base: base, to: string(id), body: body, again: true, bound: true})
 	if err != nil && t.ctx.Err() != nil {
 		return nil, errTransportClosed
 	}
@@ -669,6 +670,7 @@ type request struct {
 	body   []byte
 	stream io.Reader
 	size   int64
+	bound  bool // its context ends with the peer
 	again  bool // it may be sent twice: net/http does so when a kept connection turns out to be closed
 }
 
@@ -694,8 +696,11 @@ func (p *peer) callJSON(ctx context.Context, r request, body, answer any) error 
 
 // call reads the answer to its end, so that the connection is used again.
 func (p *peer) call(ctx context.Context, r request) ([]byte, error) {
-	ctx, cancel := p.bind(ctx)
-	defer cancel()
+	if !r.bound {
+		bound, cancel := p.bind(ctx)
+		defer cancel()
+		ctx = bound
+	}
 	resp, err := p.do(ctx, r)
 	if err != nil {
 		if p.ctx.Err() != nil {
@@ -704,18 +709,29 @@ func (p *peer) call(ctx context.Context, r request) ([]byte, error) {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	return readAnswer(resp.Body)
+	return readAnswer(resp)
 }
 
-func readAnswer(body io.Reader) ([]byte, error) {
-	data, err := io.ReadAll(io.LimitReader(body, maxAnswerBody+1))
-	if err != nil {
-		return nil, err
+// readAnswer is ReadAll with a limit, and begins with a buffer of the size that the answer says it has: most are tiny.
+func readAnswer(resp *http.Response) ([]byte, error) {
+	size := resp.ContentLength
+	if size < 0 || size > 64<<10 {
+		size = 512
 	}
-	if len(data) > maxAnswerBody {
-		return nil, fmt.Errorf("%w: answer of more than %d bytes", errFrame, maxAnswerBody)
+	data := make([]byte, 0, size+1)
+	for len(data) <= maxAnswerBody {
+		n, err := resp.Body.Read(data[len(data):cap(data)])
+		data = data[:len(data)+n]
+		switch {
+		case err == io.EOF && len(data) <= maxAnswerBody:
+			return data, nil
+		case err != nil && err != io.EOF:
+			return nil, err
+		case len(data) == cap(data):
+			data = slices.Grow(data, len(data))
+		}
 	}
-	return data, nil
+	return nil, fmt.Errorf("%w: answer of more than %d bytes", errFrame, maxAnswerBody)
 }
 
 // do returns an answer of the member that was asked, with its body still to be read. Anything else is an error.
@@ -727,10 +743,13 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	if body == nil && r.method == http.MethodPost {
 		body, size = bytes.NewReader(r.body), int64(len(r.body))
 	}
-	req, err := http.NewRequestWithContext(ctx, r.method, strings.TrimSuffix(r.base, "/")+"/raft/"+r.route, body)
+	req, err := http.NewRequestWithContext(ctx, r.method, "", body)
 	if err != nil {
 		return nil, err
 	}
+	scheme, host, _ := strings.Cut(strings.TrimSuffix(r.base, "/"), "://")
+	req.URL.Scheme, req.URL.Host, req.URL.Path = scheme, host, "/raft/"+r.route
+	req.Host = host
 	req.ContentLength = size
 	id, cluster, addr := p.host.self()
 	protocol := protocolVersion
@@ -738,12 +757,8 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	if state > firstFormat {
 		protocol = laterProtocol
 	}
-	req.Header.Set(headerProtocol, strconv.Itoa(protocol))
-	req.Header.Set(headerReads, strconv.FormatUint(reads, 10))
-	req.Header.Set(headerCluster, cluster)
-	req.Header.Set(headerFrom, id)
-	req.Header.Set(headerFromAddr, addr)
-	req.Header.Set(headerTo, r.to)
+	setHeaders(req.Header, headerProtocol, strconv.Itoa(protocol), headerReads, strconv.FormatUint(reads, 10),
+		headerCluster, cluster, headerFrom, id, headerFromAddr, addr, headerTo, r.to)
 	if r.again {
 		req.Header["Idempotency-Key"] = nil // means that to net/http, and is not sent
 	}
@@ -763,27 +778,27 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 
 func (p *peer) accept(resp *http.Response, r request, cluster string) error {
 	h := resp.Header
-	if h.Get(headerProtocol) == "" {
+	if header(h, headerProtocol) == "" {
 		start, _ := io.ReadAll(io.LimitReader(resp.Body, 512)) // only to explain it
 		return &foreignAnswer{resp.StatusCode, string(start)}
 	}
 	if resp.StatusCode != http.StatusOK {
 		return readRefusal(resp)
 	}
-	if v := h.Get(headerProtocol); v != strconv.Itoa(protocolVersion) {
+	if v := header(h, headerProtocol); v != strconv.Itoa(protocolVersion) {
 		return fmt.Errorf("%s: answer in protocol %q, and this member speaks %d", r.route, v, protocolVersion)
 	}
-	if from := h.Get(headerFrom); r.to != "" && from != r.to {
+	if from := header(h, headerFrom); r.to != "" && from != r.to {
 		return fmt.Errorf("%s: member %q answers at %s instead of %s", r.route, from, r.base, r.to)
 	}
-	if theirs := h.Get(headerCluster); r.to != "" && cluster != "" && theirs != cluster {
+	if theirs := header(h, headerCluster); r.to != "" && cluster != "" && theirs != cluster {
 		return fmt.Errorf("%s: %s answers for cluster %q", r.route, r.base, theirs)
 	}
 	return nil
 }
 
 func readRefusal(resp *http.Response) error {
-	data, err := readAnswer(resp.Body)
+	data, err := readAnswer(resp)
 	if err != nil {
 		return err
 	}
