@@ -248,8 +248,8 @@ func (c *conn) readMeta() (m meta, err error) {
 	return m, err
 }
 
-func (c *conn) writeMeta(q query, m *meta) error {
-	return c.exec(q, int64(m.format), int64(m.applied), int64(m.term), int64(m.installed), int64(m.revision), blob(m.config),
+func (c *conn) writeMeta(m *meta) error {
+	return c.exec(qSetMeta, int64(m.format), int64(m.applied), int64(m.term), int64(m.installed), int64(m.revision), blob(m.config),
 		int64(m.configIndex), int64(m.kvSum), int64(m.ownSum), m.chain[:], int64(m.barrier), int64(m.keys), int64(m.bytes),
 		int64(m.hash()))
 }

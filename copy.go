@@ -7,6 +7,7 @@ package quorate
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"database/sql/driver"
 	"errors"
@@ -25,8 +26,12 @@ import (
 	"modernc.org/sqlite"
 )
 
-// copy begins a consistent copy of the file as of some commit.
+// copy begins a consistent copy of the file as of some commit, no older than the last one now.
 func (s *store) copy() (*storeCopy, error) {
+	err := s.sync(context.Background())
+	if err != nil {
+		return nil, err
+	}
 	c, err := s.beginCopy()
 	if err != nil {
 		return nil, s.explain("copy", err)
@@ -409,11 +414,13 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 			return err
 		}
 		m.term, m.installed, m.config, m.configIndex = term, index, bytes.Clone(config), configIndex
-		return c.writeMeta(qSetMeta, &m)
+		return c.writeMeta(&m)
 	})
 	if err != nil {
 		return aboutFile("install", path, err)
 	}
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -422,13 +429,15 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 	if err := s.note(errors.Join(s.writer.replace(path), s.rebase())); err != nil {
 		return aboutFile("install", path, err)
 	}
-	s.own = own
+	s.own, s.foreignly = own, nil
+	s.dropTail()
 	s.startLoad(m)
+	s.inFile.Store(&m)
 	s.last.Store(&m)
 	if s.replaced != nil {
 		s.replaced(m.revision)
 	}
-	return s.explain("sync", s.note(s.barrierLocked()))
+	return s.explain("sync", s.barrierLocked())
 }
 
 // replace copies all pages of a file that is not in use, in one transaction.
@@ -502,7 +511,7 @@ func (c *conn) detach(change func(*meta)) (m meta, err error) {
 			return m, err
 		}
 	}
-	if err := c.writeMeta(qSetMeta, &m); err != nil {
+	if err := c.writeMeta(&m); err != nil {
 		return m, err
 	}
 	return m, c.exec(qCommit)

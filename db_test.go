@@ -883,6 +883,7 @@ func TestSQLiteToolReadsUnderLoad(t *testing.T) {
 	for key, value := range map[string]string{"flag": "on", "other": "off", "blob": "\xff\x00", "nul": "a\x00b", "empty": "", "word": "größer"} {
 		must(t, s.Set(ctx, key, []byte(value)))
 	}
+	must(t, s.store.sync(ctx))
 	ctx, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	for i := range 4 {

@@ -93,6 +93,7 @@ func newFSM(st *store, log *slog.Logger) (*fsm, error) {
 		store: st, log: log, closing: make(chan struct{}),
 		delivered: func(uint64, uint64, outcome) {}, fault: func(error) {}, distrust: func(error) {},
 	}
+	st.uneasy = f.blame
 	return f, f.reload()
 }
 
@@ -210,13 +211,8 @@ func (f *fsm) tryApply(logs []*raft.Log) ([]any, error) {
 		}
 		answers[i] = o
 	}
-	if err := a.writeSessions(); err != nil {
-		tx.rollback()
-		return nil, err
-	}
-	if err := tx.commit(); err != nil {
-		return nil, err
-	}
+	a.keepSessions()
+	tx.commit()
 	f.fault(nil)
 	a.publish()
 	for _, d := range a.deliveries {
@@ -255,16 +251,14 @@ func (a *applying) publish() {
 }
 
 func (a *applying) entry(l *raft.Log) (outcome, error) {
-	if err := a.mark(l.Index); err != nil {
-		return outcome{}, err
-	}
+	a.mark(l.Index)
 	o := outcome{kind: outcomeDone, index: l.Index, term: l.Term}
 	var err error
 	switch l.Type {
 	case raft.LogCommand:
 		o, err = a.command(l)
 	case raft.LogConfiguration:
-		err = a.configuration(l)
+		a.configuration(l)
 	}
 	if err != nil {
 		return outcome{}, err
@@ -289,13 +283,12 @@ func nextChain(chain [32]byte, l *raft.Log, o outcome) [32]byte {
 }
 
 // mark records sum and chain of the last entry at or below each multiple of markInterval, before the next one changes them.
-func (a *applying) mark(next uint64) error {
+func (a *applying) mark(next uint64) {
 	m := &a.tx.meta
 	boundary := (next - 1) / markInterval * markInterval
-	if m.applied == 0 || boundary < m.applied || boundary == 0 {
-		return nil
+	if m.applied != 0 && boundary >= m.applied && boundary != 0 {
+		a.tx.mark(mark{boundary: boundary, applied: m.applied, kvSum: m.kvSum, chain: m.chain})
 	}
-	return a.tx.mark(mark{boundary: boundary, applied: m.applied, kvSum: m.kvSum, chain: m.chain})
 }
 
 func (a *applying) command(l *raft.Log) (outcome, error) {
@@ -317,7 +310,7 @@ func (a *applying) command(l *raft.Log) (outcome, error) {
 	case entryRaise:
 		o.kind = outcomeDone
 		if e.raise >= a.tx.meta.format && e.raise <= entryFormat {
-			return o, a.tx.raise(e.raise, e.history)
+			a.tx.raise(e.raise, e.history)
 		}
 	}
 	return o, nil
@@ -496,11 +489,11 @@ func (a *applying) effect(o op) error {
 	case opAllow:
 		m := a.changeMembers()
 		m.allowed[o.key] = true
-		return a.tx.allow(o.key)
+		a.tx.allow(o.key)
 	case opDisallow:
 		m := a.changeMembers()
 		delete(m.allowed, o.key)
-		return a.tx.disallow(o.key)
+		a.tx.disallow(o.key)
 	}
 	return nil
 }
@@ -523,7 +516,7 @@ func (a *applying) changeMembers() *membership {
 
 // configuration applies a change of membership: whoever left is recorded, so that the door can tell it, and an address
 // that came in is allowed, so that its machine can be replaced.
-func (a *applying) configuration(l *raft.Log) error {
+func (a *applying) configuration(l *raft.Log) {
 	m := a.changeMembers()
 	was, is := make(map[raft.ServerID]bool), make(map[raft.ServerID]bool)
 	wasAddr := make(map[raft.ServerAddress]bool)
@@ -535,36 +528,27 @@ func (a *applying) configuration(l *raft.Log) error {
 		is[s.ID] = true
 		if addr := string(s.Address); !wasAddr[s.Address] && !placeholder(addr) && !m.allowed[addr] {
 			m.allowed[addr] = true
-			if err := a.tx.allow(addr); err != nil {
-				return err
-			}
+			a.tx.allow(addr)
 		}
 	}
 	for id := range was {
-		if !is[id] {
+		if _, again := m.removed[string(id)]; !is[id] && !again {
 			m.removed[string(id)] = l.Index
-			if err := a.tx.remove(string(id), l.Index); err != nil {
-				return err
-			}
+			a.tx.remove(string(id), l.Index)
 		}
 	}
 	a.tx.meta.config, a.tx.meta.configIndex = bytes.Clone(l.Data), l.Index
-	return nil
 }
 
-func (a *applying) writeSessions() error {
+// keepSessions: a session that was touched is changed no more, so that it can be encoded when it is written.
+func (a *applying) keepSessions() {
 	for id, s := range a.touched {
-		var err error
 		if s == nil {
-			err = a.tx.deleteSession(id)
+			a.tx.deleteSession(id)
 		} else {
-			err = a.tx.putSession(encodeSession(id, s))
-		}
-		if err != nil {
-			return err
+			a.tx.putSession(id, func() sessionRow { return encodeSession(id, s) })
 		}
 	}
-	return nil
 }
 
 // The results column of a session: { seq sum[8] results } in ascending order of seq, so that equal sessions are equal bytes.
@@ -658,7 +642,7 @@ func (f *fsm) blame(err error) {
 	switch {
 	case isIO(err):
 		f.fault(fmt.Errorf("the state can't be synced, restart this member once the disk is whole: %w", err))
-	case errors.Is(err, errForeign):
+	case errors.Is(err, errForeign), errors.Is(err, ErrCorrupt):
 		f.paused.Store(true)
 		f.distrust(err)
 	}

@@ -85,7 +85,8 @@ type dump struct {
 
 func dumpState(t testing.TB, f *fsm) dump {
 	t.Helper()
-	d := dump{Rows: make(map[string]string), Meta: f.store.meta()}
+	must(t, f.store.flush())
+	d := dump{Rows: make(map[string]string), Meta: *f.store.inFile.Load()}
 	d.Meta.barrier = 0 // the only thing in the file that is not the entries' doing
 	must(t, f.store.read(func(c *conn) error {
 		rows, _, err := c.chunk("")
@@ -444,7 +445,7 @@ func compareModel(t *rapid.T, m *model, d dump) {
 	}
 }
 
-// Invariant (1): a row and the index of its entry commit in one transaction, seen by a reader beside the writer.
+// Invariant (1): a row and the index of its entry get into the file in one transaction, seen by a reader beside the writer.
 func TestRowAndIndexCommitTogether(t *testing.T) {
 	f := newFSMWith(t, -1)
 	session := openTestSession(t, f, 1, "one")
@@ -474,14 +475,17 @@ func TestRowAndIndexCommitTogether(t *testing.T) {
 	}()
 	for i := uint64(2); i < 600; i++ {
 		applyOne(t, f, command(i, batchBytes(session, i, i-1, transaction{setOp("n", fmt.Sprint(i))})))
+		if i%3 == 0 {
+			must(t, f.store.flush())
+		}
 	}
 	close(stop)
 	must(t, <-done)
 }
 
-// Invariant (3): an error of the storage inside apply is no answer. The entry is tried again until there is space, and no
-// trace of the failed attempts is left.
-func TestApplyRetriesWithoutTrace(t *testing.T) {
+// Invariant (3): an error of the storage is no answer. While the file can't be written apply waits, and with space back everything
+// is in it, with no trace of the failed attempts.
+func TestApplyWaitsForTheFile(t *testing.T) {
 	f, other := newFSMWith(t, 1<<20), newFSMWith(t, 1<<20)
 	var told atomic.Pointer[error]
 	f.fault = func(err error) { told.Store(&err) }
@@ -489,29 +493,38 @@ func TestApplyRetriesWithoutTrace(t *testing.T) {
 	openTestSession(t, other, 1, "one")
 	big := strings.Repeat("x", 100<<10)
 	logs := []*raft.Log{
-		command(2, batchBytes(session, 1, 0, transaction{setOp("small", "1"), {kind: opAllow, key: "h:1"}})),
-		command(1500, batchBytes(session, 2, 0, transaction{setOp("big", big)})),
+		command(2, batchBytes(session, 1, 0, transaction{setOp("big", big), {kind: opAllow, key: "h:1"}})),
+		command(1500, batchBytes(session, 2, 0, transaction{setOp("small", "1")}, transaction{setOp("big", big+big)})),
 	}
 	limit := func(pages int) {
-		f.store.mu.Lock()
-		defer f.store.mu.Unlock()
+		f.store.fileMu.Lock()
+		defer f.store.fileMu.Unlock()
 		must(t, f.store.writer.pragma(fmt.Sprintf("max_page_count=%d", pages)))
 	}
-	before := f.store.meta().stateHash()
+	must(t, f.store.flush())
 	limit(16)
+	first := f.ApplyBatch(logs[:1]) // it is in the log, and the file has time
+	file := *f.store.inFile.Load()
+	if err := f.store.flush(); !isFull(err) {
+		t.Fatalf("flush: %v", err)
+	}
+	before := f.store.meta().stateHash()
 	answers := make(chan []any, 1)
-	go func() { answers <- f.ApplyBatch(logs) }()
+	go func() { answers <- f.ApplyBatch(logs[1:]) }()
 	eventually(t, 20*time.Second, "the fault is told", func() error {
 		if p := told.Load(); p == nil || *p == nil || !isFull(*p) {
 			return fmt.Errorf("told %v", p)
 		}
 		return nil
 	})
-	if got := f.store.meta().stateHash(); got != before || f.applied.at() != 1 {
-		t.Fatalf("state %s at %d after a failed apply, want %s at 1", got, f.applied.at(), before)
+	if got := f.store.meta().stateHash(); got != before || f.applied.at() != 2 {
+		t.Fatalf("state %s at %d while apply waits, want %s at 2", got, f.applied.at(), before)
 	}
 	if _, ok, err := f.store.get("small"); ok || err != nil {
-		t.Fatalf("an effect of the failed transaction is seen: %v, %v", ok, err)
+		t.Fatalf("an effect of the waiting entry is seen: %v, %v", ok, err)
+	}
+	if got := *f.store.inFile.Load(); !reflect.DeepEqual(got, file) {
+		t.Fatalf("the file is at %+v, want %+v", got, file)
 	}
 	select {
 	case a := <-answers:
@@ -525,11 +538,11 @@ func TestApplyRetriesWithoutTrace(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Fatal("apply does not go on with space back")
 	}
-	if want := other.ApplyBatch(logs); !reflect.DeepEqual(got, want) {
-		t.Fatalf("answers %+v, want %+v", got, want)
+	if want := other.ApplyBatch(logs); !reflect.DeepEqual(append(first, got...), want) {
+		t.Fatalf("answers %+v and %+v, want %+v", first, got, want)
 	}
 	if a, b := dumpState(t, f), dumpState(t, other); !reflect.DeepEqual(a, b) {
-		t.Fatalf("after the retry\n%+v\nand without a fault\n%+v", a, b)
+		t.Fatalf("after the wait\n%+v\nand without a fault\n%+v", a, b)
 	}
 	if p := told.Load(); p == nil || *p != nil {
 		t.Fatalf("the end of the fault was not told: %v", p)
@@ -547,13 +560,13 @@ func TestSnapshotOnlyAfterBarrier(t *testing.T) {
 		return s
 	}
 	t.Run("persist syncs", func(t *testing.T) {
-		before := f.store.meta().barrier
+		before := f.store.inFile.Load().barrier
 		snap, _ := f.Snapshot()
 		s := sink(5)
 		must(t, snap.Persist(s))
 		must(t, s.Close())
-		if f.store.meta().barrier != before+1 {
-			t.Fatal("no barrier")
+		if m := f.store.inFile.Load(); m.barrier != before+1 || m.applied != 5 {
+			t.Fatalf("barrier %d at %d, want %d at 5", m.barrier, m.applied, before+1)
 		}
 	})
 	t.Run("not for an index that the file has not reached", func(t *testing.T) {
@@ -641,6 +654,7 @@ func TestInstallIsOneTransaction(t *testing.T) {
 	}
 	fill(to, 2, "old")
 	fill(from, 3, "new")
+	must(t, to.store.flush()) // the reader below reads the file
 	old, unwanted := to.store.meta().stateHash(), []struct {
 		name   string
 		change func([]byte) []byte

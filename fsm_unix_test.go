@@ -22,10 +22,17 @@ func TestDiskErrorInApplyIsForGood(t *testing.T) {
 		}
 	}
 	session := openTestSession(t, f, 1, "one")
-	log := command(2, batchBytes(session, 1, 0, transaction{setOp("k", strings.Repeat("x", 100<<10))}))
+	must(t, f.store.flush())
+	set := func(index uint64, value string) *raft.Log {
+		return command(index, batchBytes(session, index, 0, transaction{setOp("k", value)}))
+	}
 	lift := limitFileSize(t, uint64(f.store.walSize())+pageSize)
+	applyOne(t, f, set(2, strings.Repeat("x", 100<<10)))
+	if err := f.store.flush(); !isIO(err) {
+		t.Fatalf("flush: %v", err)
+	}
 	answer := make(chan []any, 1)
-	go func() { answer <- f.ApplyBatch([]*raft.Log{log}) }()
+	go func() { answer <- f.ApplyBatch([]*raft.Log{set(3, "y")}) }() // finds that the file can't be written
 	err := <-told
 	lift()
 	if !isIO(err) {
@@ -43,11 +50,18 @@ func TestDiskErrorInApplyIsForGood(t *testing.T) {
 	if a := <-answer; a[0] != nil {
 		t.Errorf("answered %+v", a)
 	}
-	must(t, f.store.close())
+	if err := f.store.close(); !isIO(err) {
+		t.Errorf("close: %v", err)
+	}
 	f = openFSM(t, f.store.path, 1<<20)
 	defer f.store.close()
-	if o := applyOne(t, f, log); o.kind != outcomeDone || f.store.meta().revision != 1 {
-		t.Errorf("after a restart: %+v at revision %d", o, f.store.meta().revision)
+	if at := f.store.meta().applied; at != 1 {
+		t.Fatalf("the file is at %d, want 1", at)
+	}
+	for i := range uint64(2) { // raft replays them
+		if o := applyOne(t, f, set(2+i, "y")); o.kind != outcomeDone || f.store.meta().revision != 1+i {
+			t.Errorf("after a restart: %+v at revision %d", o, f.store.meta().revision)
+		}
 	}
 }
 

@@ -56,25 +56,19 @@ func (m *meta) oldest() uint64 {
 	return m.base + over - over%max(1, min(trimStep, m.keep/8))
 }
 
-// raise takes the state to a format, and the history to a length (0 = as it is).
-func (t *storeTx) raise(format, keep uint64) error {
+// raise takes the state to a format, and the history to a length (0 = as it is). The file follows with its next flush.
+func (t *storeTx) raise(format, keep uint64) {
 	if t.meta.format < historyFormat && format >= historyFormat {
-		if err := t.note(t.s.writer.createTables(historyFormat)); err != nil {
-			return err
-		}
 		t.meta.keep, t.meta.base = defaultHistory, t.meta.revision
 	}
 	t.meta.format = format
 	if t.meta.keep == 0 {
-		return nil
+		return
 	}
 	t.meta.base = t.meta.oldest() // a longer history does not bring back what is gone
 	if keep > 0 {
 		t.meta.keep = min(keep, maxHistory)
 	}
-	h := boundsHash(t.meta.keep, t.meta.base)
-	t.own(boundsKey, h, true)
-	return t.note(t.s.writer.putBounds(t.meta))
 }
 
 // endChanges ends the changes of one transaction: only now is it known which is the last.
@@ -84,31 +78,32 @@ func (t *storeTx) endChanges() {
 	}
 }
 
-// writePast adds the changes to the history and takes off what is over its length, so that at every commit the rows are a
-// function of revision, keep and base alone.
-func (t *storeTx) writePast() error {
-	if t.meta.keep == 0 {
+// putPast adds changes to the history and takes off what is over its length, so that after every transaction the rows are a
+// function of revision, keep and base alone. was is where the file stood before.
+func (c *conn) putPast(list []past, was, m *meta, own map[ownKey]uint64) error {
+	if m.keep == 0 {
 		return nil
 	}
-	oldest, c := t.meta.oldest(), t.s.writer
-	kept := t.past
-	for len(kept) > 0 && kept[0].revision <= oldest {
-		kept = kept[1:]
-	}
-	for _, p := range kept {
-		t.s.written += pastSize(p)
-	}
-	for len(kept) > 0 {
-		q, n := qPutChange, 1
-		if len(kept) >= changesAtOnce {
-			q, n = qPutChanges, changesAtOnce
-		}
-		if err := c.putChanges(q, kept[:n]); err != nil {
+	if m.keep != was.keep || m.base != was.base {
+		if err := c.putOwn(boundsKey, m.bounds, m, own); err != nil {
 			return err
 		}
-		kept = kept[n:]
 	}
-	if before := t.s.meta(); before.keep == 0 || oldest == before.oldest() {
+	oldest := m.oldest()
+	for len(list) > 0 && list[0].revision <= oldest {
+		list = list[1:]
+	}
+	for len(list) > 0 {
+		q, n := qPutChange, 1
+		if len(list) >= changesAtOnce {
+			q, n = qPutChanges, changesAtOnce
+		}
+		if err := c.putChanges(q, list[:n]); err != nil {
+			return err
+		}
+		list = list[n:]
+	}
+	if was.keep == 0 || oldest == was.oldest() {
 		return nil
 	}
 	return c.exec(qTrim, int64(oldest))
@@ -129,10 +124,16 @@ func (t *storeTx) announce() {
 // changes reads a page of the history: what came after a revision, in order and without a gap, up to the end of a transaction. It is empty if that one is the
 // newest. If some of it is gone the error is a *CompactedError.
 func (s *store) changes(after uint64) (list []past, err error) {
-	err = s.read(func(c *conn) error {
+	read := func(c *conn) error {
 		list, _, err = c.changesAfter(after)
 		return err
-	})
+	}
+	if err = s.read(read); err != nil || len(list) > 0 || after >= s.meta().revision {
+		return list, err
+	}
+	if err = s.sync(context.Background()); err == nil { // the file does not have it yet
+		err = s.read(read)
+	}
 	return list, err
 }
 
@@ -274,8 +275,10 @@ var boundsKey = ownKey{table: 'h', id: 1}
 
 func boundsHash(keep, base uint64) uint64 { return hash64(appendUints([]byte{'h'}, keep, base)) }
 
-func (c *conn) putBounds(m meta) error {
-	return c.exec(qPutHistory, int64(m.keep), int64(m.base), int64(boundsHash(m.keep, m.base)))
+// bounds is the row of quorate_history.
+func (m *meta) bounds() (hash uint64, q query, args []driver.Value) {
+	hash = boundsHash(m.keep, m.base)
+	return hash, qPutHistory, []driver.Value{int64(m.keep), int64(m.base), int64(hash)}
 }
 
 func (c *conn) eachBounds(f func(keep, base, h uint64) error) error {

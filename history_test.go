@@ -16,8 +16,8 @@ func newHistoryStore(t testing.TB, keep uint64) *store {
 	s := newTestStore(t, testBudget)
 	tx, err := s.begin()
 	must(t, err)
-	must(t, tx.raise(historyFormat, keep))
-	must(t, tx.commit())
+	tx.raise(historyFormat, keep)
+	tx.commit()
 	return s
 }
 
@@ -30,7 +30,7 @@ func setTimes(t testing.TB, s *store, n int) {
 		tx.meta.revision++
 		must(t, tx.set("k", row{value: fmt.Append(nil, tx.meta.revision), version: tx.meta.revision, created: 1}))
 		tx.endChanges()
-		must(t, tx.commit())
+		tx.commit()
 	}
 }
 
@@ -70,8 +70,8 @@ func TestHistoryKeepsTheNewest(t *testing.T) {
 	for _, want := range []struct{ keep, oldest uint64 }{{100, 15}, {5, 20}} { // a longer one brings nothing back
 		tx, err := s.begin()
 		must(t, err)
-		must(t, tx.raise(historyFormat, want.keep))
-		must(t, tx.commit())
+		tx.raise(historyFormat, want.keep)
+		tx.commit()
 		if m := s.meta(); m.oldest() != want.oldest {
 			t.Errorf("with %d kept, the oldest is %d", want.keep, m.oldest())
 		}
@@ -136,15 +136,15 @@ func TestRaiseMigratesTheFile(t *testing.T) {
 	}
 	tx, err := s.begin()
 	must(t, err)
-	must(t, tx.raise(historyFormat, 0))
+	tx.raise(historyFormat, 0)
 	tx.rollback()
 	if version() != firstFormat || s.meta().format != firstFormat {
 		t.Fatal("a raise that was rolled back has left something")
 	}
 	tx, err = s.begin()
 	must(t, err)
-	must(t, tx.raise(historyFormat, 0))
-	must(t, tx.commit())
+	tx.raise(historyFormat, 0)
+	tx.commit()
 	if m := s.meta(); version() != historyFormat || m.format != historyFormat || m.keep != defaultHistory || m.oldest() != m.revision {
 		t.Fatalf("after the raise: %+v", m)
 	}
@@ -200,7 +200,7 @@ func TestPublishedChanges(t *testing.T) {
 	must(t, tx.set("a", row{value: []byte("1"), version: 1, created: 1}))
 	must(t, tx.delete("a", 2))
 	tx.endChanges()
-	must(t, tx.commit())
+	tx.commit()
 	want := []string{`1/2 a was 0 now "1" version 1 created 1`, `2/2 a was 1 deleted`}
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("told %q, want %q", got, want)
@@ -221,8 +221,15 @@ func TestHistoryRowFromNowhere(t *testing.T) {
 	tx.meta.revision++
 	must(t, tx.set("k", row{value: []byte("v"), version: 4, created: 1}))
 	tx.endChanges()
-	if err := tx.commit(); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("commit says %v", err)
+	tx.commit()
+	if err := s.explain("flush", s.flush()); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("flush says %v", err)
+	}
+	if _, err := s.begin(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("begin says %v", err)
+	}
+	if err := s.close(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("close says %v", err)
 	}
 }
 

@@ -774,6 +774,7 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 		if m.s.store.meta().installed > 0 {
 			installed++
 		}
+		must(t, m.s.store.sync(t.Context()))
 		table := readHistory(t, m.conf.Dir)
 		if n := len(rows) - len(table); n < 0 || !reflect.DeepEqual(table, rows[n:]) {
 			t.Errorf("the table of %s holds %d changes, and they are not the last ones of the %d that were seen", m.name, len(table), len(rows))

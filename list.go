@@ -301,6 +301,9 @@ func (s *store) list(ctx context.Context, sp span) (*listing, error) {
 // gives the reader back, and begins anew when there is.
 func (l *listing) open(ctx context.Context, r keyRange) error {
 	for {
+		if err := l.s.sync(ctx); err != nil {
+			return err
+		}
 		done, err := l.tryOpen(r)
 		if done || err != nil {
 			return err

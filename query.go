@@ -122,7 +122,11 @@ func (q *querier) query(ctx, wait context.Context, text string, args []any) (*sq
 		return nil, fmt.Errorf("query: waiting for one of the %d that run: %w", cap(q.slots), context.Cause(wait))
 	}
 	r := q.begin(ctx)
-	pool, err := q.open()
+	err := q.s.sync(wait)
+	var pool *sql.DB
+	if err == nil {
+		pool, err = q.open()
+	}
 	if err == nil {
 		err = q.s.hold(r)
 	}

@@ -260,9 +260,7 @@ func (s *Service) placeFile(path string) error {
 	tx, err := st.begin()
 	if err == nil {
 		tx.meta.installed = tx.meta.applied
-		err = tx.commit()
-	}
-	if err == nil {
+		tx.commit()
 		err = st.barrier()
 	}
 	if err := errors.Join(err, st.close()); err != nil {

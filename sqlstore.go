@@ -1,12 +1,12 @@
 package quorate
 
-// The state on disk, dir/snap: one SQLite file that sqlite3 can read beside us. This file owns the schema, every SQL string,
-// the one writing transaction at a time, the barrier, the checkpoints and the scan. It knows nothing of raft, of the network,
-// or of what an entry means: fsm.go calls begin, changes rows and meta, and commits. Copies of the whole are copy.go's,
-// connections and rows conn.go's.
+// The state: rows and meta, changed by one transaction at a time, and dir/snap, the SQLite file that follows and that sqlite3
+// can read beside us. This file owns the schema, every SQL string, the transactions and the scan. It knows nothing of raft, of
+// the network, or of what an entry means: fsm.go calls begin, changes rows and meta, and commits, which costs no I/O. How what
+// is committed gets into the file is flush.go's, copies of the whole are copy.go's, connections and rows conn.go's.
 //
-// Durability is the raft log's: a commit issues no fsync (WAL, synchronous=NORMAL), and after a power cut the file holds a
-// prefix of the commits. barrier makes all of them durable; raft may cut its log only after one.
+// Durability is the raft log's. The file holds a prefix of the commits at any time, after a power cut too; barrier makes all
+// of them durable, and raft may cut its log only after one.
 //
 // Corruption is ours to notice, SQLite does not: every row carries a hash, and the meta row carries the sum of all of them
 // and its own hash, so that a flipped or a lost row anywhere is found by the scan that maintain runs in the background.
@@ -21,7 +21,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -36,10 +35,9 @@ const (
 	pageSize      = 4096
 	keptMarks     = 64
 
-	walLimit      = 16 << 20  // the writer itself checkpoints above this, and SQLite cuts the file to this
-	walBackground = 4 << 20   // another connection checkpoints when this much of the WAL waits
-	walAgain      = 4 << 20   // while a reader keeps the WAL from restarting, the writer checkpoints once per this growth
-	statEvery     = 512 << 10 // the WAL's size is looked at after about this many bytes of page writes
+	walLimit      = 16 << 20 // the writer itself checkpoints above this, and SQLite cuts the file to this
+	walBackground = 4 << 20  // another connection checkpoints when this much of the WAL waits
+	walAgain      = 4 << 20  // while a reader keeps the WAL from restarting, the writer checkpoints once per this growth
 
 	pinLimit = 32 << 20 // WAL that a copy or a listing may keep from restarting; then what is left of it moves into a file
 
@@ -145,7 +143,6 @@ const (
 	qFixSum
 	qMeta
 	qSetMeta
-	qReplaceMeta
 	qSessions
 	qPutSession
 	qDeleteSession
@@ -204,9 +201,7 @@ var queryText = [queries]string{
 	qFixSum:      `UPDATE kv SET value = ?2, sum = ?3 WHERE key = ?1`,
 
 	qMeta: `SELECT ` + metaColumns + ` FROM quorate_meta WHERE id = 1`,
-	qSetMeta: `UPDATE quorate_meta SET format = ?, applied = ?, term = ?, installed = ?, revision = ?, config = ?, ` +
-		`config_index = ?, kv_sum = ?, own_sum = ?, chain = ?, barrier = ?, keys = ?, bytes = ?, sum = ? WHERE id = 1`,
-	qReplaceMeta: `INSERT OR REPLACE INTO quorate_meta(id, ` + metaColumns + `) ` +
+	qSetMeta: `INSERT OR REPLACE INTO quorate_meta(id, ` + metaColumns + `) ` +
 		`VALUES(1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 
 	qSessions:      `SELECT id, nonce, acked, last, results, sum FROM quorate_session ORDER BY id`,
@@ -214,11 +209,11 @@ var queryText = [queries]string{
 	qDeleteSession: `DELETE FROM quorate_session WHERE id = ?`,
 	qFixSession:    `UPDATE quorate_session SET sum = ?2 WHERE id = ?1`,
 	qAllowed:       `SELECT addr, sum FROM quorate_allowed ORDER BY addr`,
-	qAllow:         `INSERT INTO quorate_allowed(addr, sum) VALUES(?, ?)`,
+	qAllow:         `INSERT OR REPLACE INTO quorate_allowed(addr, sum) VALUES(?, ?)`,
 	qDisallow:      `DELETE FROM quorate_allowed WHERE addr = ?`,
 	qFixAllowed:    `UPDATE quorate_allowed SET sum = ?2 WHERE addr = ?1`,
 	qRemoved:       `SELECT id, at, sum FROM quorate_removed ORDER BY id`,
-	qRemove:        `INSERT INTO quorate_removed(id, at, sum) VALUES(?, ?, ?)`,
+	qRemove:        `INSERT OR REPLACE INTO quorate_removed(id, at, sum) VALUES(?, ?, ?)`,
 	qFixRemoved:    `UPDATE quorate_removed SET sum = ?2 WHERE id = ?1`,
 	qMarks:         `SELECT boundary, applied, kv_sum, chain, sum FROM quorate_mark ORDER BY boundary`,
 	qPutMark:       `INSERT OR REPLACE INTO quorate_mark(boundary, applied, kv_sum, chain, sum) VALUES(?, ?, ?, ?, ?)`,
@@ -235,8 +230,8 @@ var queryText = [queries]string{
 	qFixHistory:   `UPDATE quorate_history SET sum = ?2 WHERE id = ?1`,
 }
 
-// errForeign: another connection, most likely a sqlite3 shell, has committed to our file. Each such commit, or several at
-// once, is reported one time, by begin or by foreign, whichever is first; forgive or install mends it.
+// errForeign: another connection, most likely a sqlite3 shell, has committed to our file. From then on nothing is written to it
+// until forgive or install mends it.
 var errForeign = errors.New("another program has written to the database")
 
 // Where the state stands; one row of the file.
@@ -300,25 +295,42 @@ type store struct {
 	replaced  func(revision uint64)                 // the rows are others than the changes have told
 
 	last   atomic.Pointer[meta]  // of the last commit that memory has too
+	inFile atomic.Pointer[meta]  // of the last one that the file has
 	failed atomic.Pointer[error] // the disk's first error: nothing is written any more
+	uneasy func(error)           // told why the file could not be written; set before maintain, must not block
 
 	ending  chan struct{} // closed when close begins: maintain ends, nothing new starts
 	reload  chan struct{} // holds one token when a scan is due
 	readers chan *conn    // the idle readers; nil stands for one that is not open yet
 	lists   chan struct{} // holds one token for each listing that has a transaction or a file
 
-	// mu serializes writing transactions, and is held from begin to commit or rollback. It is held across SQLite calls
-	// because it guards the one connection that commits. Lock order: mu, checkpointMu, then stateMu, memory.mu or holdsMu.
-	mu          sync.Mutex
+	// fileMu is held across SQLite calls because it guards the one connection that commits. Lock order: fileMu, mu, then
+	// checkpointMu, tailMu, stateMu, memory.mu or holdsMu.
+	fileMu      sync.Mutex
 	writer      *conn
 	dataVersion int64             // PRAGMA data_version of the writer as of its last transaction
-	own         map[ownKey]uint64 // hashes of the private rows, as committed
-	view        map[string]view   // of the transaction, reused
-	buf         []byte            // for hashing, reused
-	past        []past            // of the transaction, reused
-	written     int64             // rough bytes of page writes since the WAL's size was looked at
-	walChecked  int64             // its size after the writer's last checkpoint
-	closed      bool
+	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
+	walChecked  int64             // the WAL's size after the writer's last checkpoint
+	foreignly   error             // errForeign, once met: nothing is written to the file as it is
+
+	// mu serializes transactions, and is held from begin to commit or rollback. It is held across a read of a row that memory
+	// does not have, and never across a write to the file.
+	mu     sync.Mutex
+	view   map[string]view // of the transaction, reused
+	buf    []byte          // for hashing, reused
+	past   []past          // of the transaction, reused
+	closed bool            // changes under fileMu too
+
+	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
+	tail     tail          // what was committed since the last flush began
+	flushing tail          // what the flush under way is writing
+	commits  uint64        // number of commits, so that a reader of the file can wait for what it must see
+	filed    uint64        // as many of them are in the file
+	stuck    error         // of the last flush, if it failed: apply must not go on
+	turned   chan struct{} // closed when a flush has ended, well or not
+	flusher  bool          // maintain runs
+	dirty    chan struct{} // holds one token when there is something to flush
+	press    chan struct{} // holds one token when that is not to wait
 
 	stateMu sync.Mutex // guards the fields below
 	verdict error      // what the scan found
@@ -355,6 +367,10 @@ func openStore(o storeOptions) (*store, error) {
 		readers: make(chan *conn, runtime.GOMAXPROCS(0)),
 		lists:   make(chan struct{}, maxLists),
 		holds:   make(map[hold]bool),
+		turned:  make(chan struct{}),
+		dirty:   make(chan struct{}, 1),
+		press:   make(chan struct{}, 1),
+		uneasy:  func(error) {},
 	}
 	s.queries, s.damaged = newQuerier(s), func(error) {}
 	for range cap(s.readers) {
@@ -421,7 +437,7 @@ func createFile(path string) error {
 		if err := c.createTables(firstFormat); err != nil {
 			return err
 		}
-		return c.writeMeta(qReplaceMeta, &meta{format: firstFormat})
+		return c.writeMeta(&meta{format: firstFormat})
 	}, nil)
 }
 
@@ -541,6 +557,7 @@ func (s *store) openWriter() error {
 		return err
 	}
 	s.last.Store(&m)
+	s.inFile.Store(&m)
 	return s.rebase()
 }
 
@@ -555,12 +572,18 @@ func (s *store) close() error {
 	s.stateMu.Unlock()
 	s.working.Wait()
 
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return nil
 	}
 	s.closed = true
+	behind := s.flushLocked()
+	if behind != nil {
+		behind = fmt.Errorf("the last changes are in the log only: %w", behind)
+	}
 	for _, h := range s.openHolds() {
 		h.close()
 	}
@@ -573,7 +596,7 @@ func (s *store) close() error {
 			r.close()
 		}
 	}
-	return s.explain("close", s.closeWriter())
+	return s.explain("close", errors.Join(behind, s.closeWriter()))
 }
 
 // closeWriter ends WAL mode. A shell that reads the file just now can prevent that: then the WAL stays, which is as safe,
@@ -625,19 +648,16 @@ func corrupt(format string, args ...any) error {
 	return fmt.Errorf("%w: %s; this copy of the state must be replaced", ErrCorrupt, fmt.Sprintf(format, args...))
 }
 
-// One writing transaction. What it does to kv waits in view until commit, so that a key that is written many times by a
-// batch costs one statement, and so that a row is read at most once.
+// One transaction. What it does waits in view until commit, so that a transaction that is rolled back leaves nothing.
 type storeTx struct {
 	s       *store
-	meta    meta // the caller changes it; commit writes it. kvSum, ownSum, keys and bytes are kept by the methods
+	meta    meta // the caller changes it; kvSum, keys and bytes are kept by the methods
 	view    map[string]view
 	changed []string // keys, in the order of their first change
 	past    []past   // every change, in order
 	sealed  int      // of past, those whose transaction has ended
-	undo    []ownUndo
-	failed  error // of a statement: the transaction can only be rolled back
-	open    bool  // SQLite has the transaction
-	done    bool  // committed or rolled back: mu is not held any more
+	own     map[ownKey]ownPut
+	done    bool // committed or rolled back: mu is not held any more
 }
 
 type view struct {
@@ -645,61 +665,25 @@ type view struct {
 	changed  bool
 }
 
-type ownUndo struct {
-	key ownKey
-	was uint64
-	had bool
-}
+// An ownPut says how a private row is written, when it is: its hash, and the statement. nil takes the row out.
+type ownPut func() (hash uint64, q query, args []driver.Value)
 
-// begin returns errForeign, and begins nothing, if someone else has committed since our last transaction.
+// begin waits if the file is too far behind. It begins nothing, and returns why, while the file can't be written: errForeign if
+// someone else has committed to it, or the disk's error.
 func (s *store) begin() (*storeTx, error) {
-	s.mu.Lock()
-	t, err := s.beginLocked()
-	if err == nil {
-		if err = s.checkForeign(); err != nil {
-			t.end()
-		}
-	}
-	if err != nil {
-		s.mu.Unlock()
+	if err := s.keepUp(); err != nil {
 		return nil, s.explain("write to", err)
 	}
-	return t, nil
-}
-
-func (s *store) beginLocked() (*storeTx, error) {
+	s.mu.Lock()
 	if s.closed {
-		return nil, ErrClosed
-	}
-	if failed := s.failed.Load(); failed != nil {
-		return nil, *failed
-	}
-	if err := s.writer.exec(qBegin); err != nil {
-		return nil, s.note(err)
+		s.mu.Unlock()
+		return nil, s.explain("write to", ErrClosed)
 	}
 	if s.view == nil || len(s.view) > 1<<14 { // clearing a map costs what it once held
 		s.view = make(map[string]view)
 	}
 	clear(s.view)
-	return &storeTx{s: s, meta: s.meta(), view: s.view, past: s.past[:0], open: true}, nil
-}
-
-func (s *store) checkForeign() error {
-	v, err := s.writer.one(qDataVersion)
-	if err != nil {
-		return err
-	}
-	if v == s.dataVersion {
-		return nil
-	}
-	s.dataVersion = v
-	return errForeign
-}
-
-// rebase takes the data_version as it is now for ours.
-func (s *store) rebase() (err error) {
-	s.dataVersion, err = s.writer.one(qDataVersion)
-	return err
+	return &storeTx{s: s, meta: s.meta(), view: s.view, past: s.past[:0]}, nil
 }
 
 // row sees the transaction's own changes.
@@ -717,16 +701,15 @@ func (t *storeTx) look(key string) (view, error) {
 		return v, nil
 	}
 	it, whole := t.s.memory.item(key)
-	if !whole {
-		var err error
-		if it, err = t.s.writer.get(key); err != nil {
-			return view{}, t.s.explain("read", t.s.note(err))
-		}
+	if whole {
+		return view{was: it, now: it}, nil
+	}
+	it, err := t.s.item(key)
+	if err != nil {
+		return view{}, t.s.note(err)
 	}
 	v := view{was: it, now: it}
-	if !whole {
-		t.view[key] = v
-	}
+	t.view[key] = v
 	return v, nil
 }
 
@@ -775,130 +758,55 @@ func (t *storeTx) hashRow(key string, r row) (h uint64) {
 	return h
 }
 
-func (t *storeTx) putSession(r sessionRow) error {
-	h := sessionHash(r)
-	t.own(ownKey{table: 's', id: r.id}, h, true)
-	return t.exec(qPutSession, int64(r.id), r.nonce[:], int64(r.acked), int64(r.last), blob(r.results), int64(h))
+// putSession calls row when the session is written to the file, which many entries may share.
+func (t *storeTx) putSession(id uint64, row func() sessionRow) {
+	t.private(ownKey{table: 's', id: id}, func() (uint64, query, []driver.Value) {
+		r := row()
+		h := sessionHash(r)
+		return h, qPutSession, []driver.Value{int64(r.id), r.nonce[:], int64(r.acked), int64(r.last), blob(r.results), int64(h)}
+	})
 }
 
-func (t *storeTx) deleteSession(id uint64) error {
-	t.own(ownKey{table: 's', id: id}, 0, false)
-	return t.exec(qDeleteSession, int64(id))
+func (t *storeTx) deleteSession(id uint64) { t.private(ownKey{table: 's', id: id}, nil) }
+
+// allow is idempotent, and so is disallow.
+func (t *storeTx) allow(addr string) {
+	t.private(ownKey{table: 'a', name: addr}, func() (uint64, query, []driver.Value) {
+		h := allowedHash(addr)
+		return h, qAllow, []driver.Value{addr, int64(h)}
+	})
 }
 
-// allow is idempotent, and so are disallow and remove.
-func (t *storeTx) allow(addr string) error {
-	k := ownKey{table: 'a', name: addr}
-	if _, ok := t.s.own[k]; ok {
-		return nil
+func (t *storeTx) disallow(addr string) { t.private(ownKey{table: 'a', name: addr}, nil) }
+
+// remove records a member that is gone for good, once.
+func (t *storeTx) remove(id string, at uint64) {
+	t.private(ownKey{table: 'r', name: id}, func() (uint64, query, []driver.Value) {
+		h := removedHash(id, at)
+		return h, qRemove, []driver.Value{id, int64(at), int64(h)}
+	})
+}
+
+// mark records a boundary; the file keeps the newest only.
+func (t *storeTx) mark(m mark) {
+	t.private(ownKey{table: 'm', id: m.boundary}, func() (uint64, query, []driver.Value) {
+		h := markHash(m)
+		return h, qPutMark, []driver.Value{int64(m.boundary), int64(m.applied), int64(m.kvSum), m.chain[:], int64(h)}
+	})
+}
+
+func (t *storeTx) private(k ownKey, put ownPut) {
+	if t.own == nil {
+		t.own = make(map[ownKey]ownPut)
 	}
-	h := allowedHash(addr)
-	t.own(k, h, true)
-	return t.exec(qAllow, addr, int64(h))
+	t.own[k] = put
 }
 
-func (t *storeTx) disallow(addr string) error {
-	t.own(ownKey{table: 'a', name: addr}, 0, false)
-	return t.exec(qDisallow, addr)
-}
-
-// remove records a member that is gone for good; the first record of an id stays.
-func (t *storeTx) remove(id string, at uint64) error {
-	k := ownKey{table: 'r', name: id}
-	if _, ok := t.s.own[k]; ok {
-		return nil
-	}
-	h := removedHash(id, at)
-	t.own(k, h, true)
-	return t.exec(qRemove, id, int64(at), int64(h))
-}
-
-// mark keeps the newest boundaries only.
-func (t *storeTx) mark(m mark) error {
-	h := markHash(m)
-	t.own(ownKey{table: 'm', id: m.boundary}, h, true)
-	if err := t.exec(qPutMark, int64(m.boundary), int64(m.applied), int64(m.kvSum), m.chain[:], int64(h)); err != nil {
-		return err
-	}
-	n, oldest := 0, uint64(math.MaxUint64)
-	for k := range t.s.own {
-		if k.table == 'm' {
-			n, oldest = n+1, min(oldest, k.id)
-		}
-	}
-	if n <= keptMarks {
-		return nil
-	}
-	t.own(ownKey{table: 'm', id: oldest}, 0, false)
-	return t.exec(qDeleteMark, int64(oldest))
-}
-
-// own keeps the sum of the private rows, and how to take the change back.
-func (t *storeTx) own(k ownKey, h uint64, has bool) {
-	was, had := t.s.own[k]
-	t.undo = append(t.undo, ownUndo{k, was, had})
-	t.meta.ownSum += h - was
-	if has {
-		t.s.own[k] = h
-	} else {
-		delete(t.s.own, k)
-	}
-}
-
-func (t *storeTx) exec(q query, args ...driver.Value) error {
-	return t.note(t.s.writer.exec(q, args...))
-}
-
-// note keeps a transaction in which a statement has failed from being committed.
-func (t *storeTx) note(err error) error {
-	err = t.s.explain("write to", t.s.note(err))
-	if t.failed == nil {
-		t.failed = err
-	}
-	return err
-}
-
-// commit publishes in the order that readers rely on: the file, memory, meta. After an error nothing has happened, and the
-// same work may be tried again.
-func (t *storeTx) commit() error {
+// commit publishes in the order that readers rely on: what is on its way to the file, memory, meta.
+func (t *storeTx) commit() {
 	s := t.s
-	if t.done {
-		return errors.New("the transaction has ended")
-	}
-	if err := s.note(t.commitLocked(qSetMeta)); err != nil {
-		t.rollback()
-		return s.explain("write to", err)
-	}
 	t.done = true
-	if err := s.note(s.checkWAL()); err != nil {
-		// The transaction is done; what a checkpoint could not write is still in the WAL.
-		s.log.Warn("checkpoint", "path", s.path, "err", err)
-	}
-	s.mu.Unlock()
-	return nil
-}
-
-func (t *storeTx) commitLocked(q query) error {
-	s := t.s
-	if t.failed != nil {
-		return t.failed
-	}
-	for _, key := range t.changed {
-		if err := t.writeRow(key, t.view[key]); err != nil {
-			return err
-		}
-	}
-	if err := t.writePast(); err != nil {
-		return err
-	}
-	if err := s.writer.writeMeta(q, &t.meta); err != nil {
-		return err
-	}
-	if err := s.writer.exec(qCommit); err != nil {
-		return err
-	}
-	t.open = false
-	s.written += 2 * pageSize
+	s.append(t)
 	changes := make([]change, len(t.changed))
 	for i, key := range t.changed {
 		v := t.view[key]
@@ -908,107 +816,24 @@ func (t *storeTx) commitLocked(q query) error {
 	m := t.meta
 	s.last.Store(&m)
 	t.announce()
-	return nil
-}
-
-func (t *storeTx) writeRow(key string, v view) error {
-	s := t.s
-	s.written += pageSize
-	if v.now == nil {
-		if v.was == nil {
-			return nil
-		}
-		return s.writer.exec(qDelete, key)
-	}
-	s.written += int64(len(v.now.value))
-	return s.writer.exec(qPut, key, sqlValue(v.now.value), int64(v.now.version), int64(v.now.created), int64(v.now.hash))
+	s.mu.Unlock()
 }
 
 // rollback does nothing after commit, or a second time.
 func (t *storeTx) rollback() {
-	if t.done {
-		return
+	if !t.done {
+		t.done = true
+		t.s.mu.Unlock()
 	}
-	t.done = true
-	if err := t.undoLocked(); err != nil {
-		t.s.log.Warn("roll back", "path", t.s.path, "err", err)
-	}
-	t.s.mu.Unlock()
-}
-
-// undoLocked takes the data_version anew: SQLite may count a failed transaction as a change of what it had cached.
-func (t *storeTx) undoLocked() error {
-	t.end()
-	return t.s.rebase()
-}
-
-// end leaves no transaction open, and the private sums as they were. SQLite may have rolled back by itself.
-// Its error says no more than that, and the next BEGIN would tell if it did.
-func (t *storeTx) end() {
-	if !t.open {
-		return
-	}
-	t.open = false
-	t.s.writer.exec(qRollback)
-	for _, u := range slices.Backward(t.undo) {
-		if u.had {
-			t.s.own[u.key] = u.was
-		} else {
-			delete(t.s.own, u.key)
-		}
-	}
-}
-
-// checkWAL: a checkpoint by another connection can never restart the WAL under a steady writer, which then grows without
-// end. When this connection has moved all of it, its next commit begins at the start of the file.
-func (s *store) checkWAL() error {
-	if s.written < statEvery {
-		return nil
-	}
-	s.written = 0
-	size := s.walSize()
-	if size <= walLimit {
-		s.walChecked = 0
-		return nil
-	}
-	if size >= s.walChecked && size < s.walChecked+walAgain {
-		return nil
-	}
-	s.walChecked = size
-	s.checkpointMu.Lock()
-	defer s.checkpointMu.Unlock()
-	if size > 2*walLimit && !s.pinned() {
-		return s.restartWAL()
-	}
-	_, err := s.writer.one(qPassive)
-	return err
-}
-
-// restartWAL is for when short readers, each with its bit of the WAL, have come between again and again: it waits a moment
-// for them. In vain, if a shell has a long transaction; then the next attempt comes with the WAL's next growth.
-func (s *store) restartWAL() error {
-	if err := s.writer.pragma("busy_timeout=50"); err != nil {
-		return err
-	}
-	_, err := s.writer.one(qRestart)
-	if isBusy(err) {
-		err = nil
-	}
-	return errors.Join(err, s.writer.pragma("busy_timeout=5000"))
-}
-
-func (s *store) walSize() int64 {
-	info, err := os.Stat(s.path + "-wal")
-	if err != nil {
-		return 0
-	}
-	return info.Size()
 }
 
 // item returns what is committed under key, nil if nothing is. It is shared, and the caller copies the value before handing it
 // out.
 func (s *store) item(key string) (it *item, err error) {
 	if it, whole := s.memory.item(key); whole {
+		return it, nil
+	}
+	if it, ok := s.unwritten(key); ok {
 		return it, nil
 	}
 	err = s.read(func(c *conn) (err error) {
@@ -1019,7 +844,7 @@ func (s *store) item(key string) (it *item, err error) {
 }
 
 func (s *store) sessions() (rows []sessionRow, err error) {
-	err = s.read(func(c *conn) error {
+	err = s.readNow(func(c *conn) error {
 		rows = nil
 		return c.eachSession(func(r sessionRow, h uint64) error {
 			rows = append(rows, r)
@@ -1030,7 +855,7 @@ func (s *store) sessions() (rows []sessionRow, err error) {
 }
 
 func (s *store) allowed() (addrs []string, err error) {
-	err = s.read(func(c *conn) error {
+	err = s.readNow(func(c *conn) error {
 		return c.eachAllowed(func(addr string, h uint64) error {
 			addrs = append(addrs, addr)
 			return nil
@@ -1041,7 +866,7 @@ func (s *store) allowed() (addrs []string, err error) {
 
 func (s *store) removed() (map[string]uint64, error) {
 	ids := make(map[string]uint64)
-	err := s.read(func(c *conn) error {
+	err := s.readNow(func(c *conn) error {
 		return c.eachRemoved(func(id string, at, h uint64) error {
 			ids[id] = at
 			return nil
@@ -1051,7 +876,7 @@ func (s *store) removed() (map[string]uint64, error) {
 }
 
 func (s *store) marks() (marks []mark, err error) {
-	err = s.read(func(c *conn) error {
+	err = s.readNow(func(c *conn) error {
 		return c.eachMark(func(m mark, h uint64) error {
 			marks = append(marks, m)
 			return nil
@@ -1060,7 +885,15 @@ func (s *store) marks() (marks []mark, err error) {
 	return marks, err
 }
 
-// read lends f a reader connection of the pool.
+// readNow is read of a file that has all that is committed.
+func (s *store) readNow(f func(c *conn) error) error {
+	if err := s.sync(context.Background()); err != nil {
+		return err
+	}
+	return s.read(f)
+}
+
+// read lends f a reader connection of the pool. The file may be behind.
 func (s *store) read(f func(c *conn) error) error {
 	c, err := s.borrow()
 	if err != nil {
@@ -1095,40 +928,6 @@ func openReader(path string) (*conn, error) {
 	return openConn(path, "mode=rw", "query_only=ON", "cache_size=-2000", "trusted_schema=OFF")
 }
 
-// barrier returns when everything that is committed is on the disk. One commit under synchronous=FULL is the only thing
-// that surely syncs: a checkpoint with nothing to do does not, and neither does a transaction that changes no byte.
-func (s *store) barrier() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.explain("sync", s.note(s.barrierLocked()))
-}
-
-func (s *store) barrierLocked() (err error) {
-	if s.closed {
-		return ErrClosed
-	}
-	if failed := s.failed.Load(); failed != nil {
-		return *failed
-	}
-	if err := s.writer.pragma("synchronous=FULL"); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.writer.pragma("synchronous=NORMAL")) }()
-	t, err := s.beginLocked()
-	if err != nil {
-		return err
-	}
-	if err := s.checkForeign(); err != nil {
-		t.end()
-		return err
-	}
-	t.meta.barrier++
-	if err := s.note(t.commitLocked(qSetMeta)); err != nil {
-		return errors.Join(err, t.undoLocked())
-	}
-	return nil
-}
-
 // note remembers the first error of the disk. The system reports a failed write once and then takes the pages for written:
 // the next sync would succeed, and raft would cut its log behind rows that are not on the disk. So there is no next one.
 func (s *store) note(err error) error {
@@ -1136,92 +935,6 @@ func (s *store) note(err error) error {
 		s.failed.CompareAndSwap(nil, &err)
 	}
 	return err
-}
-
-// foreign reports whether someone else has committed to the file since it was last asked, outside a transaction of ours.
-func (s *store) foreign() (bool, error) {
-	if !s.mu.TryLock() {
-		return false, nil // a transaction is under way, and it asks the same; it may be hanging in the disk
-	}
-	defer s.mu.Unlock()
-	if s.closed {
-		return false, ErrClosed
-	}
-	err := s.checkForeign()
-	if errors.Is(err, errForeign) {
-		return true, nil
-	}
-	return false, s.explain("read", err)
-}
-
-// forgive takes the file as someone else has left it: every sum is computed anew. Only where there is no other copy.
-func (s *store) forgive() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t, err := s.beginLocked()
-	if err != nil {
-		return s.explain("write to", err)
-	}
-	own, err := t.forgiveLocked()
-	if err == nil {
-		err = s.note(t.commitLocked(qReplaceMeta))
-	}
-	if err != nil {
-		return s.explain("take over", errors.Join(err, t.undoLocked()))
-	}
-	s.own = own
-	s.startLoad(t.meta)
-	if s.replaced != nil {
-		s.replaced(t.meta.revision)
-	}
-	return s.explain("take over", s.rebase())
-}
-
-func (t *storeTx) forgiveLocked() (map[ownKey]uint64, error) {
-	c, m := t.s.writer, &t.meta
-	m.kvSum, m.keys, m.bytes = 0, 0, 0
-	var wrong []keyed
-	err := c.each(qScan, nil, func(v []driver.Value) error {
-		key, ok := v[0].(string)
-		if !ok || !validKey(key) {
-			return corrupt("kv has a row whose key is not text, or empty, or too long")
-		}
-		value, plain := columnBytes(v[1])
-		if !plain {
-			value = fmt.Append(nil, v[1]) // a number, as a shell writes it; the key's owner sees its digits
-		}
-		r := row{value, columnUint(v[2]), columnUint(v[3])}
-		if r.version > math.MaxInt64 || r.created > math.MaxInt64 {
-			return corrupt("kv row %q has a negative version", key)
-		}
-		h := t.hashRow(key, r)
-		if !plain || h != columnUint(v[4]) {
-			wrong = append(wrong, keyed{key, &item{r, h}})
-		}
-		m.kvSum, m.keys, m.bytes = m.kvSum+h, m.keys+1, m.bytes+uint64(len(key)+len(value))
-		m.revision = max(m.revision, r.version) // no later write may get a version that someone has made up
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	for _, r := range wrong {
-		if err := c.exec(qFixSum, r.key, sqlValue(r.value), int64(r.hash)); err != nil {
-			return nil, err
-		}
-	}
-	if m.keep > 0 {
-		// Nobody knows what has changed, so whoever watches begins anew.
-		m.revision++
-		m.base = m.revision
-		err = errors.Join(c.exec(qClearHistory), c.putBounds(*m))
-	}
-	if err != nil {
-		return nil, err
-	}
-	own, sum, err := c.fixOwn(*m)
-	m.ownSum = sum
-	return own, err
 }
 
 // startLoad has maintain scan kv from the start.
@@ -1260,9 +973,10 @@ func (s *store) maintain(ctx context.Context) {
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var scanning sync.WaitGroup // the WAL must not wait for a scan
-	scanning.Go(func() { s.scanWhenDue(ctx) })
-	defer scanning.Wait()
+	var others sync.WaitGroup // the WAL must not wait for a scan, nor either for the other
+	others.Go(func() { s.scanWhenDue(ctx) })
+	others.Go(func() { s.flushWhenDue(ctx) })
+	defer others.Wait()
 	defer cancel()
 	s.checkpoint(ctx)
 }
@@ -1344,8 +1058,8 @@ func (s *store) going(ctx context.Context) error {
 	}
 }
 
-// scanChunk takes its snapshot under mu, when what is committed and what is published are the same, and merges under mu,
-// so that at the end the sums are of one moment. It reads without mu.
+// scanChunk takes its snapshot under fileMu and mu, when what is in the file and what is published are the same, and merges under
+// mu, so that at the end the sums are of one moment. It reads without them.
 func (s *store) scanChunk(c *conn) (done bool, err error) {
 	load, cursor, err := s.beginChunk(c)
 	if err != nil {
@@ -1375,10 +1089,15 @@ func (s *store) scanChunk(c *conn) (done bool, err error) {
 }
 
 func (s *store) beginChunk(c *conn) (load int, cursor string, err error) {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return 0, "", ErrClosed
+	}
+	if err := s.flushLocked(); err != nil {
+		return 0, "", err
 	}
 	load, cursor = s.memory.beginChunk()
 	if err = c.exec(qBeginRead); err == nil {
@@ -1391,38 +1110,6 @@ func (s *store) beginChunk(c *conn) (load int, cursor string, err error) {
 		s.memory.cancelChunk(load)
 	}
 	return load, cursor, err
-}
-
-// checkpoint runs PASSIVE checkpoints, which make no one wait, on a connection of its own.
-func (s *store) checkpoint(ctx context.Context) {
-	var c *conn
-	defer func() {
-		if c != nil {
-			c.close()
-		}
-	}()
-	var seen *meta
-	tended := time.Now()
-	for s.pause(ctx, 100*time.Millisecond) {
-		s.tendHolds(&tended)
-		if m := s.last.Load(); m == seen {
-			continue
-		} else {
-			seen = m
-		}
-		var err error
-		if c == nil {
-			c, err = openConn(s.path, "mode=rw", "wal_autocheckpoint=0", "trusted_schema=OFF")
-		}
-		if err == nil {
-			s.checkpointMu.Lock()
-			err = s.note(c.passive())
-			s.checkpointMu.Unlock()
-		}
-		if err != nil && !isBusy(err) {
-			s.log.Warn("checkpoint", "path", s.path, "err", err)
-		}
-	}
 }
 
 // tendHolds counts a pause of the whole process, which no reader could use, as a second.

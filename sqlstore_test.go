@@ -66,7 +66,7 @@ func soon(t testing.TB, what string, f func() bool) {
 	})
 }
 
-// apply does what fsm.go does: one transaction that also moves meta on.
+// apply does what fsm.go does, one transaction that also moves meta on, and then has the file follow.
 func apply(t testing.TB, s *store, f func(tx *storeTx)) {
 	t.Helper()
 	tx, err := s.begin()
@@ -77,7 +77,8 @@ func apply(t testing.TB, s *store, f func(tx *storeTx)) {
 	f(tx)
 	tx.meta.applied++
 	tx.meta.term = 1
-	if err := tx.commit(); err != nil {
+	tx.commit()
+	if err := s.flush(); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -85,6 +86,10 @@ func apply(t testing.TB, s *store, f func(tx *storeTx)) {
 func put(t testing.TB, s *store, key, value string) {
 	t.Helper()
 	apply(t, s, func(tx *storeTx) { setTx(t, tx, key, []byte(value)) })
+}
+
+func putSession(tx *storeTx, r sessionRow) {
+	tx.putSession(r.id, func() sessionRow { return r })
 }
 
 func setTx(t testing.TB, tx *storeTx, key string, value []byte) {
@@ -220,9 +225,7 @@ func TestTransactionSeesItselfAndRollsBack(t *testing.T) {
 			if _, ok, err := tx.row("a"); err != nil || ok {
 				t.Fatalf("row a = %v, %v after its deletion", ok, err)
 			}
-			if err := tx.allow("n1"); err != nil {
-				t.Fatal(err)
-			}
+			tx.allow("n1")
 			wantValue(t, s, "a", "1") // readers see nothing before commit
 			tx.rollback()
 			tx.rollback()
@@ -233,11 +236,13 @@ func TestTransactionSeesItselfAndRollsBack(t *testing.T) {
 			if _, ok, _ := s.get("b"); ok {
 				t.Fatal("b exists after rollback")
 			}
-			apply(t, s, func(tx *storeTx) {
-				if err := tx.allow("n1"); err != nil { // must not be taken for there already
-					t.Fatal(err)
-				}
-			})
+			if err := s.flush(); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := s.allowed(); err != nil || len(got) > 0 {
+				t.Fatalf("allowed = %v, %v after rollback", got, err)
+			}
+			apply(t, s, func(tx *storeTx) { tx.allow("n1") })
 			if got, err := s.allowed(); err != nil || !slices.Equal(got, []string{"n1"}) {
 				t.Fatalf("allowed = %v, %v", got, err)
 			}
@@ -253,9 +258,9 @@ func TestCommittedStateReopens(t *testing.T) {
 		setTx(t, tx, "a", []byte("1"))
 		setTx(t, tx, "gone", []byte("1"))
 		tx.delete("gone", 1)
-		tx.putSession(sessionRow{id: 8})
-		tx.putSession(sessionRow{id: 9, last: 1})
-		tx.putSession(session)
+		putSession(tx, sessionRow{id: 8})
+		putSession(tx, sessionRow{id: 9, last: 1})
+		putSession(tx, session)
 		tx.deleteSession(8)
 		tx.allow("n1")
 		tx.allow("n1")
@@ -263,13 +268,12 @@ func TestCommittedStateReopens(t *testing.T) {
 		tx.disallow("n2")
 		tx.disallow("n3")
 		tx.remove("id1", 5)
-		tx.remove("id1", 6)
 		for i := range uint64(keptMarks + 6) {
 			tx.mark(mark{boundary: i * 1024, applied: i, kvSum: 1 << 63, chain: [32]byte{byte(i)}})
 		}
 		tx.meta.config, tx.meta.configIndex, tx.meta.chain = []byte("conf"), 7, [32]byte{31: 1}
 	})
-	want := s.meta()
+	want := *s.inFile.Load()
 	if err := s.close(); err != nil {
 		t.Fatal(err)
 	}
@@ -432,7 +436,7 @@ func TestDamageIsFound(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "snap")
 			s := openTestStore(t, path, testBudget)
 			fill(t, s, 100, 10)
-			apply(t, s, func(tx *storeTx) { tx.putSession(sessionRow{id: 1}) })
+			apply(t, s, func(tx *storeTx) { putSession(tx, sessionRow{id: 1}) })
 			if err := s.close(); err != nil {
 				t.Fatal(err)
 			}
@@ -481,7 +485,7 @@ func TestFlippedBitsNeverGiveWrongData(t *testing.T) {
 	s := openTestStore(t, path, -1)
 	fill(t, s, 60, 40)
 	apply(t, s, func(tx *storeTx) {
-		tx.putSession(sessionRow{id: 1, results: []byte("results")})
+		putSession(tx, sessionRow{id: 1, results: []byte("results")})
 		tx.allow("address")
 		tx.remove("id", 1)
 		tx.mark(mark{boundary: 1})
@@ -581,7 +585,7 @@ func TestForeignFilesAreRefusedUntouched(t *testing.T) {
 	}
 }
 
-func TestForeignCommitIsReportedOnce(t *testing.T) {
+func TestForeignCommitStopsFlushes(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	foreign := func() bool {
 		t.Helper()
@@ -616,16 +620,41 @@ func TestForeignCommitIsReportedOnce(t *testing.T) {
 	if !foreign() {
 		t.Fatal("a commit of someone else was missed")
 	}
-	if foreign() {
-		t.Fatal("reported again")
+	before := *s.inFile.Load()
+	tx, err = s.begin()
+	if err != nil {
+		t.Fatalf("begin before anything was to be written: %v", err)
 	}
-	shell(t, s.path, "DELETE FROM kv WHERE key = 'key/0000002'")
-	if _, err := s.begin(); !errors.Is(err, errForeign) {
-		t.Fatalf("begin: %v", err)
+	setTx(t, tx, "a", []byte("1"))
+	tx.commit()
+	for range 2 {
+		if err := s.flush(); !errors.Is(err, errForeign) {
+			t.Fatalf("flush: %v", err)
+		}
+		if _, err := s.begin(); !errors.Is(err, errForeign) {
+			t.Fatalf("begin: %v", err)
+		}
+		if err := s.barrier(); !errors.Is(err, errForeign) {
+			t.Fatalf("barrier: %v", err)
+		}
+		if !foreign() {
+			t.Fatal("forgotten")
+		}
 	}
-	put(t, s, "a", "1")
+	if got := *s.inFile.Load(); fmt.Sprint(got) != fmt.Sprint(before) {
+		t.Fatalf("something was written: %v, was %v", got, before)
+	}
+	if err := s.forgive(); err != nil {
+		t.Fatal(err)
+	}
 	if foreign() {
-		t.Fatal("reported again")
+		t.Fatal("not forgiven")
+	}
+	for key, want := range map[string]string{"a": "1", "key/0000001": "x"} {
+		wantValue(t, s, key, want)
+		if it, err := s.writer.get(key); err != nil || it == nil || string(it.value) != want {
+			t.Fatalf("the file has %v, %v under %s", it, err, key)
+		}
 	}
 }
 
@@ -633,7 +662,7 @@ func TestForgiveTakesTheFileAsItIs(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	keepUp(t, s)
 	fill(t, s, 100, 10)
-	apply(t, s, func(tx *storeTx) { tx.allow("n1"); tx.putSession(sessionRow{id: 1}) })
+	apply(t, s, func(tx *storeTx) { tx.allow("n1"); putSession(tx, sessionRow{id: 1}) })
 	shell(t, s.path, `UPDATE kv SET value = 'changed' WHERE key = 'key/0000001'; DELETE FROM kv WHERE key = 'key/0000002';
 		UPDATE kv SET value = 12 WHERE key = 'key/0000003'; INSERT INTO kv VALUES('new', 'row', 5000, 1, 0);
 		UPDATE quorate_allowed SET addr = 'n2'; DELETE FROM quorate_session`)
@@ -662,7 +691,7 @@ func TestForgiveTakesTheFileAsItIs(t *testing.T) {
 func TestBarrierChangesAByte(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	for want := range uint64(3) {
-		if got := s.meta().barrier; got != want {
+		if got := s.inFile.Load().barrier; got != want {
 			t.Fatalf("barrier %d, want %d", got, want)
 		}
 		if err := s.barrier(); err != nil {
@@ -762,7 +791,7 @@ func TestCopyUnderWritesIsOfOneMoment(t *testing.T) {
 			for i := range 20 {
 				setTx(t, tx, fmt.Sprintf("key/%d", i), fmt.Appendf(nil, "%d/%0500d", tx.meta.applied+1, 0))
 			}
-			tx.putSession(sessionRow{id: tx.meta.applied % 7, last: tx.meta.applied})
+			putSession(tx, sessionRow{id: tx.meta.applied % 7, last: tx.meta.applied})
 		})
 	}
 	write()
@@ -911,7 +940,7 @@ func TestInstallReplacesEverythingAtOnce(t *testing.T) {
 	leader := newTestStore(t, testBudget)
 	fill(t, leader, 2000, 100)
 	apply(t, leader, func(tx *storeTx) {
-		tx.putSession(sessionRow{id: 3})
+		putSession(tx, sessionRow{id: 3})
 		tx.meta.config, tx.meta.configIndex = []byte("leader's"), 4
 	})
 	s := newTestStore(t, testBudget)
@@ -1082,7 +1111,7 @@ func TestRestoreInto(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	fill(t, s, 100, 100)
 	apply(t, s, func(tx *storeTx) {
-		tx.putSession(sessionRow{id: 3})
+		putSession(tx, sessionRow{id: 3})
 		tx.allow("n1")
 		tx.remove("id", 1)
 		tx.mark(mark{boundary: 1024})
@@ -1124,37 +1153,48 @@ func TestRestoreInto(t *testing.T) {
 	}
 }
 
-// With no space left a commit fails and changes nothing; with space back the same work succeeds.
+// With no space left the file stays as it is and nothing more is committed; with space back it has everything.
 func TestFullDisk(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	put(t, s, "a", "1")
-	before := s.meta()
+	before := *s.inFile.Load()
 	if err := s.writer.pragma("max_page_count=12"); err != nil {
 		t.Fatal(err)
 	}
+	tx, err := s.begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	setTx(t, tx, "large", make([]byte, 1<<20))
+	tx.allow("n1")
+	tx.commit()
 	for range 2 {
-		tx, err := s.begin()
-		if err != nil {
-			t.Fatal(err)
+		if err := s.flush(); !isFull(err) || isIO(err) {
+			t.Fatalf("flush: %v", err)
 		}
-		setTx(t, tx, "large", make([]byte, 1<<20))
-		tx.allow("n1")
-		if err := tx.commit(); !isFull(err) || isIO(err) {
-			t.Fatalf("commit: %v", err)
+		if _, err := s.begin(); !isFull(err) || isIO(err) {
+			t.Fatalf("begin: %v", err)
 		}
-		if got := s.meta(); fmt.Sprint(got) != fmt.Sprint(before) {
+		if err := s.sync(t.Context()); !isFull(err) {
+			t.Fatalf("sync: %v", err)
+		}
+		if got := *s.inFile.Load(); fmt.Sprint(got) != fmt.Sprint(before) {
 			t.Fatalf("meta %v, was %v", got, before)
 		}
-		if _, ok, err := s.get("large"); ok || err != nil {
+		if _, ok, err := s.get("large"); !ok || err != nil {
 			t.Fatalf("get = %v, %v", ok, err)
 		}
 	}
 	if err := s.writer.pragma("max_page_count=1000000"); err != nil {
 		t.Fatal(err)
 	}
-	apply(t, s, func(tx *storeTx) { setTx(t, tx, "large", make([]byte, 1<<20)); tx.allow("n1") })
-	if _, err := receiveCopy(t, s); err != nil {
+	put(t, s, "b", "2")
+	m, err := receiveCopy(t, s)
+	if err != nil {
 		t.Fatal(err)
+	}
+	if m.keys != 3 {
+		t.Fatalf("%d keys in a copy, want 3", m.keys)
 	}
 	for _, err := range []error{&os.PathError{Err: syscall.ENOSPC}, fmt.Errorf("x: %w", syscall.ENOSPC)} {
 		if !isFull(err) || isIO(err) {

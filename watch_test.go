@@ -734,8 +734,9 @@ func TestWatchersAmongWriters(t *testing.T) {
 // spoilHistory damages a row as a disk would: no sum knows of it.
 func spoilHistory(t testing.TB, s *Service, revision uint64) {
 	t.Helper()
-	s.store.mu.Lock()
-	defer s.store.mu.Unlock()
+	must(t, s.store.flush())
+	s.store.fileMu.Lock()
+	defer s.store.fileMu.Unlock()
 	must(t, s.store.writer.execText(fmt.Sprint("UPDATE history SET value = 'evil' WHERE revision = ", revision)))
 }
 

@@ -1,0 +1,601 @@
+package quorate
+
+// The flush: how what is committed gets into the file. Commits change the state in memory and are answered; this file owns the
+// tail, which is what the file does not have yet, and writes it in one transaction, many commits at a time: a key that was set
+// a hundred times meanwhile is one row, and a change that the history has dropped again is none. It also owns the file's one
+// writer, its foreign writes, the barrier and the checkpoints. It never asks what a commit means. Commits come from sqlstore.go
+// (append), readers of the file call sync first, raft's snapshot calls barrier; a goroutine of maintain does the rest.
+//
+// Nothing is lost by being late: every commit is an entry of the raft log, which is on a quorum's disks before it is applied,
+// and a start applies again what the file does not have. The file itself is a prefix of the commits at every instant, because a
+// flush takes all that there is. A flush that fails is tried again with what has come since; apply waits for it.
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"os"
+	"slices"
+	"time"
+)
+
+// After a flush its goroutine rests seven times as long as that took, so that it never takes more than an eighth of a CPU, and the
+// more there is to write the more of it falls together.
+const (
+	flushRest  = 7
+	restMin    = 20 * time.Millisecond
+	restMax    = time.Second
+	tailEnough = 8 << 20  // bytes of a tail that do not wait for the rest to end
+	tailLimit  = 64 << 20 // bytes that may wait; then commits do
+)
+
+// A tail is what some commits have changed, the newest state of each row only.
+type tail struct {
+	rows map[string]*item // of kv; nil = deleted
+	own  map[ownKey]ownPut
+	past []past
+	size int64 // bytes, about
+	meta *meta // as of its last commit; nil = there was none
+}
+
+// append adds a transaction that is being committed.
+func (s *store) append(t *storeTx) {
+	s.tailMu.Lock()
+	defer s.tailMu.Unlock()
+	w := &s.tail
+	if w.rows == nil {
+		w.rows, w.own = make(map[string]*item), make(map[ownKey]ownPut)
+	}
+	for _, key := range t.changed {
+		w.put(key, t.view[key].now)
+	}
+	maps.Copy(w.own, t.own)
+	if t.meta.keep > 0 {
+		w.remember(t.past, t.meta)
+	}
+	m := t.meta
+	w.meta = &m
+	s.commits++
+	give(s.dirty)
+	if w.size > tailEnough {
+		give(s.press)
+	}
+}
+
+// give leaves a token for whoever waits for one.
+func give(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func (w *tail) put(key string, now *item) {
+	if was, ok := w.rows[key]; ok {
+		w.size -= tailSize(key, was)
+	}
+	w.rows[key] = now
+	w.size += tailSize(key, now)
+}
+
+func tailSize(key string, it *item) int64 {
+	if it == nil {
+		return int64(len(key)) + itemOverhead
+	}
+	return itemSize(key, it)
+}
+
+// remember adds changes, and forgets now and then those that the history drops before they are written.
+func (w *tail) remember(list []past, m meta) {
+	w.past = append(w.past, list...)
+	for _, p := range list {
+		w.size += pastSize(p)
+	}
+	if uint64(len(w.past)) < 2*m.keep+1024 {
+		return
+	}
+	n, oldest := 0, m.oldest()
+	for n < len(w.past) && w.past[n].revision <= oldest {
+		w.size -= pastSize(w.past[n])
+		n++
+	}
+	w.past = slices.Clone(w.past[n:]) // not of the same array, which would never end
+}
+
+// before puts what a flush could not write in front of what has come since.
+func (w *tail) before(newer tail) tail {
+	if newer.meta == nil {
+		return *w
+	}
+	for key, it := range newer.rows {
+		w.put(key, it)
+	}
+	maps.Copy(w.own, newer.own)
+	w.remember(newer.past, *newer.meta)
+	w.meta = newer.meta
+	return *w
+}
+
+// unwritten returns the row under key as of the last commit, if the file may not have it yet; nil if it was deleted.
+func (s *store) unwritten(key string) (it *item, ok bool) {
+	s.tailMu.RLock()
+	defer s.tailMu.RUnlock()
+	if it, ok = s.tail.rows[key]; !ok {
+		it, ok = s.flushing.rows[key]
+	}
+	return it, ok
+}
+
+// keepUp returns when commits may go on: at once, unless the last flush has failed or too much waits for one. Then it flushes.
+func (s *store) keepUp() error {
+	if failed := s.failed.Load(); failed != nil {
+		return *failed
+	}
+	s.tailMu.RLock()
+	late := s.stuck != nil || s.tail.size+s.flushing.size > tailLimit
+	s.tailMu.RUnlock()
+	if late {
+		return s.flush()
+	}
+	return nil
+}
+
+// sync returns when the file has all that is committed now. Whoever begins to read the file calls it first.
+func (s *store) sync(ctx context.Context) error {
+	s.tailMu.RLock()
+	want := s.commits
+	s.tailMu.RUnlock()
+	for {
+		s.tailMu.RLock()
+		done, err, turned, flusher := s.filed >= want, s.stuck, s.turned, s.flusher
+		s.tailMu.RUnlock()
+		switch {
+		case done:
+			return nil
+		case errors.Is(err, errForeign):
+			return nil // the file is what somebody else has made of it, and is read as it is
+		case err != nil:
+			return err
+		case !flusher:
+			return s.explain("write to", s.flush())
+		}
+		give(s.press)
+		select {
+		case <-turned:
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for the file: %w", context.Cause(ctx))
+		case <-s.ending:
+			return ErrClosed
+		}
+	}
+}
+
+// flush writes the tail as it is now.
+func (s *store) flush() error {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	return s.flushLocked()
+}
+
+// flushLocked needs fileMu.
+func (s *store) flushLocked() error {
+	return s.writeTail(func(t *tail) error {
+		if t.meta == nil {
+			return nil
+		}
+		return s.transact(func(m *meta, own map[ownKey]uint64) error { return s.putTail(t, m, own) })
+	})
+}
+
+// writeTail takes the tail for f to write, and puts it back if f fails.
+func (s *store) writeTail(f func(t *tail) error) error {
+	s.tailMu.Lock()
+	t, upTo := s.tail, s.commits
+	s.tail, s.flushing = tail{}, t
+	s.tailMu.Unlock()
+	err := s.note(f(&t))
+	s.tailMu.Lock()
+	defer s.tailMu.Unlock()
+	if err == nil {
+		s.filed = upTo
+	} else if t.meta != nil {
+		s.tail = t.before(s.tail)
+	}
+	s.flushing = tail{}
+	s.stuck = err
+	if isBusy(err) {
+		s.stuck = nil // a shell has the file for now; commits go on as long as the tail is not full
+	}
+	close(s.turned)
+	s.turned = make(chan struct{})
+	return err
+}
+
+// dropTail forgets what the file does not have: another state has taken its place.
+func (s *store) dropTail() {
+	s.tailMu.Lock()
+	defer s.tailMu.Unlock()
+	s.tail, s.stuck, s.filed = tail{}, nil, s.commits
+}
+
+// transact has f change the file, and m and own to what it holds then, in one transaction. After an error nothing has happened.
+func (s *store) transact(f func(m *meta, own map[ownKey]uint64) error) error {
+	if failed := s.failed.Load(); failed != nil {
+		return *failed
+	}
+	if s.foreignly != nil {
+		return s.foreignly
+	}
+	if err := s.writer.exec(qBegin); err != nil {
+		return err
+	}
+	m, own := *s.inFile.Load(), maps.Clone(s.own)
+	err := s.checkForeign()
+	if err == nil {
+		err = f(&m, own)
+	}
+	if err == nil {
+		err = s.writer.writeMeta(&m)
+	}
+	if err == nil {
+		err = s.writer.exec(qCommit)
+	}
+	if err != nil {
+		s.writer.exec(qRollback) // SQLite may have rolled back by itself; the next BEGIN tells if it has not
+		// SQLite may count a failed transaction as a change of what it had cached.
+		return errors.Join(err, s.rebase())
+	}
+	s.own = own
+	s.inFile.Store(&m)
+	if err := s.note(s.checkWAL()); err != nil {
+		// The transaction is done; what a checkpoint could not write is still in the WAL.
+		s.log.Warn("checkpoint", "path", s.path, "err", err)
+	}
+	return nil
+}
+
+// putTail writes a tail. m is as of the file's last commit and becomes the tail's.
+func (s *store) putTail(t *tail, m *meta, own map[ownKey]uint64) error {
+	c, was := s.writer, *m
+	*m = *t.meta
+	m.barrier, m.ownSum = was.barrier, was.ownSum
+	if was.format < historyFormat && m.format >= historyFormat {
+		if err := c.createTables(historyFormat); err != nil {
+			return err
+		}
+	}
+	// In the order of the tree, so that each of its pages is found and changed once.
+	for _, key := range slices.Sorted(maps.Keys(t.rows)) {
+		if err := c.putRow(key, t.rows[key]); err != nil {
+			return err
+		}
+	}
+	if err := c.putPast(t.past, &was, m, own); err != nil {
+		return err
+	}
+	for k, put := range t.own {
+		if err := c.putOwn(k, put, m, own); err != nil {
+			return err
+		}
+	}
+	return c.dropMarks(m, own)
+}
+
+func (c *conn) putRow(key string, it *item) error {
+	if it == nil {
+		return c.exec(qDelete, key)
+	}
+	return c.exec(qPut, key, sqlValue(it.value), int64(it.version), int64(it.created), int64(it.hash))
+}
+
+// putOwn writes a private row, and keeps own and its sum.
+func (c *conn) putOwn(k ownKey, put ownPut, m *meta, own map[ownKey]uint64) error {
+	m.ownSum -= own[k]
+	delete(own, k)
+	if put != nil {
+		h, q, args := put()
+		own[k] = h
+		m.ownSum += h
+		return c.exec(q, args...)
+	}
+	switch k.table {
+	case 's':
+		return c.exec(qDeleteSession, int64(k.id))
+	case 'a':
+		return c.exec(qDisallow, k.name)
+	default:
+		return c.exec(qDeleteMark, int64(k.id))
+	}
+}
+
+// dropMarks keeps the newest boundaries only.
+func (c *conn) dropMarks(m *meta, own map[ownKey]uint64) error {
+	var all []uint64
+	for k := range own {
+		if k.table == 'm' {
+			all = append(all, k.id)
+		}
+	}
+	slices.Sort(all)
+	for ; len(all) > keptMarks; all = all[1:] {
+		if err := c.putOwn(ownKey{table: 'm', id: all[0]}, nil, m, own); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// flushWhenDue flushes at once what comes after a rest.
+func (s *store) flushWhenDue(ctx context.Context) {
+	s.tailMu.Lock()
+	s.flusher = true
+	s.tailMu.Unlock()
+	defer func() {
+		s.tailMu.Lock()
+		s.flusher = false // whoever waits for the file flushes by himself
+		close(s.turned)
+		s.turned = make(chan struct{})
+		s.tailMu.Unlock()
+	}()
+	for {
+		select {
+		case <-s.dirty:
+		case <-s.press:
+		case <-ctx.Done():
+			return
+		case <-s.ending:
+			return
+		}
+		began := time.Now()
+		err := s.explain("write to", s.flush())
+		rest := min(max(flushRest*time.Since(began), restMin), restMax)
+		if err != nil {
+			s.log.Warn("the file falls behind the log", "path", s.path, "err", err)
+			s.uneasy(err)
+			give(s.dirty)
+			rest = restMax
+		}
+		select {
+		case <-time.After(rest):
+		case <-s.press:
+			give(s.press)
+		case <-ctx.Done():
+			return
+		case <-s.ending:
+			return
+		}
+	}
+}
+
+// barrier returns when everything that is committed is in the file and on the disk. One commit under synchronous=FULL is the
+// only thing that surely syncs: a checkpoint with nothing to do does not, and neither does a transaction that changes no byte.
+func (s *store) barrier() error {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	return s.explain("sync", s.barrierLocked())
+}
+
+// barrierLocked needs fileMu.
+func (s *store) barrierLocked() error {
+	if s.closed {
+		return ErrClosed
+	}
+	return s.writeTail(func(t *tail) (err error) {
+		if err := s.writer.pragma("synchronous=FULL"); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, s.writer.pragma("synchronous=NORMAL")) }()
+		return s.transact(func(m *meta, own map[ownKey]uint64) error {
+			if t.meta != nil {
+				if err := s.putTail(t, m, own); err != nil {
+					return err
+				}
+			}
+			m.barrier++
+			return nil
+		})
+	})
+}
+
+// checkForeign is asked in a transaction, or while there is none.
+func (s *store) checkForeign() error {
+	v, err := s.writer.one(qDataVersion)
+	if err != nil {
+		return err
+	}
+	if v != s.dataVersion {
+		s.foreignly = errForeign
+	}
+	return s.foreignly
+}
+
+// rebase takes the data_version as it is now for ours.
+func (s *store) rebase() (err error) {
+	s.dataVersion, err = s.writer.one(qDataVersion)
+	return err
+}
+
+// foreign reports whether someone else has committed to the file since the state was last taken from it.
+func (s *store) foreign() (bool, error) {
+	if !s.fileMu.TryLock() {
+		return false, nil // a transaction is under way, and it asks the same; it may be hanging in the disk
+	}
+	defer s.fileMu.Unlock()
+	if s.closed {
+		return false, ErrClosed
+	}
+	err := s.checkForeign()
+	if errors.Is(err, errForeign) {
+		return true, nil
+	}
+	return false, s.explain("read", err)
+}
+
+// forgive takes the file as someone else has left it, and what was committed since on top: every sum is computed anew. Only where
+// there is no other copy.
+func (s *store) forgive() error {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return ErrClosed
+	}
+	was := s.foreignly
+	err := s.writeTail(func(t *tail) error {
+		s.foreignly = nil
+		if err := s.rebase(); err != nil {
+			return err
+		}
+		return s.transact(func(m *meta, own map[ownKey]uint64) error {
+			if t.meta != nil {
+				kept := *t
+				kept.past = nil // the history begins anew
+				if err := s.putTail(&kept, m, own); err != nil {
+					return err
+				}
+			}
+			return s.forgiveRows(m, own)
+		})
+	})
+	if err != nil {
+		s.foreignly = cmpErr(s.foreignly, was)
+		return s.explain("take over", err)
+	}
+	m := *s.inFile.Load()
+	s.last.Store(&m)
+	s.startLoad(m)
+	if s.replaced != nil {
+		s.replaced(m.revision)
+	}
+	return nil
+}
+
+func (s *store) forgiveRows(m *meta, own map[ownKey]uint64) error {
+	c := s.writer
+	m.kvSum, m.keys, m.bytes = 0, 0, 0
+	var wrong []keyed
+	err := c.each(qScan, nil, func(v []driver.Value) error {
+		key, ok := v[0].(string)
+		if !ok || !validKey(key) {
+			return corrupt("kv has a row whose key is not text, or empty, or too long")
+		}
+		value, plain := columnBytes(v[1])
+		if !plain {
+			value = fmt.Append(nil, v[1]) // a number, as a shell writes it; the key's owner sees its digits
+		}
+		r := row{value, columnUint(v[2]), columnUint(v[3])}
+		if r.version > math.MaxInt64 || r.created > math.MaxInt64 {
+			return corrupt("kv row %q has a negative version", key)
+		}
+		var h uint64
+		c.buf, h = rowHash(c.buf, key, r.value, r.version, r.created)
+		if !plain || h != columnUint(v[4]) {
+			wrong = append(wrong, keyed{key, &item{r, h}})
+		}
+		m.kvSum, m.keys, m.bytes = m.kvSum+h, m.keys+1, m.bytes+uint64(len(key)+len(value))
+		m.revision = max(m.revision, r.version) // no later write may get a version that someone has made up
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, r := range wrong {
+		if err := c.exec(qFixSum, r.key, sqlValue(r.value), int64(r.hash)); err != nil {
+			return err
+		}
+	}
+	if m.keep > 0 {
+		// Nobody knows what has changed, so whoever watches begins anew.
+		m.revision++
+		m.base = m.revision
+		if err := errors.Join(c.exec(qClearHistory), c.putOwn(boundsKey, m.bounds, m, own)); err != nil {
+			return err
+		}
+	}
+	fixed, sum, err := c.fixOwn(*m)
+	if err != nil {
+		return err
+	}
+	clear(own)
+	maps.Copy(own, fixed)
+	m.ownSum = sum
+	return nil
+}
+
+// checkWAL: a checkpoint by another connection can never restart the WAL under a steady writer, which then grows without
+// end. When this connection has moved all of it, its next commit begins at the start of the file.
+func (s *store) checkWAL() error {
+	size := s.walSize()
+	if size <= walLimit {
+		s.walChecked = 0
+		return nil
+	}
+	if size >= s.walChecked && size < s.walChecked+walAgain {
+		return nil
+	}
+	s.walChecked = size
+	s.checkpointMu.Lock()
+	defer s.checkpointMu.Unlock()
+	if size > 2*walLimit && !s.pinned() {
+		return s.restartWAL()
+	}
+	_, err := s.writer.one(qPassive)
+	return err
+}
+
+// restartWAL is for when short readers, each with its bit of the WAL, have come between again and again: it waits a moment
+// for them. In vain, if a shell has a long transaction; then the next attempt comes with the WAL's next growth.
+func (s *store) restartWAL() error {
+	if err := s.writer.pragma("busy_timeout=50"); err != nil {
+		return err
+	}
+	_, err := s.writer.one(qRestart)
+	if isBusy(err) {
+		err = nil
+	}
+	return errors.Join(err, s.writer.pragma("busy_timeout=5000"))
+}
+
+func (s *store) walSize() int64 {
+	info, err := os.Stat(s.path + "-wal")
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// checkpoint runs PASSIVE checkpoints, which make no one wait, on a connection of its own.
+func (s *store) checkpoint(ctx context.Context) {
+	var c *conn
+	defer func() {
+		if c != nil {
+			c.close()
+		}
+	}()
+	var seen *meta
+	tended := time.Now()
+	for s.pause(ctx, 100*time.Millisecond) {
+		s.tendHolds(&tended)
+		if m := s.inFile.Load(); m == seen {
+			continue
+		} else {
+			seen = m
+		}
+		var err error
+		if c == nil {
+			c, err = openConn(s.path, "mode=rw", "wal_autocheckpoint=0", "trusted_schema=OFF")
+		}
+		if err == nil {
+			s.checkpointMu.Lock()
+			err = s.note(c.passive())
+			s.checkpointMu.Unlock()
+		}
+		if err != nil && !isBusy(err) {
+			s.log.Warn("checkpoint", "path", s.path, "err", err)
+		}
+	}
+}
