@@ -283,6 +283,7 @@ func (s *Service) open(ctx context.Context) error {
 		return err
 	}
 	s.startBackground()
+	s.awaitOwnLog(ctx)
 	return nil
 }
 

@@ -1238,6 +1238,7 @@ func (g golden) check(t *testing.T, s *Service) {
 		t.Errorf("what is before the history: %v", err)
 	}
 	must(t, s.Insert(ctxFor(t, patience), "new", nil))
+	must(t, s.store.sync(t.Context()))
 	list, err := s.store.changes(oldest)
 	must(t, err)
 	next := g.revision + 1

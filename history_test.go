@@ -145,6 +145,7 @@ func TestRaiseMigratesTheFile(t *testing.T) {
 	must(t, err)
 	tx.raise(historyFormat, 0)
 	tx.commit()
+	must(t, s.flush())
 	if m := s.meta(); version() != historyFormat || m.format != historyFormat || m.keep != defaultHistory || m.oldest() != m.revision {
 		t.Fatalf("after the raise: %+v", m)
 	}

@@ -26,6 +26,7 @@ const (
 	promoteInterval = 100 * time.Millisecond
 	promoteLag      = 64              // entries that a voter, or who is to become one, may be behind: one append
 	raftPatience    = 2 * time.Second // for raft's main loop to take an entry: it may be waiting for the disk
+	replayPatience  = 5 * time.Second // for Open to apply the end of a sole member's log
 	probeTimeout    = time.Second
 	keepAfterSend   = time.Minute // the log since a snapshot that was sent is kept, for the receiver needs it next
 	goneAfter       = time.Second // of silence, and another member may take its address

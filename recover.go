@@ -487,6 +487,23 @@ func (s *Service) startRaftLocked(ctx context.Context) error {
 	return nil
 }
 
+// awaitOwnLog: whoever opens an embedded store again after a crash finds in it what was acknowledged, which may be in the log only.
+// A cluster of several has to elect a leader first, and that is not waited for.
+func (s *Service) awaitOwnLog(ctx context.Context) {
+	r := s.raft.Load()
+	last, _ := s.wal.last()
+	if v := voters(r.GetConfiguration().Configuration()); len(v) != 1 || string(v[0].ID) != s.ident.id || last <= s.store.meta().applied {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, replayPatience)
+	defer cancel()
+	for s.store.meta().term != r.CurrentTerm() && ctx.Err() == nil {
+		wait, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
+		s.fsm.applied.wait(wait, s.fsm.applied.at()+1)
+		cancel()
+	}
+}
+
 // besideRaft calls what uses the log as raft does in a goroutine of its own: a store call that meets a disk fault parks its
 // goroutine and ends it at close, and that must not be the caller's.
 func besideRaft[T any](ctx context.Context, l *logStore, f func() (T, error)) (T, error) {
