@@ -419,7 +419,7 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 	if err != nil {
 		return aboutFile("install", path, err)
 	}
-	s.fileMu.Lock()
+	s.lockFile()
 	defer s.fileMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -19,17 +19,19 @@ import (
 	"math"
 	"os"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
-// After a flush its goroutine rests seven times as long as that took, so that it never takes more than an eighth of a CPU, and the
-// more there is to write the more of it falls together.
+// A flush rests seven times as long as it works, so that it takes no more than an eighth of a CPU and delays nobody, and the more
+// there is to write the more of it falls together. Whoever waits for the file makes it hurry.
 const (
 	flushRest  = 7
-	restMin    = 20 * time.Millisecond
-	restMax    = time.Second
-	tailEnough = 8 << 20  // bytes of a tail that do not wait for the rest to end
-	tailLimit  = 64 << 20 // bytes that may wait; then commits do
+	flushShift = time.Millisecond      // of work, then it rests
+	flushPause = 20 * time.Millisecond // at least, between two
+	flushAgain = time.Second           // after one that failed
+	tailEnough = 8 << 20               // bytes of a tail for which a flush hurries
+	tailLimit  = 64 << 20              // bytes that may wait; then commits do
 )
 
 // A tail is what some commits have changed, the newest state of each row only.
@@ -175,9 +177,59 @@ func (s *store) sync(ctx context.Context) error {
 
 // flush writes the tail as it is now.
 func (s *store) flush() error {
-	s.fileMu.Lock()
+	s.lockFile()
 	defer s.fileMu.Unlock()
 	return s.flushLocked()
+}
+
+// lockFile locks fileMu. A flush that is resting goes on at once.
+func (s *store) lockFile() {
+	s.pace.waiting.Add(1)
+	defer s.pace.waiting.Add(-1)
+	give(s.press)
+	s.fileMu.Lock()
+}
+
+// A pacer is how a flush rests. fileMu guards what is not atomic.
+type pacer struct {
+	waiting atomic.Int32    // they want fileMu, and no rest
+	press   <-chan struct{} // ends a rest
+	ending  <-chan struct{}
+	timer   *time.Timer // nil: no rests, the flush is somebody's who waits for it
+	began   time.Time   // of this shift
+	steps   int
+}
+
+// rested begins a flush that may rest.
+func (p *pacer) rested() {
+	p.timer, p.began, p.steps = time.NewTimer(0), time.Now(), 0
+	<-p.timer.C
+}
+
+func (p *pacer) hurry() { p.timer = nil }
+
+// step comes after each bit of work.
+func (p *pacer) step() {
+	if p.steps++; p.timer == nil || p.steps%8 != 0 {
+		return
+	}
+	worked := time.Since(p.began)
+	if worked < flushShift {
+		return
+	}
+	if p.waiting.Load() > 0 {
+		p.hurry()
+		return
+	}
+	p.timer.Reset(flushRest * worked)
+	select {
+	case <-p.timer.C:
+		p.began = time.Now()
+	case <-p.press:
+		p.hurry()
+	case <-p.ending:
+		p.hurry()
+	}
 }
 
 // flushLocked needs fileMu.
@@ -272,8 +324,9 @@ func (s *store) putTail(t *tail, m *meta, own map[ownKey]uint64) error {
 		if err := c.putRow(key, t.rows[key]); err != nil {
 			return err
 		}
+		s.pace.step()
 	}
-	if err := c.putPast(t.past, &was, m, own); err != nil {
+	if err := c.putPast(t.past, &was, m, own, s.pace.step); err != nil {
 		return err
 	}
 	for k, put := range t.own {
@@ -328,7 +381,7 @@ func (c *conn) dropMarks(m *meta, own map[ownKey]uint64) error {
 	return nil
 }
 
-// flushWhenDue flushes at once what comes after a rest.
+// flushWhenDue flushes at once what comes after a pause.
 func (s *store) flushWhenDue(ctx context.Context) {
 	s.tailMu.Lock()
 	s.flusher = true
@@ -349,14 +402,17 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		case <-s.ending:
 			return
 		}
-		began := time.Now()
-		err := s.explain("write to", s.flush())
-		rest := min(max(flushRest*time.Since(began), restMin), restMax)
+		s.fileMu.Lock()
+		s.pace.rested()
+		err := s.explain("write to", s.flushLocked())
+		s.pace.hurry()
+		s.fileMu.Unlock()
+		rest := flushPause
 		if err != nil {
 			s.log.Warn("the file falls behind the log", "path", s.path, "err", err)
 			s.uneasy(err)
 			give(s.dirty)
-			rest = restMax
+			rest = flushAgain
 		}
 		select {
 		case <-time.After(rest):
@@ -373,7 +429,7 @@ func (s *store) flushWhenDue(ctx context.Context) {
 // barrier returns when everything that is committed is in the file and on the disk. One commit under synchronous=FULL is the
 // only thing that surely syncs: a checkpoint with nothing to do does not, and neither does a transaction that changes no byte.
 func (s *store) barrier() error {
-	s.fileMu.Lock()
+	s.lockFile()
 	defer s.fileMu.Unlock()
 	return s.explain("sync", s.barrierLocked())
 }
@@ -437,7 +493,7 @@ func (s *store) foreign() (bool, error) {
 // forgive takes the file as someone else has left it, and what was committed since on top: every sum is computed anew. Only where
 // there is no other copy.
 func (s *store) forgive() error {
-	s.fileMu.Lock()
+	s.lockFile()
 	defer s.fileMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -312,6 +312,7 @@ type store struct {
 	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
 	walChecked  int64             // the WAL's size after the writer's last checkpoint
 	foreignly   error             // errForeign, once met: nothing is written to the file as it is
+	pace        pacer
 
 	// mu serializes transactions, and is held from begin to commit or rollback. It is held across a read of a row that memory
 	// does not have, and never across a write to the file.
@@ -373,6 +374,7 @@ func openStore(o storeOptions) (*store, error) {
 		uneasy:  func(error) {},
 	}
 	s.queries, s.damaged = newQuerier(s), func(error) {}
+	s.pace.press, s.pace.ending = s.press, s.ending
 	for range cap(s.readers) {
 		s.readers <- nil
 	}
@@ -572,7 +574,7 @@ func (s *store) close() error {
 	s.stateMu.Unlock()
 	s.working.Wait()
 
-	s.fileMu.Lock()
+	s.lockFile()
 	defer s.fileMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -1089,7 +1091,7 @@ func (s *store) scanChunk(c *conn) (done bool, err error) {
 }
 
 func (s *store) beginChunk(c *conn) (load int, cursor string, err error) {
-	s.fileMu.Lock()
+	s.lockFile()
 	defer s.fileMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
