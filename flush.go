@@ -23,14 +23,15 @@ import (
 	"time"
 )
 
-// A flush rests seven times as long as it works, so that it takes no more than an eighth of a CPU and delays nobody, and the more
-// there is to write the more of it falls together. Whoever waits for the file makes it hurry.
+// A flush rests fifteen times as long as it works, so that it takes a sixteenth of a CPU and delays nobody, and the more there is
+// to write the more of it falls together. The more has come meanwhile the less it rests, and whoever waits for the file makes it
+// hurry.
 const (
-	flushRest  = 7
+	flushRest  = 15
 	flushShift = time.Millisecond      // of work, then it rests
 	flushPause = 20 * time.Millisecond // at least, between two
 	flushAgain = time.Second           // after one that failed
-	tailEnough = 8 << 20               // bytes of a tail for which a flush hurries
+	tailEnough = 8 << 20               // bytes of a tail that leave no time to rest
 	tailLimit  = 64 << 20              // bytes that may wait; then commits do
 )
 
@@ -61,6 +62,7 @@ func (s *store) append(t *storeTx) {
 	m := t.meta
 	w.meta = &m
 	s.commits++
+	s.pace.behind.Store(w.size)
 	give(s.dirty)
 	if w.size > tailEnough {
 		give(s.press)
@@ -193,6 +195,7 @@ func (s *store) lockFile() {
 // A pacer is how a flush rests. fileMu guards what is not atomic.
 type pacer struct {
 	waiting atomic.Int32    // they want fileMu, and no rest
+	behind  atomic.Int64    // bytes that have come since the flush began
 	press   <-chan struct{} // ends a rest
 	ending  <-chan struct{}
 	timer   *time.Timer // nil: no rests, the flush is somebody's who waits for it
@@ -221,7 +224,8 @@ func (p *pacer) step() {
 		p.hurry()
 		return
 	}
-	p.timer.Reset(flushRest * worked)
+	left := 1 - float64(p.behind.Load())/tailEnough // of the tail's room
+	p.timer.Reset(time.Duration(flushRest * left * float64(worked)))
 	select {
 	case <-p.timer.C:
 		p.began = time.Now()
