@@ -31,7 +31,7 @@ const (
 	flushShift = time.Millisecond      // of work, then it rests
 	flushPause = 20 * time.Millisecond // at least, between two
 	flushAgain = time.Second           // after one that failed
-	tailEnough = 8 << 20               // bytes of a tail that leave no time to rest
+	tailEnough = 32 << 20              // bytes of a tail that leave no time to rest
 	tailLimit  = 64 << 20              // bytes that may wait; then commits do
 )
 
@@ -98,7 +98,7 @@ func (w *tail) remember(list []past, m meta) {
 	for _, p := range list {
 		w.size += pastSize(p)
 	}
-	if uint64(len(w.past)) < 2*m.keep+1024 {
+	if uint64(len(w.past)) < m.keep+m.keep/4+1024 {
 		return
 	}
 	n, oldest := 0, m.oldest()
