@@ -53,6 +53,7 @@ type batcher struct {
 	idle      int                // slots that carry nothing
 	formed    time.Time          // when the newest batch was formed
 	gathering bool               // a slot is about to form the next one
+	looking   bool               // lookAgain is due
 	session   uint64             // 0 = not open
 	reopen    chan struct{}      // closed when the session is lost; made anew with each session
 	seq       uint64             // the newest that was given
@@ -154,10 +155,14 @@ func (b *batcher) fullLocked(size int) bool {
 
 // takeLocked forms the next flight out of what waits, if there is a slot and a session.
 func (b *batcher) takeLocked() *flight {
-	if b.idle == 0 || b.session == 0 || len(b.queue) == 0 || b.seq-b.ackedLocked() >= window {
+	if b.gathering || b.idle == 0 || b.session == 0 || len(b.queue) == 0 || b.seq-b.ackedLocked() >= window {
 		return nil
 	}
-	if b.gathering || b.idle < slots && time.Since(b.formed) < slotAfter {
+	if b.idle < slots && time.Since(b.formed) < slotAfter {
+		if !b.looking {
+			b.looking = true
+			time.AfterFunc(slotAfter, b.lookAgain)
+		}
 		return nil
 	}
 	b.formed = time.Now()
@@ -194,6 +199,17 @@ func (b *batcher) takeLocked() *flight {
 	b.idle--
 	b.active[f] = true
 	return f
+}
+
+// lookAgain: what waits for a batch that turns out to be slow goes out beside it.
+func (b *batcher) lookAgain() {
+	b.mu.Lock()
+	b.looking = false
+	f := b.takeLocked()
+	b.mu.Unlock()
+	if f != nil {
+		b.work <- f
+	}
 }
 
 // launch starts a flight in the caller's goroutine where this member leads, and hands it to a slot.
@@ -235,7 +251,7 @@ func (b *batcher) gather(answered int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.gathering = true
-	for len(b.queue) < answered && time.Since(began) < gatherTime {
+	for yields := 0; len(b.queue) < answered && yields < 100 && time.Since(began) < gatherTime; yields++ {
 		b.mu.Unlock()
 		runtime.Gosched()
 		b.mu.Lock()

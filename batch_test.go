@@ -578,6 +578,8 @@ func TestSlotSurvivesUnansweredFuture(t *testing.T) {
 		}
 		for i := range slots {
 			c := l.set(fmt.Sprint("k", i))
+			time.Sleep(2 * slotAfter) // the second batch waits so long for the first
+			synctest.Wait()
 			l.deliver(7, uint64(i+1), outcome{kind: outcomeDone, results: make([]result, 1)})
 			c.verdict(t, nil)
 		}
