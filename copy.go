@@ -27,8 +27,8 @@ import (
 )
 
 // copy begins a consistent copy of the file as of some commit, no older than the last one now.
-func (s *store) copy() (*storeCopy, error) {
-	err := s.sync(context.Background())
+func (s *store) copy(ctx context.Context) (*storeCopy, error) {
+	err := s.sync(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -294,16 +294,16 @@ func (c *storeCopy) endTransaction() error {
 	return err
 }
 
-// backup writes a database that opens by itself, without the checksum that a copy ends with. check may end it early.
-func (s *store) backup(w io.Writer, check func() error) (meta, error) {
-	c, err := s.copy()
+// backup writes a database that opens by itself, without the checksum that a copy ends with. ctx may end it early.
+func (s *store) backup(ctx context.Context, w io.Writer) (meta, error) {
+	c, err := s.copy(ctx)
 	if err != nil {
 		return meta{}, err
 	}
 	defer c.Close()
 	buf := make([]byte, copyPages*pageSize)
 	for left := c.size - sha256.Size; left > 0; {
-		if err := check(); err != nil {
+		if err := ctx.Err(); err != nil {
 			return meta{}, err
 		}
 		n, err := io.ReadFull(c, buf[:min(left, int64(len(buf)))])

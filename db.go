@@ -592,7 +592,7 @@ func (s *Service) Backup(ctx context.Context, w io.Writer) (revision uint64, err
 	if err != nil {
 		return 0, fmt.Errorf("backup: %w", err)
 	}
-	m, err := s.store.backup(w, ctx.Err)
+	m, err := s.store.backup(ctx, w)
 	if err != nil {
 		return 0, fmt.Errorf("backup: %w", err)
 	}

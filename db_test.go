@@ -1234,12 +1234,12 @@ func (g golden) check(t *testing.T, s *Service) {
 		t.Errorf("revision %d, format %d, %d changes kept, the oldest to resume from is %d", m.revision, m.format, m.keep, m.oldest())
 	}
 	var gone *CompactedError
-	if _, err := s.store.changes(oldest - 1); !errors.As(err, &gone) || gone.Oldest != oldest {
+	if _, err := s.store.changes(t.Context(), oldest-1); !errors.As(err, &gone) || gone.Oldest != oldest {
 		t.Errorf("what is before the history: %v", err)
 	}
 	must(t, s.Insert(ctxFor(t, patience), "new", nil))
 	must(t, s.store.sync(t.Context()))
-	list, err := s.store.changes(oldest)
+	list, err := s.store.changes(t.Context(), oldest)
 	must(t, err)
 	next := g.revision + 1
 	want := append(slices.Clone(g.history), fmt.Sprintf(`%d of %[1]d-%[1]d: new = "", made at %[1]d, was 0`, next))

@@ -147,7 +147,8 @@ func (s *store) keepUp() error {
 	return nil
 }
 
-// sync returns when the file has all that is committed now. Whoever begins to read the file calls it first.
+// sync returns when the file has all that is committed now. Whoever begins to read the file calls it first. It is ErrCorrupt if
+// somebody else has written to the file: what was committed since is not in it, and comes only with forgive or install.
 func (s *store) sync(ctx context.Context) error {
 	s.tailMu.RLock()
 	want := s.commits
@@ -160,11 +161,15 @@ func (s *store) sync(ctx context.Context) error {
 		case done:
 			return nil
 		case errors.Is(err, errForeign):
-			return nil // the file is what somebody else has made of it, and is read as it is
+			return fmt.Errorf("%s is behind: %w: %w", s.path, ErrCorrupt, err)
 		case err != nil:
-			return err
+			return s.explain("write to", err)
 		case !flusher:
-			return s.explain("write to", s.flush())
+			err := s.flush()
+			if errors.Is(err, errForeign) {
+				continue
+			}
+			return s.explain("write to", err)
 		}
 		give(s.press)
 		select {
@@ -181,6 +186,9 @@ func (s *store) sync(ctx context.Context) error {
 func (s *store) flush() error {
 	s.lockFile()
 	defer s.fileMu.Unlock()
+	if s.closed { // and with it the connection
+		return ErrClosed
+	}
 	return s.flushLocked()
 }
 

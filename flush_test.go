@@ -134,7 +134,7 @@ func TestTailKeepsTheNewestOnly(t *testing.T) {
 		t.Errorf("the file holds %v at revision %d", rows, m.revision)
 	}
 	m := s.meta()
-	list, err := s.changes(m.oldest())
+	list, err := s.changes(t.Context(), m.oldest())
 	must(t, err)
 	if len(list) < 10 || len(list) > 11 {
 		t.Errorf("%d changes in the history", len(list))
@@ -207,4 +207,84 @@ func TestWaitersHurryTheFlush(t *testing.T) {
 			t.Errorf("%s: the file is at %d of %d", name, m.revision, want.revision)
 		}
 	}
+}
+
+// commitOnly leaves the file behind.
+func commitOnly(t testing.TB, s *store, key, value string) {
+	t.Helper()
+	tx, err := s.begin()
+	must(t, err)
+	setTx(t, tx, key, []byte(value))
+	tx.commit()
+}
+
+// Whoever reads the file never gets one that lacks what was committed, also where it will not come: a shell has written to the file.
+func TestForeignFileIsNoAnswer(t *testing.T) {
+	s := newTestStore(t, -1)
+	put(t, s, "k", "1")
+	must(t, s.flush())
+	shell(t, s.path, "UPDATE kv SET value = 2")
+	commitOnly(t, s, "new", "2")
+	_, err := s.list(t.Context(), span{limit: -1})
+	wantIs(t, "list", err, ErrCorrupt)
+	_, err = s.copy(t.Context())
+	wantIs(t, "copy", err, errForeign)
+	_, err = s.queries.query(t.Context(), t.Context(), "SELECT * FROM kv", nil)
+	wantIs(t, "query", err, errForeign)
+	must(t, s.forgive())
+	l, err := s.list(t.Context(), span{limit: -1})
+	must(t, err)
+	if len(l.page.rows) != 2 {
+		t.Errorf("%d rows after forgive", len(l.page.rows))
+	}
+	l.close()
+}
+
+// A shell that keeps the file delays neither the marks, which the watch over health asks for, nor a close; and what the file did
+// not get leads nobody to the connection that is closed, nor does who wants the file keep the close from ending.
+func TestCloseWhileAShellHoldsTheFile(t *testing.T) {
+	s := newTestStore(t, -1)
+	fill(t, s, 300, 10)
+	must(t, s.flush())
+	must(t, s.writer.pragma("busy_timeout=50"))
+	c, err := openConn(s.path, "mode=rw")
+	must(t, err)
+	defer c.close()
+	must(t, c.exec(qBegin))
+	commitOnly(t, s, "k", "1")
+	if _, err := s.marks(); err != nil {
+		t.Errorf("marks: %v", err)
+	}
+	for range maxLists {
+		s.lists <- struct{}{}
+	}
+	waits := make(chan error, 1)
+	go func() { // a listing that has its turn, and waits for the file
+		<-s.ending
+		eventually(t, patience, "the close is waiting", func() error {
+			if s.mu.TryLock() {
+				defer s.mu.Unlock()
+				if !s.closed {
+					return errors.New("not yet")
+				}
+			}
+			return nil
+		})
+		waits <- s.sync(context.Background())
+		for range maxLists {
+			<-s.lists
+		}
+	}()
+	ended := make(chan error, 1)
+	go func() { ended <- s.close() }()
+	select {
+	case err := <-ended:
+		must(t, err)
+	case <-time.After(patience):
+		t.Fatal("the close does not end")
+	}
+	wantIs(t, "sync beside the close", <-waits, ErrClosed)
+	wantIs(t, "sync after it", s.sync(t.Context()), ErrClosed)
+	_, err = s.begin()
+	wantIs(t, "begin after it", err, ErrClosed)
 }

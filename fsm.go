@@ -703,7 +703,7 @@ func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, erro
 	if s.fsm.paused.Load() {
 		return nil, nil, errors.New("this member's state is being rebuilt and is not sent to others")
 	}
-	c, err := s.fsm.store.copy()
+	c, err := s.fsm.store.copy(context.Background())
 	if err != nil {
 		return nil, nil, err
 	}

@@ -105,7 +105,7 @@ func dumpState(t testing.TB, f *fsm) dump {
 	d.Marks, err = f.store.marks()
 	must(t, err)
 	if d.Meta.format >= historyFormat {
-		list, err := f.store.changes(d.Meta.oldest())
+		list, err := f.store.changes(t.Context(), d.Meta.oldest())
 		must(t, err)
 		for _, p := range list {
 			d.History = append(d.History, p.String())
@@ -873,6 +873,7 @@ func TestMarksOfBoundaries(t *testing.T) {
 	for _, i := range []uint64{3, 1023, 1025, 1026, 2048, 2049, 9000} {
 		f.ApplyBatch([]*raft.Log{command(i, encodeTermStart(firstFormat))})
 	}
+	must(t, f.store.flush())
 	marks, err := f.store.marks()
 	must(t, err)
 	got := ""

@@ -124,7 +124,7 @@ func (t *storeTx) announce() {
 
 // changes reads a page of the history: what came after a revision, in order and without a gap, up to the end of a transaction. It is empty if that one is the
 // newest. If some of it is gone the error is a *CompactedError.
-func (s *store) changes(after uint64) (list []past, err error) {
+func (s *store) changes(ctx context.Context, after uint64) (list []past, err error) {
 	read := func(c *conn) error {
 		list, _, err = c.changesAfter(after)
 		return err
@@ -132,7 +132,7 @@ func (s *store) changes(after uint64) (list []past, err error) {
 	if err = s.read(read); err != nil || len(list) > 0 || after >= s.meta().revision {
 		return list, err
 	}
-	if err = s.sync(context.Background()); err == nil { // the file does not have it yet
+	if err = s.sync(ctx); err == nil { // the file does not have it yet
 		err = s.read(read)
 	}
 	return list, err

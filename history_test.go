@@ -38,7 +38,7 @@ func TestHistoryIsReadInPages(t *testing.T) {
 	s := newHistoryStore(t, 1000)
 	setTimes(t, s, 3*pageRows)
 	for after, n := uint64(0), 0; ; n++ {
-		list, err := s.changes(after)
+		list, err := s.changes(t.Context(), after)
 		must(t, err)
 		for _, p := range list {
 			if p.revision != after+1 || string(p.now.value) != fmt.Sprint(p.revision) || p.previous != after || p.last != p.revision {
@@ -59,10 +59,10 @@ func TestHistoryKeepsTheNewest(t *testing.T) {
 	s := newHistoryStore(t, 10)
 	setTimes(t, s, 25)
 	var gone *CompactedError
-	if _, err := s.changes(14); !errors.As(err, &gone) || gone.Oldest != 15 || !errors.Is(err, ErrCompacted) {
+	if _, err := s.changes(t.Context(), 14); !errors.As(err, &gone) || gone.Oldest != 15 || !errors.Is(err, ErrCompacted) {
 		t.Errorf("changes after 14: %v", err)
 	}
-	list, err := s.changes(15)
+	list, err := s.changes(t.Context(), 15)
 	must(t, err)
 	if len(list) != 10 || list[0].revision != 16 {
 		t.Errorf("%d changes after 15, the first %+v", len(list), list[0])
@@ -111,7 +111,7 @@ func TestHistoryDamage(t *testing.T) {
 			if err := s.scan(t.Context()); !errors.Is(err, ErrCorrupt) {
 				t.Errorf("the scan says %v", err)
 			}
-			if _, err := s.changes(0); !errors.Is(err, ErrCorrupt) {
+			if _, err := s.changes(t.Context(), 0); !errors.Is(err, ErrCorrupt) {
 				t.Errorf("changes says %v", err)
 			}
 		})
@@ -172,11 +172,11 @@ func TestForgivenHistoryBeginsAnew(t *testing.T) {
 	if m.revision != 6 || m.oldest() != 6 || told != 6 {
 		t.Errorf("revision %d, oldest %d, told %d", m.revision, m.oldest(), told)
 	}
-	if _, err := s.changes(5); !errors.Is(err, ErrCompacted) {
+	if _, err := s.changes(t.Context(), 5); !errors.Is(err, ErrCompacted) {
 		t.Errorf("changes after 5: %v", err)
 	}
 	setTimes(t, s, 1)
-	list, err := s.changes(6)
+	list, err := s.changes(t.Context(), 6)
 	must(t, err)
 	if len(list) != 1 || list[0].revision != 7 {
 		t.Errorf("changes after 6: %v", list)

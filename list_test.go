@@ -535,7 +535,7 @@ func TestListingOutlivesAnInstall(t *testing.T) {
 		want := rest(t, beginListing(t, s, span{limit: -1}))
 		l := beginListing(t, s, span{limit: -1})
 		path := filepath.Join(t.TempDir(), "snap.incoming")
-		c, err := other.copy()
+		c, err := other.copy(t.Context())
 		must(t, err)
 		defer c.Close()
 		m, err := receive(path, c)

@@ -396,7 +396,7 @@ func (s *Service) serveState(ctx context.Context, w io.Writer) error {
 	if err := s.fsm.applied.wait(ctx, at.index); err != nil {
 		return err
 	}
-	c, err := s.store.copy()
+	c, err := s.store.copy(ctx)
 	if err != nil {
 		return err
 	}

@@ -574,18 +574,11 @@ func (s *store) close() error {
 	s.stateMu.Unlock()
 	s.working.Wait()
 
-	s.lockFile()
-	defer s.fileMu.Unlock()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
+	ended, behind := s.endWrites()
+	if ended {
 		return nil
 	}
-	s.closed = true
-	behind := s.flushLocked()
-	if behind != nil {
-		behind = fmt.Errorf("the last changes are in the log only: %w", behind)
-	}
+	// Without fileMu, for which whoever is waited for here may be waiting.
 	for _, h := range s.openHolds() {
 		h.close()
 	}
@@ -598,7 +591,35 @@ func (s *store) close() error {
 			r.close()
 		}
 	}
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
 	return s.explain("close", errors.Join(behind, s.closeWriter()))
+}
+
+// endWrites flushes for the last time. What the file does not get is in the log, and whoever keeps the file's lock delays no close.
+func (s *store) endWrites() (ended bool, err error) {
+	s.lockFile()
+	defer s.fileMu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return true, nil
+	}
+	s.closed = true
+	if s.failed.Load() == nil {
+		err = s.writer.pragma("busy_timeout=500")
+	}
+	if err == nil {
+		err = s.flushLocked()
+	}
+	switch {
+	case isBusy(err), errors.Is(err, errForeign):
+		s.log.Warn("the last changes are in the log only", "path", s.path, "err", err)
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("the last changes are in the log only: %w", err)
+	}
+	return false, nil
 }
 
 // closeWriter ends WAL mode. A shell that reads the file just now can prevent that: then the WAL stays, which is as safe,
@@ -610,9 +631,6 @@ func (s *store) closeWriter() error {
 		return nil
 	}
 	err := s.writer.pragma("synchronous=FULL")
-	if err == nil {
-		err = s.writer.pragma("busy_timeout=500")
-	}
 	if err == nil {
 		_, err = s.writer.one(qTruncate)
 	}
@@ -877,8 +895,9 @@ func (s *store) removed() (map[string]uint64, error) {
 	return ids, err
 }
 
+// marks is for comparing with others, who have not all of them either: it never waits for the file.
 func (s *store) marks() (marks []mark, err error) {
-	err = s.readNow(func(c *conn) error {
+	err = s.read(func(c *conn) error {
 		return c.eachMark(func(m mark, h uint64) error {
 			marks = append(marks, m)
 			return nil

@@ -314,7 +314,7 @@ func TestCloseLeavesOneFile(t *testing.T) {
 	keepUp(t, s)
 	put(t, s, "a", "1")
 	wantValue(t, s, "a", "1")
-	c, err := s.copy()
+	c, err := s.copy(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -769,7 +769,7 @@ func TestBarrierSyncs(t *testing.T) {
 
 func receiveCopy(t testing.TB, s *store) (meta, error) {
 	t.Helper()
-	c, err := s.copy()
+	c, err := s.copy(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -809,7 +809,7 @@ func TestCopyUnderWritesIsOfOneMoment(t *testing.T) {
 	}()
 	defer func() { close(stop); <-done }()
 	for range 5 {
-		c, err := s.copy()
+		c, err := s.copy(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -840,7 +840,7 @@ func TestCopyUnderWritesIsOfOneMoment(t *testing.T) {
 func TestReceiveRefusesBadStreams(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	fill(t, s, 200, 50)
-	c, err := s.copy()
+	c, err := s.copy(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -894,7 +894,7 @@ func TestBackupOpensWithSqlite3(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := s.backup(f, func() error { return nil })
+	m, err := s.backup(t.Context(), f)
 	if err != nil || m.keys != 300 {
 		t.Fatalf("backup = %+v, %v", m, err)
 	}
@@ -904,8 +904,9 @@ func TestBackupOpensWithSqlite3(t *testing.T) {
 	if _, err := checkFile(path); err != nil {
 		t.Fatal(err)
 	}
-	enough := errors.New("enough")
-	if _, err := s.backup(io.Discard, func() error { return enough }); err != enough {
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if _, err := s.backup(ended, io.Discard); err != context.Canceled {
 		t.Fatalf("backup that is to stop: %v", err)
 	}
 	tool, err := exec.LookPath("sqlite3")
@@ -949,7 +950,7 @@ func TestInstallReplacesEverythingAtOnce(t *testing.T) {
 		put(t, s, fmt.Sprintf("old/%d", i), "old")
 	}
 	apply(t, s, func(tx *storeTx) { tx.allow("old") })
-	c, err := leader.copy()
+	c, err := leader.copy(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1093,7 +1094,7 @@ func TestWALStaysSmall(t *testing.T) {
 func TestPinnedCountsWhatACopyHolds(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	put(t, s, "a", "1")
-	c, err := s.copy()
+	c, err := s.copy(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1282,7 +1283,7 @@ func TestSlowCopyLetsGoOfTheWAL(t *testing.T) {
 	for i := range 4 {
 		write(i)
 	}
-	c, err := s.copy()
+	c, err := s.copy(t.Context())
 	must(t, err)
 	defer c.Close()
 	want := s.meta()

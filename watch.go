@@ -340,7 +340,7 @@ func (w *watcher) stretch() (stretch, error) {
 	case <-w.ctx.Done():
 		return stretch{}, context.Cause(w.ctx)
 	}
-	list, err := w.s.store.changes(w.cursor)
+	list, err := w.s.store.changes(w.ctx, w.cursor)
 	if err != nil {
 		return stretch{}, err
 	}

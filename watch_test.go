@@ -101,7 +101,7 @@ func transact(t testing.TB, s *Service, ops ...Op) uint64 {
 func pasts(t testing.TB, s *Service, after uint64) (all []past) {
 	t.Helper()
 	for {
-		list, err := s.store.changes(after)
+		list, err := s.store.changes(t.Context(), after)
 		must(t, err)
 		if len(list) == 0 {
 			return all
