@@ -159,10 +159,7 @@ func (b *batcher) takeLocked() *flight {
 		return nil
 	}
 	if b.idle < slots && time.Since(b.formed) < slotAfter {
-		if !b.looking {
-			b.looking = true
-			time.AfterFunc(slotAfter, b.lookAgain)
-		}
+		b.lookLaterLocked()
 		return nil
 	}
 	b.formed = time.Now()
@@ -198,7 +195,17 @@ func (b *batcher) takeLocked() *flight {
 	f.size = len(f.txs)
 	b.idle--
 	b.active[f] = true
+	if len(b.queue) > 0 && b.idle > 0 { // those who wait for the rest may be all that there are: no newcomer would look
+		b.lookLaterLocked()
+	}
 	return f
+}
+
+func (b *batcher) lookLaterLocked() {
+	if !b.looking {
+		b.looking = true
+		time.AfterFunc(slotAfter, b.lookAgain)
+	}
 }
 
 // lookAgain: what waits for a batch that turns out to be slow goes out beside it.

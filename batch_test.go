@@ -223,6 +223,7 @@ func TestWaitingWritesTravelTogether(t *testing.T) {
 		}
 		second.settle()
 		b.verdict(t, nil)
+		synctest.Wait() // the slot may still gather
 		if !l.empty() {
 			t.Error("everybody has an answer and the batcher is not empty")
 		}
@@ -255,6 +256,35 @@ func TestBatchLimits(t *testing.T) {
 			calls = append(calls, l.set("small"), l.submitOp(op{kind: opSet, key: "large", value: make([]byte, maxBatch+1)}), l.set("small too"))
 			l.drainAll(t, calls, sent, []int{1, 1, 1})
 		})
+	})
+}
+
+// What a batch leaves in the queue must not wait for that batch, though nobody else comes.
+func TestTheRestGoesOutBesideASlowBatch(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		first := l.set("first")
+		sent := l.next()
+		l.mu.Lock()
+		l.gathering = true // so that nothing but the end of this batch moves the queue
+		l.mu.Unlock()
+		calls := []*call{first}
+		for i := range slots {
+			calls = append(calls, l.submitOp(op{kind: opSet, key: fmt.Sprint("k", i), value: make([]byte, maxBatch)}))
+		}
+		l.mu.Lock()
+		l.gathering = false
+		l.mu.Unlock()
+		sent.settle()
+		var slow []*sending
+		for range slots {
+			slow = append(slow, l.next())
+		}
+		for _, s := range slow {
+			s.settle()
+		}
+		for _, c := range calls {
+			c.verdict(t, nil)
+		}
 	})
 }
 
