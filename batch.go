@@ -19,7 +19,7 @@ import (
 
 const (
 	slots       = 2                      // batches in flight
-	slotAfter   = 2 * time.Millisecond   // the second goes out beside the first if that takes longer
+	slotAfter   = 5 * time.Millisecond   // the second goes out beside the first if that takes longer
 	gatherFrom  = 4                      // answers at once
 	gatherTime  = 100 * time.Microsecond // at most
 	queueLimit  = 16384                  // transactions that wait; then callers wait, until their context ends

@@ -28,11 +28,11 @@ import (
 // hurry.
 const (
 	flushRest  = 15
-	flushShift = time.Millisecond      // of work, then it rests
-	flushPause = 20 * time.Millisecond // at least, between two
-	flushAgain = time.Second           // after one that failed
-	tailEnough = 32 << 20              // bytes of a tail that leave no time to rest
-	tailLimit  = 64 << 20              // bytes that may wait; then commits do
+	flushShift = time.Millisecond       // of work, then it rests
+	flushPause = 100 * time.Millisecond // at least, between two
+	flushAgain = time.Second            // after one that failed
+	tailEnough = 32 << 20               // bytes of a tail that leave no time to rest
+	tailLimit  = 64 << 20               // bytes that may wait; then commits do
 )
 
 // A tail is what some commits have changed, the newest state of each row only.

@@ -288,3 +288,45 @@ func TestCloseWhileAShellHoldsTheFile(t *testing.T) {
 	_, err = s.begin()
 	wantIs(t, "begin after it", err, ErrClosed)
 }
+
+// BenchmarkFlush is what a changed row costs when it gets into the file, with the change in the history, by how many of how many
+// keys fall together.
+func BenchmarkFlush(b *testing.B) {
+	for _, keys := range []int{1_000, 10_000, 100_000} {
+		for _, rows := range []int{1, 64, 1_000, 10_000} {
+			if rows > keys {
+				continue
+			}
+			b.Run(fmt.Sprintf("keys=%d/rows=%d", keys, rows), func(b *testing.B) {
+				s := newHistoryStore(b, 10_000)
+				key := func(i int) string { return fmt.Sprintf("bench/key/%014d", i) }
+				change := func(n int, key func(i int) string) {
+					tx, err := s.begin()
+					must(b, err)
+					value := []byte(strings.Repeat("v", 256))
+					for i := range n {
+						setTx(b, tx, key(i), value)
+					}
+					tx.endChanges()
+					tx.commit()
+					must(b, s.flush())
+				}
+				change(keys, key)
+				b.ResetTimer()
+				for range b.N {
+					b.StopTimer()
+					tx, err := s.begin()
+					must(b, err)
+					for range rows {
+						setTx(b, tx, key(rand.IntN(keys)), []byte(strings.Repeat("w", 256)))
+					}
+					tx.endChanges()
+					tx.commit()
+					b.StartTimer()
+					must(b, s.flush())
+				}
+				b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*rows), "µs/row")
+			})
+		}
+	}
+}

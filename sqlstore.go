@@ -35,8 +35,9 @@ const (
 	pageSize      = 4096
 	keptMarks     = 64
 
-	walLimit      = 16 << 20 // the writer itself checkpoints above this, and SQLite cuts the file to this
-	walBackground = 4 << 20  // another connection checkpoints when this much of the WAL waits
+	walLimit      = 24 << 20 // the writer itself checkpoints above this
+	walBackground = 16 << 20 // another connection checkpoints when this much of the WAL waits
+	walKept       = 16 << 20 // SQLite cuts the file to this when it begins anew
 	walAgain      = 4 << 20  // while a reader keeps the WAL from restarting, the writer checkpoints once per this growth
 
 	pinLimit = 32 << 20 // WAL that a copy or a listing may keep from restarting; then what is left of it moves into a file
@@ -531,7 +532,7 @@ func checkIdentity(application, version, page int64) error {
 }
 
 func (s *store) openWriter() error {
-	c, err := openConn(s.path, "mode=rw", "trusted_schema=OFF", "cache_size=-8000")
+	c, err := openConn(s.path, "mode=rw", "trusted_schema=OFF", "cache_size=-16000")
 	if err != nil {
 		return err
 	}
@@ -546,7 +547,7 @@ func (s *store) openWriter() error {
 	if mode != "wal" {
 		return fmt.Errorf("journal mode is %s, not wal", mode)
 	}
-	for _, pragma := range []string{"synchronous=NORMAL", "wal_autocheckpoint=0", fmt.Sprintf("journal_size_limit=%d", walLimit)} {
+	for _, pragma := range []string{"synchronous=NORMAL", "wal_autocheckpoint=0", fmt.Sprintf("journal_size_limit=%d", walKept)} {
 		if err := c.pragma(pragma); err != nil {
 			return err
 		}
