@@ -441,7 +441,7 @@ func await(ctx context.Context, f raft.Future) error {
 // limited gives a context without a deadline the configured one.
 func (s *Service) limited(ctx context.Context) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
-		return context.WithCancel(ctx)
+		return ctx, func() {}
 	}
 	return context.WithTimeout(ctx, s.conf.Timeout)
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/tidwall/btree"
 )
 
-// itemOverhead is what an entry costs beside its bytes: the item, two headers and its share of a tree node.
-const itemOverhead = 96
+// itemOverhead is what an entry costs beside its bytes: the item, two headers and its share of a tree node and of the map.
+const itemOverhead = 144
 
 // An item is a row as it was committed. It never changes: a new version of the row is a new item.
 type item struct {
@@ -54,7 +54,8 @@ type memory struct {
 
 	mu      sync.RWMutex // guards the fields below; never held across I/O
 	tree    *btree.Map[string, *item]
-	size    int64 // of the tree, with overhead
+	byKey   map[string]*item // the same items, for those who ask for one
+	size    int64            // of both, with overhead
 	load    int   // number of the current load: a chunk of an earlier one is thrown away
 	cursor  string
 	ended   bool // everything is covered
@@ -78,10 +79,10 @@ func (m *memory) reset(estimate int64) {
 	m.load++
 	m.cursor, m.ended, m.sum, m.keys, m.size = "", false, 0, 0, 0
 	m.reading, m.pending = false, nil
-	m.tree = btree.NewMap[string, *item](0)
+	m.tree, m.byKey = btree.NewMap[string, *item](0), make(map[string]*item)
 	m.state.Store(int32(memoryLoading))
 	if m.budget < 0 {
-		m.tree = nil
+		m.tree, m.byKey = nil, nil
 	} else if estimate > m.budget {
 		m.dropLocked(estimate)
 	}
@@ -111,8 +112,7 @@ func (m *memory) item(key string) (it *item, whole bool) {
 	if !m.whole() {
 		return nil, false
 	}
-	it, _ = m.tree.Get(key)
-	return it, true
+	return m.byKey[key], true
 }
 
 // list takes the first page of a range as of one moment, and its revision. If there is more, snapshot is where it is read
@@ -181,9 +181,11 @@ func (m *memory) applyLocked(c change) {
 	var old *item
 	if c.now != nil {
 		old, _ = m.tree.Set(c.key, c.now)
+		m.byKey[c.key] = c.now
 		m.size += itemSize(c.key, c.now)
 	} else {
 		old, _ = m.tree.Delete(c.key)
+		delete(m.byKey, c.key)
 	}
 	if old != nil {
 		m.size -= itemSize(c.key, old)
@@ -203,7 +205,7 @@ func (m *memory) checkBudgetLocked() {
 // dropLocked goes on following the sum: the scan verifies the file with or without a copy.
 func (m *memory) dropLocked(size int64) {
 	m.state.Store(int32(memoryDropped))
-	m.tree = nil
+	m.tree, m.byKey = nil, nil
 	m.log.Info("rows are read from SQLite: they do not fit in memory", "bytes", size, "budget", m.budget)
 }
 
