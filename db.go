@@ -30,7 +30,8 @@
 //	sqlite3 -readonly /var/lib/app/quorate/snap 'select key, value, version from kv'
 //	sqlite3 -readonly /var/lib/app/quorate/snap 'select revision, key, value, deleted from history'
 //
-// The same file is the snapshot that a lagging member receives, and the backup.
+// It follows what is acknowledged by a moment, or by a second or two under full load; Query, List and Backup miss nothing. The same
+// file is the snapshot that a lagging member receives, and the backup.
 //
 // # What it is not for
 //
@@ -41,8 +42,8 @@
 // # Reading the code
 //
 // One Set: db.go (the call) → tx.go (its limits and its verdict) → op.go (its bytes) → batch.go (one entry for all that wait) →
-// raft and logstore.go (the log) → fsm.go (apply) → sqlstore.go, conn.go and memory.go (the rows), history.go (the changes). One
-// Get: view.go (the call) → read.go (the round) → memory.go. What else reads: list.go, watch.go, query.go. The other rooms: peer.go,
+// raft and logstore.go (the log), ahead.go (to the others meanwhile) → fsm.go (apply) → sqlstore.go and memory.go (the state) →
+// the answer; flush.go, conn.go and history.go (the file, a little later). One Get: view.go (the call) → read.go (the round) → memory.go. What else reads: list.go, watch.go, query.go. The other rooms: peer.go,
 // transport.go, ahead.go and frame.go (how members talk), member.go (who takes part), identity.go (who this member is), recover.go (how a
 // directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft says).
 package quorate

@@ -1,19 +1,19 @@
 package quorate
 
-// Raft's state machine: committed entries become transactions on the store, and the store's file is raft's snapshot. It
+// Raft's state machine: committed entries become transactions on the store, whose file follows and is raft's snapshot. It
 // owns what an operation means. Control comes from raft (ApplyBatch, Snapshot, Restore on its one goroutine) and goes on
 // to sqlstore.go; answers go to the batcher through the delivered function. It knows nothing of the network and reads no
 // clock and no randomness: apply is a function of the rows and the entry.
 //
 // Invariants, cited by number where the code relies on them:
 //
-//	(1) A row and the index of the entry that caused it commit in one transaction.
+//	(1) A row and the index of the entry that caused it get into the file in one transaction: it is the state at its index.
 //	(2) Apply is a function of (rows, entry) and of nothing else, so all members that applied an index hold equal rows.
-//	(3) A storage error inside apply is never an answer to a caller: the transaction is tried again or the member stops.
+//	(3) A storage error is never an answer to a caller: what could not be written is tried again, and apply waits, or stops.
 //	(4) Raft truncates its log only up to an index that a synced commit of the file covers.
 //	(5) The directory holds the old state or the new one at every instant; an install is one transaction.
 //	(6) A batch takes effect at most once, however often it is in the log.
-//	(7) Publish order: COMMIT, memory, applied index, answers. Whoever has its answer reads its effect.
+//	(7) Publish order: tail, memory, applied index, answers. Whoever has its answer reads its effect, in the file after a sync.
 
 import (
 	"bytes"
@@ -136,7 +136,7 @@ func (f *fsm) reload() error {
 // Apply exists for the interface; raft calls ApplyBatch.
 func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 
-// ApplyBatch applies committed entries in one transaction (1). Each answer is an outcome, or nil when the member is
+// ApplyBatch applies committed entries in one transaction. Each answer is an outcome, or nil when the member is
 // closing or the entry was part of the state already: then nothing is known here, and the sender asks again.
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
