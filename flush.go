@@ -446,6 +446,15 @@ func (s *store) barrier() error {
 	return s.explain("sync", s.barrierLocked())
 }
 
+// calmBarrier is barrier for whoever does not mind that it rests.
+func (s *store) calmBarrier() error {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	s.pace.rested()
+	defer s.pace.hurry()
+	return s.explain("sync", s.barrierLocked())
+}
+
 // barrierLocked needs fileMu.
 func (s *store) barrierLocked() error {
 	if s.closed {

@@ -595,7 +595,7 @@ func (s fsmSnapshot) Persist(sink raft.SnapshotSink) error {
 	if at := s.fsm.store.meta().applied; at < local.index {
 		return fmt.Errorf("raft has handed out index %d and the state ends at %d", local.index, at)
 	}
-	if err := s.fsm.store.barrier(); err != nil {
+	if err := s.fsm.store.calmBarrier(); err != nil { // nobody waits for it
 		s.fsm.blame(err)
 		return fmt.Errorf("sync the state before the log is truncated: %w", err)
 	}

@@ -56,7 +56,7 @@ type memory struct {
 	tree    *btree.Map[string, *item]
 	byKey   map[string]*item // the same items, for those who ask for one
 	size    int64            // of both, with overhead
-	load    int   // number of the current load: a chunk of an earlier one is thrown away
+	load    int              // number of the current load: a chunk of an earlier one is thrown away
 	cursor  string
 	ended   bool // everything is covered
 	sum     uint64
