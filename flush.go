@@ -29,6 +29,7 @@ import (
 const (
 	flushRest  = 15
 	flushShift = time.Millisecond       // of work, then it rests
+	flushNap   = 100 * time.Millisecond // at most: a step that the disk has held up is no reason to rest for a minute
 	flushPause = 100 * time.Millisecond // at least, between two
 	flushAgain = time.Second            // after one that failed
 	tailEnough = 32 << 20               // bytes of a tail that leave no time to rest
@@ -233,7 +234,7 @@ func (p *pacer) step() {
 		return
 	}
 	left := 1 - float64(p.behind.Load())/tailEnough // of the tail's room
-	p.timer.Reset(time.Duration(flushRest * left * float64(worked)))
+	p.timer.Reset(min(time.Duration(flushRest*left*float64(worked)), flushNap))
 	select {
 	case <-p.timer.C:
 		p.began = time.Now()
@@ -299,11 +300,13 @@ func (s *store) transact(f func(m *meta, own map[ownKey]uint64) error) error {
 	m, own := *s.inFile.Load(), maps.Clone(s.own)
 	err := s.checkForeign()
 	if err == nil {
+		s.sealed.Store(true)
 		err = f(&m, own)
 	}
 	if err == nil {
 		err = s.writer.writeMeta(&m)
 	}
+	s.sealed.Store(false)
 	if err == nil {
 		err = s.writer.exec(qCommit)
 	}
@@ -418,14 +421,14 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		s.pace.rested()
 		err := s.explain("write to", s.flushLocked())
 		s.pace.hurry()
-		s.fileMu.Unlock()
 		rest := flushPause
 		if err != nil {
 			s.log.Warn("the file falls behind the log", "path", s.path, "err", err)
-			s.uneasy(err)
+			s.uneasy(err) // before anyone can mend it
 			give(s.dirty)
 			rest = flushAgain
 		}
+		s.fileMu.Unlock()
 		select {
 		case <-time.After(rest):
 		case <-s.press:

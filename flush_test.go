@@ -147,6 +147,11 @@ func TestShellHoldsTheFile(t *testing.T) {
 	put(t, s, "k", "0")
 	must(t, s.writer.pragma("busy_timeout=10"))
 	keepUp(t, s)
+	soon(t, "maintain runs", func() bool {
+		s.tailMu.RLock()
+		defer s.tailMu.RUnlock()
+		return s.flusher
+	})
 	c, err := openConn(s.path, "mode=rw")
 	must(t, err)
 	defer c.close()
@@ -183,6 +188,29 @@ func TestShellHoldsTheFile(t *testing.T) {
 		t.Errorf("the file holds %v, %v", it, err)
 	}
 	must(t, commit("k", "100"))
+}
+
+// What a shell has deleted looks like what was never there, and no answer may be made of it; with a flush open there is no shell.
+func TestRowsOfSomebodyElse(t *testing.T) {
+	s := newTestStore(t, -1)
+	put(t, s, "k", "1")
+	look := func() error {
+		tx, err := s.begin()
+		must(t, err)
+		defer tx.rollback()
+		_, _, err = tx.row("k")
+		must(t, err)
+		return tx.sound()
+	}
+	must(t, look())
+	s.fileMu.Lock()
+	wantIs(t, "while somebody has the file", look(), errAgain)
+	must(t, s.transact(func(*meta, map[ownKey]uint64) error { return look() }))
+	s.fileMu.Unlock()
+	shell(t, s.path, "DELETE FROM kv WHERE key = 'k'")
+	wantIs(t, "after a shell's deletion", look(), errForeign)
+	must(t, s.forgive())
+	must(t, look())
 }
 
 // A flush rests while nobody waits for it, and whoever comes makes it hurry.

@@ -155,6 +155,8 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 // recovers waits until an apply that failed may be tried again; false when the member closes first.
 func (f *fsm) recovers(err error, wait time.Duration) bool {
 	switch {
+	case errors.Is(err, errAgain):
+		wait = time.Millisecond
 	case errors.Is(err, errPaused):
 		wait = min(wait, 50*time.Millisecond)
 	case isIO(err): // the store remembers it, and no try after it can succeed
@@ -211,9 +213,15 @@ func (f *fsm) tryApply(logs []*raft.Log) ([]any, error) {
 		}
 		answers[i] = o
 	}
+	if err := tx.sound(); err != nil {
+		tx.rollback()
+		return nil, err
+	}
 	a.keepSessions()
 	tx.commit()
-	f.fault(nil)
+	if f.store.failed.Load() == nil {
+		f.fault(nil)
+	}
 	a.publish()
 	for _, d := range a.deliveries {
 		f.delivered(d.session, d.seq, d.outcome)

@@ -231,6 +231,8 @@ var queryText = [queries]string{
 	qFixHistory:   `UPDATE quorate_history SET sum = ?2 WHERE id = ?1`,
 }
 
+var errAgain = errors.New("the file is in use for a moment")
+
 // errForeign: another connection, most likely a sqlite3 shell, has committed to our file. From then on nothing is written to it
 // until forgive or install mends it.
 var errForeign = errors.New("another program has written to the database")
@@ -313,6 +315,7 @@ type store struct {
 	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
 	walChecked  int64             // the WAL's size after the writer's last checkpoint
 	foreignly   error             // errForeign, once met: nothing is written to the file as it is
+	sealed      atomic.Bool       // a transaction of ours is open, and before it nobody else had committed
 	pace        pacer
 
 	// mu serializes transactions, and is held from begin to commit or rollback. It is held across a read of a row that memory
@@ -678,6 +681,7 @@ type storeTx struct {
 	past    []past   // every change, in order
 	sealed  int      // of past, those whose transaction has ended
 	own     map[ownKey]ownPut
+	read    bool // rows of the file, which somebody else may have changed
 	done    bool // committed or rolled back: mu is not held any more
 }
 
@@ -729,6 +733,7 @@ func (t *storeTx) look(key string) (view, error) {
 	if err != nil {
 		return view{}, t.s.note(err)
 	}
+	t.read = true
 	v := view{was: it, now: it}
 	t.view[key] = v
 	return v, nil
@@ -821,6 +826,24 @@ func (t *storeTx) private(k ownKey, put ownPut) {
 		t.own = make(map[ownKey]ownPut)
 	}
 	t.own[k] = put
+}
+
+// sound tells, before commit, whether the rows that were read from the file are ours: a shell's deletion leaves no wrong hash.
+// errAgain: roll back and begin again; somebody who wants the state to stand still has the file.
+func (t *storeTx) sound() error {
+	if !t.read {
+		return nil
+	}
+	for end := time.Now().Add(20 * time.Millisecond); time.Now().Before(end); time.Sleep(100 * time.Microsecond) {
+		if t.s.sealed.Load() { // a flush is open: it has asked, and nobody else can commit before it does
+			return nil
+		}
+		if t.s.fileMu.TryLock() {
+			defer t.s.fileMu.Unlock()
+			return t.s.explain("read", t.s.note(t.s.checkForeign()))
+		}
+	}
+	return errAgain
 }
 
 // commit publishes in the order that readers rely on: what is on its way to the file, memory, meta.
