@@ -206,7 +206,7 @@ type pacer struct {
 	waiting atomic.Int32    // they want fileMu, and no rest
 	behind  atomic.Int64    // bytes that have come since the flush began
 	press   <-chan struct{} // ends a rest
-	ending  <-chan struct{}
+	ending  <-chan struct{} // closed when maintain is to end: no more rests
 	timer   *time.Timer // nil: no rests, the flush is somebody's who waits for it
 	began   time.Time   // of this shift
 	steps   int
@@ -398,6 +398,9 @@ func (c *conn) dropMarks(m *meta, own map[ownKey]uint64) error {
 
 // flushWhenDue flushes at once what comes after a pause.
 func (s *store) flushWhenDue(ctx context.Context) {
+	s.fileMu.Lock()
+	s.pace.ending = ctx.Done()
+	s.fileMu.Unlock()
 	s.tailMu.Lock()
 	s.flusher = true
 	s.tailMu.Unlock()

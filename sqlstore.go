@@ -378,7 +378,7 @@ func openStore(o storeOptions) (*store, error) {
 		uneasy:  func(error) {},
 	}
 	s.queries, s.damaged = newQuerier(s), func(error) {}
-	s.pace.press, s.pace.ending = s.press, s.ending
+	s.pace.press, s.pace.ending = s.press, s.ending // until maintain runs
 	for range cap(s.readers) {
 		s.readers <- nil
 	}
