@@ -207,8 +207,8 @@ type pacer struct {
 	behind  atomic.Int64    // bytes that have come since the flush began
 	press   <-chan struct{} // ends a rest
 	ending  <-chan struct{} // closed when maintain is to end: no more rests
-	timer   *time.Timer // nil: no rests, the flush is somebody's who waits for it
-	began   time.Time   // of this shift
+	timer   *time.Timer     // nil: no rests, the flush is somebody's who waits for it
+	began   time.Time       // of this shift
 	steps   int
 }
 
