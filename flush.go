@@ -207,22 +207,19 @@ type pacer struct {
 	behind  atomic.Int64    // bytes that have come since the flush began
 	press   <-chan struct{} // ends a rest
 	ending  <-chan struct{} // closed when maintain is to end: no more rests
-	timer   *time.Timer     // nil: no rests, the flush is somebody's who waits for it
+	rests   bool            // the flush is nobody's who waits for it
 	began   time.Time       // of this shift
 	steps   int
 }
 
 // rested begins a flush that may rest.
-func (p *pacer) rested() {
-	p.timer, p.began, p.steps = time.NewTimer(0), time.Now(), 0
-	<-p.timer.C
-}
+func (p *pacer) rested() { p.rests, p.began, p.steps = true, time.Now(), 0 }
 
-func (p *pacer) hurry() { p.timer = nil }
+func (p *pacer) hurry() { p.rests = false }
 
 // step comes after each bit of work.
 func (p *pacer) step() {
-	if p.steps++; p.timer == nil || p.steps%8 != 0 {
+	if p.steps++; !p.rests || p.steps%8 != 0 {
 		return
 	}
 	worked := time.Since(p.began)
@@ -234,9 +231,8 @@ func (p *pacer) step() {
 		return
 	}
 	left := 1 - float64(p.behind.Load())/tailEnough // of the tail's room
-	p.timer.Reset(min(time.Duration(flushRest*left*float64(worked)), flushNap))
 	select {
-	case <-p.timer.C:
+	case <-time.After(min(time.Duration(flushRest*left*float64(worked)), flushNap)):
 		p.began = time.Now()
 	case <-p.press:
 		p.hurry()

@@ -606,12 +606,19 @@ func TestHistory(t *testing.T) {
 	}
 	leave()
 	watchers.Wait()
-	rows := readHistory(t, list[0].dir)
-	for _, p := range list[1:] {
-		if other := readHistory(t, p.dir); !reflect.DeepEqual(other, rows) {
-			t.Errorf("two members have %d and %d changes, or others", len(rows), len(other))
+	var rows []written
+	eventually(t, patience, "files that are equal and have everything", func() error {
+		rows = readHistory(t, list[0].dir)
+		if n := len(rows); n == 0 || rows[n-1].Revision != last {
+			return fmt.Errorf("%d changes, and none at %d", n, last)
 		}
-	}
+		for _, p := range list[1:] {
+			if other := readHistory(t, p.dir); !reflect.DeepEqual(other, rows) {
+				return fmt.Errorf("two members have %d and %d changes, or others", len(rows), len(other))
+			}
+		}
+		return nil
+	})
 	for g := range h.groups() {
 		h.make(t, 99, list[0].do, asked{op: "list", key: g + "/"})
 		want := list[0].must(order{Op: "local", Key: g + "/"}).Entries
