@@ -30,6 +30,7 @@ const (
 	flushRest  = 15
 	flushShift = time.Millisecond       // of work, then it rests
 	flushNap   = 100 * time.Millisecond // at most: a step that the disk has held up is no reason to rest for a minute
+	flushLate  = 2 * time.Second        // after its begin a flush rests no more, so that the file is not far behind
 	flushPause = 100 * time.Millisecond // at least, between two
 	flushAgain = time.Second            // after one that failed
 	tailEnough = 32 << 20               // bytes of a tail that leave no time to rest
@@ -209,11 +210,15 @@ type pacer struct {
 	ending  <-chan struct{} // closed when maintain is to end: no more rests
 	rests   bool            // the flush is nobody's who waits for it
 	began   time.Time       // of this shift
+	until   time.Time       // no rest after this
 	steps   int
 }
 
 // rested begins a flush that may rest.
-func (p *pacer) rested() { p.rests, p.began, p.steps = true, time.Now(), 0 }
+func (p *pacer) rested() {
+	now := time.Now()
+	p.rests, p.began, p.until, p.steps = true, now, now.Add(flushLate), 0
+}
 
 func (p *pacer) hurry() { p.rests = false }
 
@@ -226,7 +231,7 @@ func (p *pacer) step() {
 	if worked < flushShift {
 		return
 	}
-	if p.waiting.Load() > 0 {
+	if p.waiting.Load() > 0 || time.Now().After(p.until) {
 		p.hurry()
 		return
 	}
