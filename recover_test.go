@@ -229,9 +229,9 @@ func cutLog(s *Service, past uint64) error {
 	if err := r.ReloadConfig(conf); err != nil {
 		return err
 	}
-	if err := s.store.flush(); err != nil { // or the snapshot takes its time for it, and the log grows meanwhile
-		return err
-	}
+	s.store.pace.waiting.Add(1) // or the file takes its time for the snapshot, and the log grows meanwhile
+	defer s.store.pace.waiting.Add(-1)
+	give(s.store.press)
 	err := r.Snapshot().Error()
 	if first, last := s.wal.bounds(); first <= past {
 		return fmt.Errorf("log of %d to %d: %v", first, last, err)
