@@ -419,24 +419,18 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 	if err != nil {
 		return aboutFile("install", path, err)
 	}
-	s.lockFile()
-	defer s.fileMu.Unlock()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return ErrClosed
+	unlock, err := s.lockState()
+	if err != nil {
+		return err
 	}
+	defer unlock()
 	if err := s.note(errors.Join(s.writer.replace(path), s.rebase())); err != nil {
 		return aboutFile("install", path, err)
 	}
 	s.own, s.foreignly = own, nil
 	s.dropTail()
-	s.startLoad(m)
 	s.inFile.Store(&m)
-	s.last.Store(&m)
-	if s.replaced != nil {
-		s.replaced(m.revision)
-	}
+	s.isReplaced()
 	return s.explain("sync", s.barrierLocked())
 }
 

@@ -202,6 +202,21 @@ func (s *store) lockFile() {
 	s.fileMu.Lock()
 }
 
+// lockState keeps file and state from changing: it locks fileMu and mu, of a store that is open.
+func (s *store) lockState() (unlock func(), err error) {
+	s.lockFile()
+	s.mu.Lock()
+	unlock = func() {
+		s.mu.Unlock()
+		s.fileMu.Unlock()
+	}
+	if s.closed {
+		unlock()
+		return nil, ErrClosed
+	}
+	return unlock, nil
+}
+
 // A pacer is how a flush rests. fileMu guards what is not atomic.
 type pacer struct {
 	waiting atomic.Int32    // they want fileMu, and no rest
@@ -325,8 +340,11 @@ func (s *store) transact(f func(m *meta, own map[ownKey]uint64) error) error {
 	return nil
 }
 
-// putTail writes a tail. m is as of the file's last commit and becomes the tail's.
+// putTail writes a tail, if there is one. m is as of the file's last commit and becomes the tail's.
 func (s *store) putTail(t *tail, m *meta, own map[ownKey]uint64) error {
+	if t.meta == nil {
+		return nil
+	}
 	c, was := s.writer, *m
 	*m = *t.meta
 	m.barrier, m.ownSum = was.barrier, was.ownSum
@@ -473,13 +491,8 @@ func (s *store) barrierLocked() error {
 		}
 		defer func() { err = errors.Join(err, s.writer.pragma("synchronous=NORMAL")) }()
 		return s.transact(func(m *meta, own map[ownKey]uint64) error {
-			if t.meta != nil {
-				if err := s.putTail(t, m, own); err != nil {
-					return err
-				}
-			}
-			m.barrier++
-			return nil
+			m.barrier++ // putTail keeps it
+			return s.putTail(t, m, own)
 		})
 	})
 }
@@ -521,26 +534,22 @@ func (s *store) foreign() (bool, error) {
 // forgive takes the file as someone else has left it, and what was committed since on top: every sum is computed anew. Only where
 // there is no other copy.
 func (s *store) forgive() error {
-	s.lockFile()
-	defer s.fileMu.Unlock()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return ErrClosed
+	unlock, err := s.lockState()
+	if err != nil {
+		return err
 	}
+	defer unlock()
 	was := s.foreignly
-	err := s.writeTail(func(t *tail) error {
+	err = s.writeTail(func(t *tail) error {
 		s.foreignly = nil
 		if err := s.rebase(); err != nil {
 			return err
 		}
 		return s.transact(func(m *meta, own map[ownKey]uint64) error {
-			if t.meta != nil {
-				kept := *t
-				kept.past = nil // the history begins anew
-				if err := s.putTail(&kept, m, own); err != nil {
-					return err
-				}
+			kept := *t
+			kept.past = nil // the history begins anew
+			if err := s.putTail(&kept, m, own); err != nil {
+				return err
 			}
 			return s.forgiveRows(m, own)
 		})
@@ -549,13 +558,18 @@ func (s *store) forgive() error {
 		s.foreignly = cmpErr(s.foreignly, was)
 		return s.explain("take over", err)
 	}
+	s.isReplaced()
+	return nil
+}
+
+// isReplaced has the state begin anew with what the file holds. fileMu and mu are held.
+func (s *store) isReplaced() {
 	m := *s.inFile.Load()
-	s.last.Store(&m)
 	s.startLoad(m)
+	s.last.Store(&m)
 	if s.replaced != nil {
 		s.replaced(m.revision)
 	}
-	return nil
 }
 
 func (s *store) forgiveRows(m *meta, own map[ownKey]uint64) error {

@@ -122,8 +122,8 @@ func (t *storeTx) announce() {
 	}
 }
 
-// changes reads a page of the history: what came after a revision, in order and without a gap, up to the end of a transaction. It is empty if that one is the
-// newest. If some of it is gone the error is a *CompactedError.
+// changes reads a page of the history: what came after a revision, in order and without a gap, up to the end of a transaction.
+// It is empty if that one is the newest. If some of it is gone the error is a *CompactedError.
 func (s *store) changes(ctx context.Context, after uint64) (list []past, err error) {
 	if m := s.meta(); after < m.oldest() { // the file may still have it, until the next flush
 		return nil, &CompactedError{Oldest: m.oldest()}

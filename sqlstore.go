@@ -1134,13 +1134,11 @@ func (s *store) scanChunk(c *conn) (done bool, err error) {
 }
 
 func (s *store) beginChunk(c *conn) (load int, cursor string, err error) {
-	s.lockFile()
-	defer s.fileMu.Unlock()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return 0, "", ErrClosed
+	unlock, err := s.lockState()
+	if err != nil {
+		return 0, "", err
 	}
+	defer unlock()
 	if err := s.flushLocked(); err != nil {
 		return 0, "", err
 	}

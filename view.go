@@ -66,11 +66,8 @@ func (s *Service) lookup(ctx context.Context, key string) (*item, error) {
 	if err := checkKey(key); err != nil {
 		return nil, err
 	}
-	if _, ok := ctx.Deadline(); !ok { // else it does as it is: nothing that is begun here outlives the call
-		var cancel context.CancelFunc
-		ctx, cancel = s.limited(ctx)
-		defer cancel()
-	}
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
 	if err := s.catchUp(ctx); err != nil {
 		return nil, err
 	}
