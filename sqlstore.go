@@ -43,6 +43,8 @@ const (
 	pinLimit = 32 << 20 // WAL that a copy or a listing may keep from restarting; then what is left of it moves into a file
 
 	chunkRows  = 4096    // of the scan: one snapshot each
+	scanFirst  = 2048    // rows that transactions read from the file during a scan; those after wait for it
+	scanWait   = 2 * time.Second
 	chunkBytes = 4 << 20 // values read before a chunk is cut short
 	copyPages  = 64      // a backup is written in pieces of this many pages
 )
@@ -324,6 +326,8 @@ type store struct {
 	view   map[string]view // of the transaction, reused
 	buf    []byte          // for hashing, reused
 	past   []past          // of the transaction, reused
+	missed int             // rows that transactions have read from the file since the scan began
+	still  atomic.Int32    // they want fileMu and mu
 	closed bool            // changes under fileMu too
 
 	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
@@ -340,6 +344,7 @@ type store struct {
 	stateMu sync.Mutex // guards the fields below
 	verdict error      // what the scan found
 	scanned bool
+	ended   chan struct{} // closed when there is one; nil = there is
 	working sync.WaitGroup // maintain; Add only while ending is open
 
 	// checkpointMu lets the writer wait for the checkpoint in the background to end: while one runs, SQLite lets no other
@@ -700,6 +705,12 @@ func (s *store) begin() (*storeTx, error) {
 		return nil, s.explain("write to", err)
 	}
 	s.mu.Lock()
+	if s.missed > scanFirst {
+		s.missed = 0
+		s.mu.Unlock()
+		s.awaitScan()
+		s.mu.Lock()
+	}
 	if s.closed {
 		s.mu.Unlock()
 		return nil, s.explain("write to", ErrClosed)
@@ -734,6 +745,7 @@ func (t *storeTx) look(key string) (view, error) {
 		return view{}, t.s.note(err)
 	}
 	t.read = true
+	t.s.missed++
 	v := view{was: it, now: it}
 	t.view[key] = v
 	return v, nil
@@ -835,6 +847,9 @@ func (t *storeTx) sound() error {
 		return nil
 	}
 	for end := time.Now().Add(20 * time.Millisecond); time.Now().Before(end); time.Sleep(100 * time.Microsecond) {
+		if t.s.still.Load() > 0 { // they wait for this transaction
+			return errAgain
+		}
 		if t.s.sealed.Load() { // a flush is open: it has asked, and nobody else can commit before it does
 			return nil
 		}
@@ -987,6 +1002,9 @@ func (s *store) startLoad(m meta) {
 	s.memory.reset(int64(m.bytes) + int64(m.keys)*itemOverhead)
 	s.stateMu.Lock()
 	s.scanned, s.verdict = false, nil
+	if s.ended == nil {
+		s.ended = make(chan struct{})
+	}
 	s.stateMu.Unlock()
 	select {
 	case s.reload <- struct{}{}:
@@ -1056,6 +1074,28 @@ func (s *store) setVerdict(err error) {
 	s.stateMu.Lock()
 	defer s.stateMu.Unlock()
 	s.scanned, s.verdict = err == nil, err
+	if s.ended != nil {
+		close(s.ended)
+		s.ended = nil
+	}
+}
+
+// awaitScan waits for the scan, for a moment. A member that comes back has much to apply, and while it is read row by row from the
+// file, each costs five times as much, and the scan gets nowhere.
+func (s *store) awaitScan() {
+	s.stateMu.Lock()
+	ended := s.ended
+	s.stateMu.Unlock()
+	if ended == nil || s.memory.dropped() {
+		return
+	}
+	t := time.NewTimer(scanWait)
+	defer t.Stop()
+	select {
+	case <-ended:
+	case <-s.ending:
+	case <-t.C:
+	}
 }
 
 func (s *store) pause(ctx context.Context, d time.Duration) bool {
