@@ -30,7 +30,7 @@
 //	sqlite3 -readonly /var/lib/app/quorate/snap 'select key, value, version from kv'
 //	sqlite3 -readonly /var/lib/app/quorate/snap 'select revision, key, value, deleted from history'
 //
-// It follows what is acknowledged by a moment, or by a second or two under full load; Query, List and Backup miss nothing. The same
+// It follows what is acknowledged by a moment, or by a few seconds under full load; Query, List and Backup miss nothing. The same
 // file is the snapshot that a lagging member receives, and the backup.
 //
 // # What it is not for

@@ -27,14 +27,15 @@ import (
 // to write the more of it falls together. The more has come meanwhile the less it rests, and whoever waits for the file makes it
 // hurry.
 const (
-	flushRest  = 15
-	flushShift = time.Millisecond       // of work, then it rests
-	flushNap   = 100 * time.Millisecond // at most: a step that the disk has held up is no reason to rest for a minute
-	flushLate  = 2 * time.Second        // after its begin a flush rests no more, so that the file is not far behind
-	flushPause = 100 * time.Millisecond // at least, between two
-	flushAgain = time.Second            // after one that failed
-	tailEnough = 32 << 20               // bytes of a tail that leave no time to rest
-	tailLimit  = 64 << 20               // bytes that may wait; then commits do
+	flushRest   = 15
+	flushShift  = time.Millisecond       // of work, then it rests
+	flushNap    = 100 * time.Millisecond // at most: a step that the disk has held up is no reason to rest for a minute
+	flushLate   = 2 * time.Second        // after its begin a flush rests no more, so that the file is not far behind
+	flushPause  = 100 * time.Millisecond // at least, between two
+	flushAgain  = time.Second            // after one that failed
+	quietRounds = 20                     // of the checkpointer, then the writer's cache is let go
+	tailEnough  = 32 << 20               // bytes of a tail that leave no time to rest
+	tailLimit   = 64 << 20               // bytes that may wait; then commits do
 )
 
 // A tail is what some commits have changed, the newest state of each row only.
@@ -668,6 +669,20 @@ func (s *store) walSize() int64 {
 	return info.Size()
 }
 
+// shrink gives back the memory of the writer's cache, of a store that nobody writes to. The system still has the pages.
+func (s *store) shrink() {
+	if !s.fileMu.TryLock() {
+		return
+	}
+	defer s.fileMu.Unlock()
+	if s.closed {
+		return
+	}
+	if err := s.writer.pragma("shrink_memory"); err != nil {
+		s.log.Warn("shrink", "path", s.path, "err", err)
+	}
+}
+
 // checkpoint runs PASSIVE checkpoints, which make no one wait, on a connection of its own.
 func (s *store) checkpoint(ctx context.Context) {
 	var c *conn
@@ -677,13 +692,16 @@ func (s *store) checkpoint(ctx context.Context) {
 		}
 	}()
 	var seen *meta
-	tended := time.Now()
+	tended, quiet := time.Now(), 0
 	for s.pause(ctx, 100*time.Millisecond) {
 		s.tendHolds(&tended)
 		if m := s.inFile.Load(); m == seen {
+			if quiet++; quiet == quietRounds {
+				s.shrink()
+			}
 			continue
 		} else {
-			seen = m
+			seen, quiet = m, 0
 		}
 		var err error
 		if c == nil {

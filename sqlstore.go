@@ -42,8 +42,8 @@ const (
 
 	pinLimit = 32 << 20 // WAL that a copy or a listing may keep from restarting; then what is left of it moves into a file
 
-	chunkRows  = 4096    // of the scan: one snapshot each
-	scanFirst  = 2048    // rows that transactions read from the file during a scan; those after wait for it
+	chunkRows  = 4096 // of the scan: one snapshot each
+	scanFirst  = 2048 // rows that transactions read from the file during a scan; those after wait for it
 	scanWait   = 2 * time.Second
 	chunkBytes = 4 << 20 // values read before a chunk is cut short
 	copyPages  = 64      // a backup is written in pieces of this many pages
@@ -344,7 +344,7 @@ type store struct {
 	stateMu sync.Mutex // guards the fields below
 	verdict error      // what the scan found
 	scanned bool
-	ended   chan struct{} // closed when there is one; nil = there is
+	ended   chan struct{}  // closed when there is one; nil = there is
 	working sync.WaitGroup // maintain; Add only while ending is open
 
 	// checkpointMu lets the writer wait for the checkpoint in the background to end: while one runs, SQLite lets no other
