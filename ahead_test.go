@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -286,5 +287,93 @@ func TestLogSaysWhatWasSentAhead(t *testing.T) {
 	must(t, l.StoreLogs([]*raft.Log{testEntry(5, 1)}))
 	if len(asked) != 3 || asked[0] != 3 || asked[1] != 4 || asked[2] != 5 {
 		t.Errorf("asked for %v", asked)
+	}
+}
+
+// A spareTable is a leader's, of term 7.
+type spareTable struct {
+	*aheadTable
+	t       *testing.T
+	callers []raft.ServerID
+}
+
+// want chooses among the voters and compares those that are spared.
+func (s *spareTable) want(what string, voters string, spared string) {
+	s.t.Helper()
+	var list []raft.Server
+	for _, id := range voters {
+		list = append(list, raft.Server{ID: raft.ServerID(id), Suffrage: raft.Voter})
+	}
+	s.spare(list, 7, func(id raft.ServerID) bool { return slices.Contains(s.callers, id) })
+	got := ""
+	for _, id := range voters {
+		if s.spares(raft.ServerID(id), 7) {
+			got += string(id)
+		}
+	}
+	if got != spared {
+		s.t.Errorf("%s: %q of %q are spared, want %q", what, got, voters, spared)
+	}
+}
+
+// answers has the members answer raft's own appends after so long.
+func (s *spareTable) answers(members string, after time.Duration) {
+	for range 50 {
+		for _, id := range members {
+			args := &raft.AppendEntriesRequest{Term: 7, PrevLogEntry: 8, Entries: commands(7, 9)}
+			s.ordinary(raft.ServerID(id), args)
+			time.Sleep(after)
+			s.holds(raft.ServerID(id), args)
+		}
+	}
+}
+
+func TestMajorityIsAskedFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &spareTable{aheadTable: &aheadTable{}, t: t}
+		s.want("nothing is known", "bc", "")
+		s.answers("bcde", time.Millisecond)
+		s.want("two members", "b", "")
+		s.want("three", "bc", "c")
+		s.want("four, and c stays", "bcd", "c")
+		s.want("five", "bcde", "ce")
+		s.callers = []raft.ServerID{"c"}
+		s.want("c has callers", "bc", "b")
+		s.callers = nil
+		s.want("c is asked as before", "bc", "b")
+		s.answers("b", 900*time.Microsecond)
+		s.want("b is a little faster", "bc", "b")
+		s.answers("b", 400*time.Microsecond)
+		s.want("b is clearly faster", "bc", "c")
+		s.ordinary("b", &raft.AppendEntriesRequest{Term: 7, PrevLogEntry: 9, Entries: commands(7, 10)})
+		time.Sleep(answerLate + 1)
+		s.want("b is late", "bc", "")
+		s.answers("b", 400*time.Microsecond)
+		s.want("b answers", "bc", "c")
+		s.forget("b", 7, 0)
+		if s.spares("c", 7) {
+			t.Error("b has failed, and c is still spared")
+		}
+		s.want("b has failed", "bc", "")
+		if s.spares("b", 6) {
+			t.Error("spared in a term that is over")
+		}
+	})
+}
+
+
+func TestSpareMemberIsToldLater(t *testing.T) {
+	a := newAheadPair(t)
+	a.raft(commands(7, 9)...)
+	a.tr.ahead.mu.Lock()
+	a.tr.ahead.peers["b"].spare = true
+	a.tr.ahead.mu.Unlock()
+	began := time.Now()
+	if n := a.raft(commands(7, 10, 11)...); n != 2 || time.Since(began) < spareRest {
+		t.Errorf("%d entries after %v", n, time.Since(began))
+	}
+	a.tr.sendAhead(commands(7, 12), 7) // b is the only other voter, and is needed
+	if a.tr.ahead.spares("b", 7) {
+		t.Error("the only other voter is spared")
 	}
 }

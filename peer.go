@@ -84,6 +84,8 @@ type peer struct {
 	ctx    context.Context // ends with close, and with it every call, every held append and every waiting handler
 	cancel context.CancelFunc
 
+	callers sync.Map // member id → *atomic.Int64: when it last forwarded a write or a read, by monotonic
+
 	mu      sync.Mutex // held by the replacement of current, so that there is one newest
 	current atomic.Pointer[transport]
 }
@@ -363,7 +365,22 @@ func (p *peer) notLeader() error {
 		LeaderID: leader, LeaderAddr: addr, Cluster: cluster, Member: id}
 }
 
+// hasAsked notes that somebody waits at that member.
+func (p *peer) hasAsked(id string) {
+	at, ok := p.callers.Load(id)
+	if !ok {
+		at, _ = p.callers.LoadOrStore(id, &atomic.Int64{})
+	}
+	at.(*atomic.Int64).Store(monotonic())
+}
+
+func (p *peer) hasCallers(id raft.ServerID) bool {
+	at, ok := p.callers.Load(string(id))
+	return ok && monotonic()-at.(*atomic.Int64).Load() < int64(askedLately)
+}
+
 func (p *peer) servePropose(ctx context.Context, x *exchange) error {
+	p.hasAsked(x.from)
 	data, err := x.body(maxProposeBody)
 	if err != nil {
 		return err
@@ -379,6 +396,7 @@ func (p *peer) servePropose(ctx context.Context, x *exchange) error {
 }
 
 func (p *peer) serveReadIndex(ctx context.Context, x *exchange) error {
+	p.hasAsked(x.from)
 	data, err := x.body(maxSmallBody)
 	if err != nil {
 		return err

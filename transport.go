@@ -122,6 +122,7 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 		}
 		return t.append(id, target, encodeAppend(args), resp, voteTimeout)
 	}
+	t.rest(id, args)
 	var err error
 	if !t.sentAhead(id, args, resp) {
 		err = t.appendNow(id, target, args, resp)
