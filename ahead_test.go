@@ -361,7 +361,6 @@ func TestMajorityIsAskedFirst(t *testing.T) {
 	})
 }
 
-
 func TestSpareMemberIsToldLater(t *testing.T) {
 	a := newAheadPair(t)
 	a.raft(commands(7, 9)...)
