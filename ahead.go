@@ -225,7 +225,9 @@ func (a *aheadTable) holds(id raft.ServerID, args *raft.AppendEntriesRequest) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if p := a.peerLocked(id, args.Term); p != nil {
-		p.average(time.Since(p.since))
+		if !p.since.IsZero() && len(args.Entries) > 0 { // an early send that failed meanwhile has made it forget
+			p.average(time.Since(p.since))
+		}
 		p.since = time.Time{}
 		p.next = max(p.next, lastSent(args)+1)
 		p.dropLocked(lastSent(args))

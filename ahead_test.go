@@ -350,6 +350,8 @@ func TestMajorityIsAskedFirst(t *testing.T) {
 		s.want("b is late", "bc", "")
 		s.answers("b", 400*time.Microsecond)
 		s.want("b answers", "bc", "c")
+		s.holds("b", &raft.AppendEntriesRequest{Term: 7, PrevLogEntry: 8, Entries: commands(7, 9)})
+		s.want("an answer after it was forgotten", "bc", "c")
 		s.forget("b", 7, 0)
 		if s.spares("c", 7) {
 			t.Error("b has failed, and c is still spared")
