@@ -205,10 +205,10 @@ func (s *store) lockFile() {
 
 // lockState keeps file and state from changing: it locks fileMu and mu, of a store that is open.
 func (s *store) lockState() (unlock func(), err error) {
-	s.still.Add(1)
-	defer s.still.Add(-1)
 	s.lockFile()
+	s.lent.Store(true)
 	s.mu.Lock()
+	s.lent.Store(false)
 	unlock = func() {
 		s.mu.Unlock()
 		s.fileMu.Unlock()

@@ -327,7 +327,7 @@ type store struct {
 	buf    []byte          // for hashing, reused
 	past   []past          // of the transaction, reused
 	missed int             // rows that transactions have read from the file since the scan began
-	still  atomic.Int32    // they want fileMu and mu
+	lent   atomic.Bool     // whoever has fileMu does nothing with it before it has mu too
 	closed bool            // changes under fileMu too
 
 	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
@@ -841,21 +841,22 @@ func (t *storeTx) private(k ownKey, put ownPut) {
 }
 
 // sound tells, before commit, whether the rows that were read from the file are ours: a shell's deletion leaves no wrong hash.
-// errAgain: roll back and begin again; somebody who wants the state to stand still has the file.
+// errAgain: roll back and begin again; somebody has the file for long.
 func (t *storeTx) sound() error {
 	if !t.read {
 		return nil
 	}
+	ask := func() error { return t.s.explain("read", t.s.note(t.s.checkForeign())) }
 	for end := time.Now().Add(20 * time.Millisecond); time.Now().Before(end); time.Sleep(100 * time.Microsecond) {
-		if t.s.still.Load() > 0 { // they wait for this transaction
-			return errAgain
+		if t.s.lent.Load() { // it waits for this transaction to end
+			return ask()
 		}
 		if t.s.sealed.Load() { // a flush is open: it has asked, and nobody else can commit before it does
 			return nil
 		}
 		if t.s.fileMu.TryLock() {
 			defer t.s.fileMu.Unlock()
-			return t.s.explain("read", t.s.note(t.s.checkForeign()))
+			return ask()
 		}
 	}
 	return errAgain
