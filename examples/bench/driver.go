@@ -63,8 +63,6 @@ type order struct {
 	Keys   int    // that are there
 	Warmup time.Duration
 	For    time.Duration
-
-	Profile string `json:",omitempty"` // a file for a CPU profile
 }
 
 // A result is what became of an order. Ops were completed while the clock ran; Total counts warm-up and tail as well.

@@ -125,7 +125,7 @@ func parseFlags() (*bench, error) {
 	sizes := flag.String("keys", "100000,1000000", "states in which a life is measured")
 	flag.StringVar(&b.dir, "dir", "data", "where the members keep their data: on the disk that is to be measured")
 	flag.StringVar(&b.out, "out", "data/out", "where report.md, plot.svg and results.jsonl go")
-	flag.BoolVar(&b.profile, "profile", false, "also write a CPU profile of each cell, by the process of the member that is called, to -out")
+	flag.BoolVar(&b.profile, "profile", false, "also write CPU profiles of each cell, one by each member's process, to -out")
 	merge := flag.String("merge", "", "results.jsonl files of earlier runs to be reported together; nothing is measured")
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -382,7 +382,13 @@ func (b *bench) runCell(c *cluster, cell cell, keys int, r *record) error {
 	}
 	o := c.order(order{Cell: cell, Keys: keys, Warmup: b.warmup, For: b.cell})
 	if b.profile {
-		o.Profile = filepath.Join(b.out, strings.ReplaceAll(fmt.Sprintf("%s-%s-%d.pprof", r.System, r.Cell, r.Round), "/", "-"))
+		name := strings.ReplaceAll(fmt.Sprintf("%s-%s-%d", r.System, r.Cell, r.Round), "/", "-")
+		for i, p := range c.members {
+			path := filepath.Join(b.out, fmt.Sprintf("%s-member%d.pprof", name, i))
+			if _, err := p.ask(request{Do: "profile", Profile: path, For: b.warmup + b.cell, Limit: grace}); err != nil {
+				return err
+			}
+		}
 	}
 	a, err := target.ask(request{Do: "run", Order: o, Limit: b.warmup + b.cell + 2*grace})
 	if err != nil {

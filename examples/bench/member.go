@@ -66,6 +66,8 @@ type request struct {
 	Key     string            `json:",omitempty"`
 	Number  uint64            `json:",omitempty"`
 	Member  int               `json:",omitempty"`
+	Profile string            `json:",omitempty"` // where a CPU profile of the next For goes
+	For     time.Duration     `json:",omitempty"`
 	Limit   time.Duration     // for all of it
 }
 
@@ -175,7 +177,9 @@ func (m *member) do(ctx context.Context, req request, a *answer) (err error) {
 	case "run":
 		halted := &atomic.Bool{}
 		m.halted.Store(halted)
-		a.Result, err = profiled(req.Order.Profile, func() result { return carryOut(ctx, s, req.Order, halted) })
+		a.Result = carryOut(ctx, s, req.Order, halted)
+	case "profile":
+		return profile(req.Profile, req.For)
 	case "halt":
 		m.halted.Load().Store(true)
 	case "verify":
@@ -204,21 +208,22 @@ func (m *member) do(ctx context.Context, req request, a *answer) (err error) {
 	return err
 }
 
-// profiled runs f while a CPU profile is written to path, if there is one.
-func profiled(path string, f func() result) (result, error) {
-	if path == "" {
-		return f(), nil
-	}
+// profile writes a CPU profile of the next d to path. It returns when it has begun.
+func profile(path string, d time.Duration) error {
 	out, err := os.Create(path)
 	if err != nil {
-		return result{}, err
+		return err
 	}
 	if err := pprof.StartCPUProfile(out); err != nil {
-		return result{}, errors.Join(err, out.Close())
+		return errors.Join(err, out.Close())
 	}
-	r := f()
-	pprof.StopCPUProfile()
-	return r, out.Close()
+	time.AfterFunc(d, func() {
+		pprof.StopCPUProfile()
+		if err := out.Close(); err != nil {
+			fmt.Fprintf(os.Stderr, "profile %s: %v\n", path, err)
+		}
+	})
+	return nil
 }
 
 // probe begins a write every 10 ms, without waiting for those before it, until the first is acknowledged: a client that waits out
