@@ -14,7 +14,7 @@ import (
 )
 
 // lifeFigures, in the order in which they are taken; all but the first two for each state of -keys.
-var lifeFigures = []string{"start", "failover", "size", "cost", "restart", "stall", "replace"}
+var lifeFigures = []string{"start", "failover", "size", "restart", "stall", "replace", "cost"}
 
 const (
 	failovers = 3
@@ -107,24 +107,19 @@ func (l *life) states() []int {
 
 // at takes the figures at one size.
 func (l *life) at(size int) error {
-	if slices.Contains(l.sizes, size) && l.wants("size") {
-		if err := l.size(size); err != nil {
-			return err
-		}
-	}
-	if slices.Contains(costSizes, size) && l.wants("cost") && l.kind.name == "quorate" {
-		if err := l.cost(size); err != nil {
-			return err
-		}
-	}
-	if !slices.Contains(l.sizes, size) {
-		return nil
-	}
 	for _, f := range []struct {
-		name string
-		take func(int) error
-	}{{"restart", l.restart}, {"stall", l.stall}, {"replace", l.replaceOne}} {
-		if !l.wants(f.name) && (f.name != "stall" || !l.wants("replace")) {
+		name  string
+		sizes []int
+		take  func(int) error
+	}{
+		{"size", l.sizes, l.size},
+		{"restart", l.sizes, l.restart},
+		{"stall", l.sizes, l.stall},
+		{"replace", l.sizes, l.replaceOne},
+		{"cost", costSizes, l.cost}, // last: the others have no such load behind them
+	} {
+		wanted := l.wants(f.name) || f.name == "stall" && l.wants("replace")
+		if !wanted || !slices.Contains(f.sizes, size) || f.name == "cost" && l.kind.name != "quorate" {
 			continue
 		}
 		if err := f.take(size); err != nil {
