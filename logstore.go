@@ -25,6 +25,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -74,6 +75,8 @@ type logStore struct {
 	// takes it alone, because raft-wal v0.4.1 can close a file between a reader's look-up of it and the read.
 	files sync.RWMutex
 	wal   *wal.WAL // nil while it is away: a reopening failed and is tried again, or after close
+
+	removal sync.WaitGroup // of segment files that nothing refers to any more
 
 	mu       sync.Mutex // guards the fields below; never held across I/O
 	firstIdx uint64     // what the log should hold: truncations are entered here first, appends last. Reopening makes the
@@ -191,6 +194,7 @@ func (l *logStore) close() error {
 		l.closeErr = l.wal.Close()
 		l.wal = nil
 	}
+	l.removal.Wait()
 	return l.closeErr
 }
 
@@ -754,7 +758,8 @@ func diskFull(err error) bool {
 // openWAL opens raft-wal in the directory and completes what a crash left undone.
 func (l *logStore) openWAL() (*wal.WAL, error) {
 	l.sink.forget()
-	f := &filer{Filer: segment.NewFiler(l.dir, l.vfs), dir: l.dir, vfs: l.vfs}
+	l.removal.Wait() // raft-wal would find these files and remove them as well
+	f := &filer{Filer: segment.NewFiler(l.dir, l.vfs), dir: l.dir, vfs: l.vfs, removal: &l.removal, log: l.log}
 	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Level: hclog.Off, Output: io.Discard})
 	logger.RegisterSink(l.sink)
 	var w *wal.WAL
@@ -774,6 +779,7 @@ func (l *logStore) openWAL() (*wal.WAL, error) {
 			return nil, l.explain("change to a new segment", err)
 		}
 	}
+	f.relaxed.Store(true)
 	return w, nil
 }
 
@@ -786,15 +792,38 @@ func (l *logStore) unopened(err error) error {
 	return fmt.Errorf("%w: log %s: %w; %s", ErrCorrupt, l.dir, err, logRepair)
 }
 
-// A filer is raft-wal's own, with one repair. raft-wal ends a segment in the write of its last batch, and opens the next one
+// A filer is raft-wal's own, with one repair and one relief. raft-wal ends a segment in the write of its last batch, and opens the next one
 // later, in the background. If the process ends or is closed in between, or a power cut tears that write, v0.4.1 reopens the
 // segment as its tail and knows that it has ended, but never opens the next: every append is ErrSealed, for ever.
+//
+// The relief: raft-wal removes what a truncation leaves over while appends wait, and syncs the directory after each file.
 type filer struct {
 	*segment.Filer
 	dir    string
 	vfs    types.VFS
+	log    *slog.Logger
 	opened []io.Closer
 	sealed *sealedTail // the recovered tail, if it has ended
+
+	removal *sync.WaitGroup
+	relaxed atomic.Bool // raft-wal is open
+	turn    sync.Mutex  // of one removal after the other
+}
+
+// Delete removes a segment, once raft-wal is open in the background: the meta file has let go of it already, and one that stays,
+// because the process ends or the disk fails, is removed by the next open.
+func (f *filer) Delete(baseIndex, id uint64) error {
+	if !f.relaxed.Load() { // what is about to be made may have the same name, if the meta file was damaged
+		return f.Filer.Delete(baseIndex, id)
+	}
+	f.removal.Go(func() {
+		f.turn.Lock()
+		defer f.turn.Unlock()
+		if err := f.Filer.Delete(baseIndex, id); err != nil {
+			f.log.Warn("a part of the log that is no longer needed stays until the next start", "dir", f.dir, "segment", id, "err", err)
+		}
+	})
+	return nil
 }
 
 func (f *filer) Create(info types.SegmentInfo) (types.SegmentWriter, error) {
