@@ -424,10 +424,13 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 		return err
 	}
 	defer unlock()
-	if err := s.note(errors.Join(s.writer.replace(path), s.rebase())); err != nil {
+	if err := s.writer.replace(path); err != nil {
+		return aboutFile("install", path, s.note(errors.Join(err, s.rebaseUnchanged())))
+	}
+	if err := s.note(s.rebase()); err != nil {
 		return aboutFile("install", path, err)
 	}
-	s.own, s.foreignly = own, nil
+	s.own = own
 	s.dropTail()
 	s.inFile.Store(&m)
 	s.isReplaced()

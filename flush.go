@@ -206,9 +206,7 @@ func (s *store) lockFile() {
 // lockState keeps file and state from changing: it locks fileMu and mu, of a store that is open.
 func (s *store) lockState() (unlock func(), err error) {
 	s.lockFile()
-	s.lent.Store(true)
 	s.mu.Lock()
-	s.lent.Store(false)
 	unlock = func() {
 		s.mu.Unlock()
 		s.fileMu.Unlock()
@@ -319,21 +317,20 @@ func (s *store) transact(f func(m *meta, own map[ownKey]uint64) error) error {
 	m, own := *s.inFile.Load(), maps.Clone(s.own)
 	err := s.checkForeign()
 	if err == nil {
-		s.sealed.Store(true)
 		err = f(&m, own)
 	}
 	if err == nil {
 		err = s.writer.writeMeta(&m)
 	}
-	s.sealed.Store(false)
 	if err == nil {
 		err = s.writer.exec(qCommit)
 	}
 	if err != nil {
 		s.writer.exec(qRollback) // SQLite may have rolled back by itself; the next BEGIN tells if it has not
 		// SQLite may count a failed transaction as a change of what it had cached.
-		return errors.Join(err, s.rebase())
+		return errors.Join(err, s.rebaseUnchanged())
 	}
+	s.note(s.showWitness())
 	s.own = own
 	s.inFile.Store(&m)
 	if err := s.note(s.checkWAL()); err != nil {
@@ -512,10 +509,53 @@ func (s *store) checkForeign() error {
 	return s.foreignly
 }
 
-// rebase takes the data_version as it is now for ours.
+// rebase takes the file as it is now for ours.
 func (s *store) rebase() (err error) {
-	s.dataVersion, err = s.writer.one(qDataVersion)
+	s.foreignly = nil
+	if s.dataVersion, err = s.writer.one(qDataVersion); err != nil {
+		return err
+	}
+	return s.showWitness()
+}
+
+// rebaseUnchanged is rebase if the file is as we left it.
+func (s *store) rebaseUnchanged() error {
+	v, err := s.writer.one(qDataVersion)
+	if err != nil {
+		return err
+	}
+	same, err := s.asWeLeftIt()
+	if same {
+		s.dataVersion = v
+	}
 	return err
+}
+
+// showWitness lets the witness see what this store has just done to the file. It asks the witness first: what somebody else does
+// before checkForeign is met by that, and what comes after is met by the witness.
+func (s *store) showWitness() error {
+	s.witnessMu.Lock()
+	defer s.witnessMu.Unlock()
+	v, err := s.witness.one(qDataVersion)
+	if err == nil {
+		err = s.checkForeign()
+	}
+	if err == nil {
+		s.left = v
+	}
+	return err
+}
+
+// asWeLeftIt asks the witness whether nobody has committed to the file since showWitness. False may also mean that it has not
+// been shown a commit of ours yet.
+func (s *store) asWeLeftIt() (bool, error) {
+	s.witnessMu.Lock()
+	defer s.witnessMu.Unlock()
+	if s.witness == nil {
+		return false, ErrClosed
+	}
+	v, err := s.witness.one(qDataVersion)
+	return v == s.left, err
 }
 
 // foreign reports whether someone else has committed to the file since the state was last taken from it.
@@ -544,7 +584,6 @@ func (s *store) forgive() error {
 	defer unlock()
 	was := s.foreignly
 	err = s.writeTail(func(t *tail) error {
-		s.foreignly = nil
 		if err := s.rebase(); err != nil {
 			return err
 		}
@@ -658,7 +697,7 @@ func (s *store) restartWAL() error {
 	if isBusy(err) {
 		err = nil
 	}
-	return errors.Join(err, s.writer.pragma("busy_timeout=5000"))
+	return errors.Join(err, s.writer.pragma("busy_timeout=5000"), s.showWitness())
 }
 
 func (s *store) walSize() int64 {

@@ -310,15 +310,20 @@ type store struct {
 	lists   chan struct{} // holds one token for each listing that has a transaction or a file
 
 	// fileMu is held across SQLite calls because it guards the one connection that commits. Lock order: fileMu, mu, then
-	// checkpointMu, tailMu, stateMu, memory.mu or holdsMu.
+	// checkpointMu, witnessMu, tailMu, stateMu, memory.mu or holdsMu.
 	fileMu      sync.Mutex
 	writer      *conn
 	dataVersion int64             // PRAGMA data_version of the writer as of its last transaction
 	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
 	walChecked  int64             // the WAL's size after the writer's last checkpoint
 	foreignly   error             // errForeign, once met: nothing is written to the file as it is
-	sealed      atomic.Bool       // a transaction of ours is open, and before it nobody else had committed
 	pace        pacer
+
+	// The witness tells apply whether the file is as we left it, whatever the writer is doing. Its data_version changes with every
+	// commit, so that whoever has fileMu shows it each of ours.
+	witnessMu sync.Mutex // guards the fields below; held across the read of a number
+	witness   *conn
+	left      int64 // its data_version, as of when nobody else had committed
 
 	// mu serializes transactions, and is held from begin to commit or rollback. It is held across a read of a row that memory
 	// does not have, and never across a write to the file.
@@ -327,7 +332,6 @@ type store struct {
 	buf    []byte          // for hashing, reused
 	past   []past          // of the transaction, reused
 	missed int             // rows that transactions have read from the file since the scan began
-	lent   atomic.Bool     // whoever has fileMu does nothing with it before it has mu too
 	closed bool            // changes under fileMu too
 
 	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
@@ -388,8 +392,10 @@ func openStore(o storeOptions) (*store, error) {
 		s.readers <- nil
 	}
 	if err := s.openWriter(); err != nil {
-		if s.writer != nil {
-			s.writer.close()
+		for _, c := range []*conn{s.witness, s.writer} {
+			if c != nil {
+				c.close()
+			}
 		}
 		return nil, s.explain("open", err)
 	}
@@ -569,6 +575,9 @@ func (s *store) openWriter() error {
 	}
 	s.last.Store(&m)
 	s.inFile.Store(&m)
+	if s.witness, err = openReader(s.path); err != nil {
+		return err
+	}
 	return s.rebase()
 }
 
@@ -639,7 +648,13 @@ func (s *store) closeWriter() error {
 		// has moved it into the database before; closing the last connection would. So it stays open, as after a kill.
 		return nil
 	}
-	err := s.writer.pragma("synchronous=FULL")
+	s.witnessMu.Lock()
+	err := s.witness.close()
+	s.witness = nil
+	s.witnessMu.Unlock()
+	if err == nil {
+		err = s.writer.pragma("synchronous=FULL")
+	}
 	if err == nil {
 		_, err = s.writer.one(qTruncate)
 	}
@@ -846,17 +861,13 @@ func (t *storeTx) sound() error {
 	if !t.read {
 		return nil
 	}
-	ask := func() error { return t.s.explain("read", t.s.note(t.s.checkForeign())) }
 	for end := time.Now().Add(20 * time.Millisecond); time.Now().Before(end); time.Sleep(100 * time.Microsecond) {
-		if t.s.lent.Load() { // it waits for this transaction to end
-			return ask()
+		if same, err := t.s.asWeLeftIt(); same || err != nil {
+			return t.s.explain("read", t.s.note(err))
 		}
-		if t.s.sealed.Load() { // a flush is open: it has asked, and nobody else can commit before it does
-			return nil
-		}
-		if t.s.fileMu.TryLock() {
+		if t.s.fileMu.TryLock() { // else it may be a commit of ours that ends just now
 			defer t.s.fileMu.Unlock()
-			return ask()
+			return t.s.explain("read", t.s.note(t.s.checkForeign()))
 		}
 	}
 	return errAgain
