@@ -721,6 +721,65 @@ func storeBatch(l *logStore, index, n uint64) error {
 	return l.StoreLogs(es)
 }
 
+// A removalFS removes files when it may.
+type removalFS struct {
+	types.VFS
+	may    chan struct{} // closed when it may
+	refuse bool          // and then does not
+}
+
+func (f *removalFS) Delete(dir, name string) error {
+	<-f.may
+	if f.refuse {
+		return syscall.EIO
+	}
+	return f.VFS.Delete(dir, name)
+}
+
+// Appends and reads do not wait for the removal of what a truncation leaves over; close does, and what stays is removed by the next
+// open.
+func TestLogRemovesInTheBackground(t *testing.T) {
+	for _, refuse := range []bool{false, true} {
+		o := logOptionsIn(t)
+		o.segmentSize = 4 << 10
+		disk := &removalFS{VFS: walfs.New(), may: make(chan struct{}), refuse: refuse}
+		o.vfs = disk
+		segments := func() int {
+			files, err := filepath.Glob(filepath.Join(o.dir, "*.wal"))
+			must(t, err)
+			return len(files)
+		}
+		l := reopenLog(t, nil, o)
+		appendLog(t, l, 1, 1, 600)
+		before := segments()
+		deleteLog(t, l, 1, 590)
+		appendLog(t, l, 601, 1, 10)
+		wantLog(t, l, 591, 610)
+		if now := segments(); before < 8 || now < before {
+			t.Fatalf("%d segments of %d while none may be removed", now, before)
+		}
+		closed := make(chan error)
+		go func() { closed <- l.close() }()
+		select {
+		case err := <-closed:
+			t.Fatal("closed during a removal:", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+		close(disk.may)
+		must(t, <-closed)
+		if now := segments(); (now < before) == refuse {
+			t.Fatalf("%d segments of %d after close, removals refused: %t", now, before, refuse)
+		}
+		disk.refuse = false
+		l = reopenLog(t, nil, o)
+		wantLog(t, l, 591, 610)
+		if now := segments(); now > 3 {
+			t.Fatalf("%d segments after open", now)
+		}
+		closeLog(t, l)
+	}
+}
+
 // The power fails during an append: of the sectors not synced some are written, some are not.
 func TestLogPowerCuts(t *testing.T) {
 	o, disk := faultyOptions(t)
