@@ -55,8 +55,8 @@ func (s *store) append(t *storeTx) {
 	if w.rows == nil {
 		w.rows, w.own = make(map[string]*item), make(map[ownKey]ownPut)
 	}
-	for _, key := range t.changed {
-		w.put(key, t.view[key].now)
+	for _, c := range t.changes {
+		w.put(c.key, c.now)
 	}
 	maps.Copy(w.own, t.own)
 	if t.meta.keep > 0 {

@@ -477,16 +477,8 @@ func holds(o op, r row, ok bool) bool {
 func (a *applying) effect(o op) error {
 	switch o.kind {
 	case opSet:
-		old, ok, err := a.tx.row(o.key)
-		if err != nil {
-			return err
-		}
 		a.tx.meta.revision++
-		r := row{value: o.value, version: a.tx.meta.revision, created: old.created}
-		if !ok {
-			r.created = r.version
-		}
-		return a.tx.set(o.key, r)
+		return a.tx.set(o.key, row{value: o.value, version: a.tx.meta.revision})
 	case opDelete:
 		_, ok, err := a.tx.row(o.key)
 		if err != nil || !ok {

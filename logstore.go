@@ -41,7 +41,7 @@ import (
 const (
 	logSegment      = 8 << 20 // raft-wal's own 64 MiB are allocated at once, in every new directory
 	logRetry        = 200 * time.Millisecond
-	logCacheBytes   = 4 << 20
+	logCacheBytes   = 2 << 20
 	logCacheEntries = 512
 	logMaxEntry     = segment.MaxEntrySize - 4096 // raft-wal stores larger ones and can't read them back
 )

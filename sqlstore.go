@@ -327,12 +327,13 @@ type store struct {
 
 	// mu serializes transactions, and is held from begin to commit or rollback. It is held across a read of a row that memory
 	// does not have, and never across a write to the file.
-	mu     sync.Mutex
-	view   map[string]view // of the transaction, reused
-	buf    []byte          // for hashing, reused
-	past   []past          // of the transaction, reused
-	missed int             // rows that transactions have read from the file since the scan began
-	closed bool            // changes under fileMu too
+	mu      sync.Mutex
+	view    map[string]view // of the transaction, reused
+	buf     []byte          // for hashing, reused
+	past    []past          // of the transaction, reused
+	changed []change        // of the transaction, reused
+	missed  int             // rows that transactions have read from the file since the scan began
+	closed  bool            // changes under fileMu too
 
 	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
 	tail     tail          // what was committed since the last flush began
@@ -697,7 +698,7 @@ type storeTx struct {
 	s       *store
 	meta    meta // the caller changes it; kvSum, keys and bytes are kept by the methods
 	view    map[string]view
-	changed []string // keys, in the order of their first change
+	changes []change // one for each key, in the order of their first
 	past    []past   // every change, in order
 	sealed  int      // of past, those whose transaction has ended
 	own     map[ownKey]ownPut
@@ -707,7 +708,7 @@ type storeTx struct {
 
 type view struct {
 	was, now *item // as committed, and as this transaction sees it; nil = absent
-	changed  bool
+	at       int   // place in changes, from 1; 0 = unchanged
 }
 
 // An ownPut says how a private row is written, when it is: its hash, and the statement. nil takes the row out.
@@ -734,7 +735,7 @@ func (s *store) begin() (*storeTx, error) {
 		s.view = make(map[string]view)
 	}
 	clear(s.view)
-	return &storeTx{s: s, meta: s.meta(), view: s.view, past: s.past[:0]}, nil
+	return &storeTx{s: s, meta: s.meta(), view: s.view, changes: s.changed[:0], past: s.past[:0]}, nil
 }
 
 // row sees the transaction's own changes.
@@ -766,11 +767,18 @@ func (t *storeTx) look(key string) (view, error) {
 	return v, nil
 }
 
-// set copies the value: it is part of a whole log entry, which must not live on with it.
+// set copies the value: it is part of a whole log entry, which must not live on with it. Where created is 0 it is that of the row
+// before, or the version.
 func (t *storeTx) set(key string, r row) error {
 	v, err := t.look(key)
 	if err != nil {
 		return err
+	}
+	if r.created == 0 {
+		r.created = r.version
+		if v.now != nil {
+			r.created = v.now.created
+		}
 	}
 	r.value = bytes.Clone(r.value)
 	t.put(key, v, &item{row: r, hash: t.hashRow(key, r)}, r.version)
@@ -799,11 +807,14 @@ func (t *storeTx) put(key string, v view, now *item, revision uint64) {
 		t.meta.keys++
 		t.meta.bytes += uint64(len(key) + len(now.value))
 	}
-	if !v.changed {
-		t.changed = append(t.changed, key)
+	if v.at == 0 {
+		t.changes = append(t.changes, change{key, v.was, now})
+		v.at = len(t.changes)
+	} else {
+		t.changes[v.at-1].now = now
 	}
 	t.past = append(t.past, p)
-	t.view[key] = view{was: v.was, now: now, changed: true}
+	t.view[key] = view{was: v.was, now: now, at: v.at}
 }
 
 func (t *storeTx) hashRow(key string, r row) (h uint64) {
@@ -878,12 +889,11 @@ func (t *storeTx) commit() {
 	s := t.s
 	t.done = true
 	s.append(t)
-	changes := make([]change, len(t.changed))
-	for i, key := range t.changed {
-		v := t.view[key]
-		changes[i] = change{key, v.was, v.now}
+	s.memory.publish(t.changes, t.meta.revision)
+	clear(t.changes)
+	if s.changed = t.changes[:0]; cap(s.changed) > 1<<14 {
+		s.changed = nil
 	}
-	s.memory.publish(changes, t.meta.revision)
 	m := t.meta
 	s.last.Store(&m)
 	t.announce()
