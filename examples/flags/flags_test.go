@@ -12,6 +12,7 @@ import (
 	"image"
 	"image/draw"
 	"image/png"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -218,6 +219,8 @@ func startBrowser(t *testing.T) *browser {
 		"--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 		"--user-data-dir="+filepath.Join(t.TempDir(), "chromium"))
 	b.cmd.ExtraFiles = []*os.File{in, out} // 3 and 4 there
+	// A pipe that its own processes inherit, so that Wait returns when the last of them has ended: they write to the directory.
+	b.cmd.Stderr, b.cmd.WaitDelay = io.Discard, 10*time.Second
 	must(t, b.cmd.Start())
 	in.Close()
 	out.Close()
