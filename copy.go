@@ -424,10 +424,13 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 		return err
 	}
 	defer unlock()
-	if err := s.writer.replace(path); err != nil {
-		return aboutFile("install", path, s.note(errors.Join(err, s.rebaseUnchanged())))
+	if err = s.writer.replace(path); err == nil {
+		s.foreignly = nil
 	}
-	if err := s.note(s.rebase()); err != nil {
+	if s.foreignly == nil {
+		err = errors.Join(err, s.rebase())
+	}
+	if s.note(err) != nil {
 		return aboutFile("install", path, err)
 	}
 	s.own = own

@@ -303,7 +303,7 @@ func (s *store) dropTail() {
 	s.tail, s.stuck, s.filed = tail{}, nil, s.commits
 }
 
-// transact has f change the file, and m and own to what it holds then, in one transaction. After an error nothing has happened.
+// transact has f change the file, and m and own to what it holds then, in one transaction. After an error it has changed nothing.
 func (s *store) transact(f func(m *meta, own map[ownKey]uint64) error) error {
 	// A transaction that finds all of the WAL in the database begins it anew with its first page, and the witness sees a change
 	// from then until the commit. So a small one goes first where apply asks the witness.
@@ -345,8 +345,11 @@ func (s *store) transactOnce(f func(m *meta, own map[ownKey]uint64) error) error
 	}
 	if err != nil {
 		s.writer.exec(qRollback) // SQLite may have rolled back by itself; the next BEGIN tells if it has not
-		// SQLite may count a failed transaction as a change of what it had cached.
-		return errors.Join(err, s.rebaseUnchanged())
+		if s.foreignly != nil {
+			return err
+		}
+		// SQLite may count a failed transaction as a change of what it had cached, and the witness one that has begun the WAL anew.
+		return errors.Join(err, s.rebase())
 	}
 	s.note(s.showWitness())
 	s.own = own
@@ -525,24 +528,10 @@ func (s *store) checkForeign() error {
 
 // rebase takes the file as it is now for ours.
 func (s *store) rebase() (err error) {
-	s.foreignly = nil
 	if s.dataVersion, err = s.writer.one(qDataVersion); err != nil {
 		return err
 	}
 	return s.showWitness()
-}
-
-// rebaseUnchanged is rebase if the file is as we left it.
-func (s *store) rebaseUnchanged() error {
-	v, err := s.writer.one(qDataVersion)
-	if err != nil {
-		return err
-	}
-	same, err := s.asWeLeftIt()
-	if same {
-		s.dataVersion = v
-	}
-	return err
 }
 
 // showWitness lets the witness see what this store has just done to the file. It asks the witness first: what somebody else does
@@ -598,6 +587,7 @@ func (s *store) forgive() error {
 	defer unlock()
 	was := s.foreignly
 	err = s.writeTail(func(t *tail) error {
+		s.foreignly = nil
 		if err := s.rebase(); err != nil {
 			return err
 		}

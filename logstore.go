@@ -792,9 +792,11 @@ func (l *logStore) unopened(err error) error {
 	return fmt.Errorf("%w: log %s: %w; %s", ErrCorrupt, l.dir, err, logRepair)
 }
 
-// A filer is raft-wal's own, with one repair and one relief. raft-wal ends a segment in the write of its last batch, and opens the next one
-// later, in the background. If the process ends or is closed in between, or a power cut tears that write, v0.4.1 reopens the
-// segment as its tail and knows that it has ended, but never opens the next: every append is ErrSealed, for ever.
+// A filer is raft-wal's own, with one repair and one relief.
+//
+// The repair: raft-wal ends a segment in the write of its last batch, and opens the next one later, in the background. If the
+// process ends or is closed in between, or a power cut tears that write, v0.4.1 reopens the segment as its tail and knows that it
+// has ended, but never opens the next: every append is ErrSealed, for ever.
 //
 // The relief: raft-wal removes what a truncation leaves over while appends wait, and syncs the directory after each file.
 type filer struct {
@@ -810,8 +812,8 @@ type filer struct {
 	turn    sync.Mutex  // of one removal after the other
 }
 
-// Delete removes a segment, once raft-wal is open in the background: the meta file has let go of it already, and one that stays,
-// because the process ends or the disk fails, is removed by the next open.
+// Delete removes a segment: at once while raft-wal is being opened, later in the background. The meta file has let go of it, and
+// one that stays, because the process ends or the disk fails, is removed by the next open.
 func (f *filer) Delete(baseIndex, id uint64) error {
 	if !f.relaxed.Load() { // what is about to be made may have the same name, if the meta file was damaged
 		return f.Filer.Delete(baseIndex, id)
