@@ -498,20 +498,9 @@ func (h *history) check(t *testing.T, rows []written) {
 	}
 }
 
-// campaign is how long QUORATE_CAMPAIGN wants the tests here to go on; without it they end as soon as they can.
-func campaign(t *testing.T) time.Duration {
-	text := os.Getenv("QUORATE_CAMPAIGN")
-	if text == "" {
-		return 0
-	}
-	d, err := time.ParseDuration(text)
-	must(t, err)
-	return d
-}
-
-// TestHistory lets clients on three real processes write and read while members are killed and stopped. QUORATE_CAMPAIGN
+// TestCampaignHistory lets clients on three real processes write and read while members are killed and stopped. QUORATE_CAMPAIGN
 // makes it longer.
-func TestHistory(t *testing.T) {
+func TestCampaignHistory(t *testing.T) {
 	list := newProcesses(t, func(p *process) { p.history = 1 << 22 }) // so that a campaign's history is whole
 	h := newHistory()
 	ctx, cancel := context.WithCancel(t.Context())

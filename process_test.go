@@ -25,8 +25,6 @@ import (
 // Members in processes of their own, which can be killed and stopped as a machine would do it: the test binary runs itself
 // with processEnv set, and the parent drives it by POST /do beside /raft/.
 
-const processEnv = "QUORATE_TEST_MEMBER"
-
 // An order is one call that the parent has a member make.
 type order struct {
 	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load, cut, installed

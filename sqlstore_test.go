@@ -713,11 +713,13 @@ func TestBarrierChangesAByte(t *testing.T) {
 	}
 }
 
+const syncsEnv = "QUORATE_TEST_SYNCS" // where the second run keeps its store
+
 // Commits sync nothing and each barrier syncs at least once, also when nothing was written since the last one. The calls
 // of the kernel are counted in a second run of this test.
 func TestBarrierSyncs(t *testing.T) {
 	const begin, middle, end = "/nonexistent-begin", "/nonexistent-middle", "/nonexistent-end"
-	if dir := os.Getenv("QUORATE_TEST_SYNCS"); dir != "" {
+	if dir := os.Getenv(syncsEnv); dir != "" {
 		s := openTestStore(t, filepath.Join(dir, "snap"), testBudget)
 		put(t, s, "a", "0") // the first commit to a new WAL syncs its header
 		os.Stat(begin)
@@ -740,7 +742,7 @@ func TestBarrierSyncs(t *testing.T) {
 	dir := t.TempDir()
 	out := filepath.Join(dir, "trace")
 	cmd := exec.Command(strace, "-f", "-qq", "-o", out, "-e", "trace=fsync,fdatasync,newfstatat", os.Args[0], "-test.run=^TestBarrierSyncs$")
-	cmd.Env = append(os.Environ(), "QUORATE_TEST_SYNCS="+dir)
+	cmd.Env = append(os.Environ(), syncsEnv+"="+dir)
 	if said, err := cmd.CombinedOutput(); err != nil {
 		if _, err := os.Stat(filepath.Join(dir, "snap")); err == nil {
 			t.Fatalf("%v: %s", err, said)
