@@ -243,18 +243,20 @@ func (s *Service) checkRemoved() {
 	}
 }
 
-// tuneLog keeps the tail of the log within bytes, whatever the size of its entries, and keeps all of it while a snapshot is
-// being sent, for the receiver needs what comes after.
+// tuneLog keeps the tail of the log within the size of the state, whatever the size of its entries, and keeps all of it while a
+// snapshot is being sent, for the receiver needs what comes after.
 func (s *Service) tuneLog() {
 	r := s.raft.Load()
 	first, last := s.wal.bounds()
 	if last == 0 || r == nil {
 		return
 	}
-	keep := uint64(trailingLogs)
-	if size := s.wal.bytes(); size > trailingBytes {
-		keep = max(trailingMin, min(keep, uint64(trailingBytes/(size/int64(last-first+1)+1))))
+	limit := int64(trailingBytes)
+	if info, err := os.Stat(s.path("snap")); err == nil {
+		limit = min(max(limit, info.Size()), trailingMost)
 	}
+	entry := s.wal.bytes()/int64(last-first+1) + 1
+	keep := max(trailingMin, min(trailingLogs, uint64(limit/entry)))
 	if s.members.sending() {
 		keep = 1 << 40
 	}

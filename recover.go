@@ -26,8 +26,9 @@ const (
 	commitTimeout    = 10 * time.Millisecond // how late an idle follower learns of the last commit
 	trailingLogs     = 10240                 // entries kept behind the snapshot for a member that comes back
 	trailingMin      = 512
-	trailingBytes    = 256 << 20
-	snapshotEvery    = 8192 // entries
+	trailingBytes    = 64 << 20  // at most; or the size of the state, for a snapshot of it would be no less to send
+	trailingMost     = 256 << 20 // whatever the size of the state
+	snapshotEvery    = 8192      // entries
 	snapshotBytes    = 64 << 20
 )
 

@@ -239,6 +239,41 @@ func cutLog(s *Service, past uint64) error {
 	return nil
 }
 
+// The log is kept as long as it is shorter than the state, and no longer.
+func TestLogIsKeptWithinTheState(t *testing.T) {
+	t.Parallel()
+	s, err := Open(t.Context(), Config{Dir: filepath.Join(t.TempDir(), "data"), Logger: testLogger(t), History: 16})
+	must(t, err)
+	defer s.Close()
+	keep := func() uint64 {
+		s.tuneLog()
+		return s.raft.Load().ReloadableConfig().TrailingLogs
+	}
+	write := func(first, keys int) {
+		t.Helper()
+		value := make([]byte, 64<<10)
+		for i := range 1800 {
+			must(t, s.Set(t.Context(), fmt.Sprint(first+i%keys), value))
+		}
+		must(t, s.store.sync(t.Context()))
+	}
+	if n := keep(); n != trailingLogs {
+		t.Errorf("%d entries of an empty log are kept", n)
+	}
+	write(0, 1) // 112 MiB
+	small := keep()
+	if small < 900 || small > 1200 {
+		t.Errorf("%d entries of 64 KiB are kept beside a small state, want 64 MiB", small)
+	}
+	write(0, 1800) // as many bytes of state
+	eventually(t, patience, "a longer log", func() error { // the checkpointer brings the state into the file
+		if n := keep(); n < 1500 || n > 2100 {
+			return fmt.Errorf("%d entries of 64 KiB are kept beside a state of 112 MiB", n)
+		}
+		return nil
+	})
+}
+
 func (c testCluster) fill(t testing.TB, prefix string, n int) {
 	t.Helper()
 	l := c.leader(t)
