@@ -138,8 +138,9 @@ type Config struct {
 	// member, changes nothing. Each change takes the disk space of its value once more.
 	History int
 
-	vfs    types.VFS // the log's files; nil is the system's: a seam for tests that break the disk
-	format uint64    // what this member says it reads, and raises a cluster to; 0 is entryFormat: a seam for tests that play an older version
+	vfs     types.VFS // the log's files; nil is the system's: a seam for tests that break the disk
+	segment int       // bytes of a segment of the log; 0 is 8 MiB: a seam for tests of many segments
+	format  uint64    // what this member says it reads, and raises a cluster to; 0 is entryFormat: a seam for tests that play an older version
 }
 
 // Service is one member: it holds the data and takes part in the cluster. All methods may be called concurrently, on every

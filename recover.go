@@ -93,7 +93,7 @@ func (s *Service) openState(ctx context.Context) error {
 		}
 	}
 	s.wal, err = openLog(logOptions{
-		dir: s.path("wal"), vfs: s.conf.vfs, log: s.log,
+		dir: s.path("wal"), vfs: s.conf.vfs, segmentSize: s.conf.segment, log: s.log,
 		leader: func() bool { r := s.raft.Load(); return r != nil && r.State() == raft.Leader },
 		fault:  func(err error) { s.faults.set(faultLog, err) },
 		ahead:  s.peer.sendAhead,

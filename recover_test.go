@@ -265,7 +265,7 @@ func TestLogIsKeptWithinTheState(t *testing.T) {
 	if small < 900 || small > 1200 {
 		t.Errorf("%d entries of 64 KiB are kept beside a small state, want 64 MiB", small)
 	}
-	write(0, 1800) // as many bytes of state
+	write(0, 1800)                                         // as many bytes of state
 	eventually(t, patience, "a longer log", func() error { // the checkpointer brings the state into the file
 		if n := keep(); n < 1500 || n > 2100 {
 			return fmt.Errorf("%d entries of 64 KiB are kept beside a state of 112 MiB", n)
