@@ -89,6 +89,7 @@ func someValue(rnd *rand.Rand) string {
 func copyQuiet(t *testing.T, s *Service, to string) {
 	t.Helper()
 	must(t, s.store.sync(t.Context()))
+	s.wal.removal.Wait() // of segments, in the background
 	s.store.lockFile()
 	defer s.store.fileMu.Unlock()
 	s.store.checkpointMu.Lock()
@@ -415,6 +416,9 @@ func TestCampaignCorruptMember(t *testing.T) {
 				return err
 			})
 		}
+		if err == nil { // a background check has found what it will, or will
+			err = m.s.wal.verify(ctxFor(t, patience))
+		}
 		if err == nil {
 			mended++
 		} else {
@@ -428,6 +432,7 @@ func TestCampaignCorruptMember(t *testing.T) {
 		for key, value := range want {
 			if got, err := m.s.Get(ctxFor(t, patience), key); err != nil || string(got) != value {
 				violated(t, "%s: Get says that %s is %.20q, %v, want %.20q", what, key, got, err, value)
+				t.FailNow()
 			}
 		}
 		eventually(t, patience, "three voters", func() error {

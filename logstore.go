@@ -158,7 +158,9 @@ func (l *logStore) load(w *wal.WAL) error {
 		return nil
 	}
 	var e raft.Log
-	if err := l.readWAL(w, last, &e); err != nil {
+	if err := l.readWAL(w, last, &e); err == raft.ErrLogNotFound {
+		return l.unopened(fmt.Errorf("it says that it holds entries %d to %d, and %d is not there", first, last, last))
+	} else if err != nil {
 		return err
 	}
 	l.lastTerm = e.Term
@@ -740,6 +742,9 @@ func guard(f func() error) (err error) {
 
 // explain adds where and what to an error of the disk, and makes every kind of full disk errors.Is syscall.ENOSPC.
 func (l *logStore) explain(what string, err error) error {
+	if errors.Is(err, ErrCorrupt) {
+		return fmt.Errorf("log %s: %s: %w; %s", l.dir, what, err, logRepair)
+	}
 	if diskFull(err) && !errors.Is(err, syscall.ENOSPC) {
 		return fmt.Errorf("log %s: %s: %w: %w", l.dir, what, syscall.ENOSPC, err)
 	}
