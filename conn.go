@@ -206,7 +206,7 @@ func (c *conn) checkSchema() error {
 			found++
 			return nil
 		}
-		return fmt.Errorf("%w: the schema has something that is not ours: %q; if someone has added it, drop it", ErrCorrupt, name)
+		return fmt.Errorf("%w: the schema has something that is not ours: %q; if someone has added it, drop it, else this copy of the state must be replaced", ErrCorrupt, name)
 	})
 	if err == nil && found != len(want) {
 		err = corrupt("%d of %d tables are missing", len(want)-found, len(want))

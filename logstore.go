@@ -742,7 +742,7 @@ func guard(f func() error) (err error) {
 
 // explain adds where and what to an error of the disk, and makes every kind of full disk errors.Is syscall.ENOSPC.
 func (l *logStore) explain(what string, err error) error {
-	if errors.Is(err, ErrCorrupt) {
+	if errors.Is(err, ErrCorrupt) && !strings.Contains(err.Error(), logRepair) {
 		return fmt.Errorf("log %s: %s: %w; %s", l.dir, what, err, logRepair)
 	}
 	if diskFull(err) && !errors.Is(err, syscall.ENOSPC) {

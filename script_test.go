@@ -83,7 +83,8 @@ type script struct {
 	members []*scriptMember
 	cast    map[string]*scriptMember
 	going   map[string]chan string
-	change  func(*Config) // of members that start; nil = nothing
+	change  func(*Config)                   // of members that start; nil = nothing
+	front   func(http.Handler) http.Handler // what stands before every member; nil = nothing
 }
 
 type scriptMember struct {
@@ -274,7 +275,11 @@ func (c *script) open(ctx context.Context, m *scriptMember) string {
 		return verdict(err)
 	}
 	m.s = s
-	c.net.serve(m.conf.Addr, s)
+	h := http.Handler(s)
+	if c.front != nil {
+		h = c.front(h)
+	}
+	c.net.serve(m.conf.Addr, h)
 	return "ok"
 }
 
