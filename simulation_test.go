@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -30,16 +31,21 @@ func TestCampaignSimulation(t *testing.T) {
 		simulate(t, newCradle(t), seedOf(t))
 		return
 	}
-	total, workers, first := dose(24, 10_000), runtime.GOMAXPROCS(0), rand.Uint64()
+	total, first := dose(24, 10_000), rand.Uint64()
 	cradle := newCradle(t)
+	var next atomic.Int64
+	var all sync.WaitGroup
+	workers := 3 * runtime.GOMAXPROCS(0) // a bubble often waits for a file
 	for w := range workers {
-		t.Run(fmt.Sprint("worker ", w), func(t *testing.T) {
-			t.Parallel()
-			for i := w; i < total && !t.Failed(); i += workers {
-				simulate(t, cradle, first+uint64(i))
-			}
+		all.Go(func() {
+			t.Run(fmt.Sprint("worker ", w), func(t *testing.T) {
+				for i := next.Add(1); i <= int64(total) && !t.Failed(); i = next.Add(1) {
+					simulate(t, cradle, first+uint64(i))
+				}
+			})
 		})
 	}
+	all.Wait()
 }
 
 // A cradle holds clusters of three and five that were closed after their first write, so that a simulation need not form one.
@@ -270,7 +276,7 @@ func (l *life) write(ctx context.Context, writer int, m *scriptMember) {
 			l.mu.Unlock()
 		}
 		select {
-		case <-time.After(40 * time.Millisecond):
+		case <-time.After(80 * time.Millisecond):
 		case <-ctx.Done():
 		}
 	}
