@@ -10,6 +10,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"database/sql/driver"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash"
@@ -343,7 +344,28 @@ func receive(path string, src io.Reader) (m meta, err error) {
 	if m, err = checkFile(path); err != nil {
 		return m, err
 	}
+	if err := checkLength(path); err != nil {
+		return m, aboutFile("check", path, err)
+	}
 	return m, errors.Join(syncFile(path), syncDir(filepath.Dir(path)))
+}
+
+// checkLength: a stream holds the pages that its first one counts, and no others, which SQLite would pass over.
+func checkLength(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var head [32]byte
+	if _, err := io.ReadFull(f, head[:]); err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if pages := int64(binary.BigEndian.Uint32(head[28:])); err == nil && info.Size() != pages*pageSize {
+		err = corrupt("%d bytes for %d pages", info.Size(), pages)
+	}
+	return err
 }
 
 // A tailReader reads a stream up to the checksum that ends it, and leaves that to be read from src.

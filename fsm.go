@@ -592,8 +592,8 @@ func (s fsmSnapshot) Persist(sink raft.SnapshotSink) error {
 	}
 	// Behind it when this member closes, or its state is being rebuilt. Cutting the log there would leave a gap, and the next
 	// start would rightly refuse it.
-	if at := s.fsm.store.meta().applied; at < local.index {
-		return fmt.Errorf("raft has handed out index %d and the state ends at %d", local.index, at)
+	if at := s.fsm.store.meta().applied; at < local.says.Index {
+		return fmt.Errorf("raft has handed out index %d and the state ends at %d", local.says.Index, at)
 	}
 	if err := s.fsm.store.calmBarrier(); err != nil { // nobody waits for it
 		s.fsm.blame(err)
@@ -710,19 +710,19 @@ func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, erro
 	return snapshotMeta(id, c.meta, c.size), c, nil
 }
 
-func (s *snapshotStore) Create(_ raft.SnapshotVersion, index, term uint64, _ raft.Configuration, _ uint64, _ raft.Transport) (raft.SnapshotSink, error) {
-	return &snapshotSink{store: s, index: index, term: term}, nil
+func (s *snapshotStore) Create(_ raft.SnapshotVersion, index, term uint64, config raft.Configuration, configIndex uint64, _ raft.Transport) (raft.SnapshotSink, error) {
+	return &snapshotSink{store: s, says: raft.SnapshotMeta{Index: index, Term: term, Configuration: config, ConfigurationIndex: configIndex}}, nil
 }
 
 // A snapshotSink either is persisted (a local snapshot, no bytes) or receives a stream into a file beside the state.
 type snapshotSink struct {
-	store       *snapshotStore
-	index, term uint64
-	persisted   bool
-	pipe        *io.PipeWriter
-	received    chan error // of the receiving goroutine
-	meta        meta
-	closed      bool
+	store     *snapshotStore
+	says      raft.SnapshotMeta // what raft takes for its own once the snapshot is installed
+	persisted bool
+	pipe      *io.PipeWriter
+	received  chan error // of the receiving goroutine
+	meta      meta
+	closed    bool
 }
 
 func (s *snapshotSink) ID() string {
@@ -762,13 +762,26 @@ func (s *snapshotSink) Close() error {
 	if err := <-s.received; err != nil {
 		return err
 	}
-	if s.meta.applied != s.index || s.meta.term != s.term {
+	if err := s.honest(); err != nil {
 		os.Remove(s.store.path)
-		return fmt.Errorf("%w: snapshot says index %d of term %d and holds %d of %d", ErrCorrupt, s.index, s.term, s.meta.applied, s.meta.term)
+		return err
 	}
 	s.store.fsm.mu.Lock()
 	s.store.fsm.incoming = &incoming{path: s.store.path, meta: s.meta}
 	s.store.fsm.mu.Unlock()
+	return nil
+}
+
+// honest: raft goes on with what the message said, and this member's state with what the file holds.
+func (s *snapshotSink) honest() error {
+	holds := snapshotMeta("", s.meta, 0)
+	switch says := s.says; {
+	case holds.Index != says.Index || holds.Term != says.Term:
+		return fmt.Errorf("%w: snapshot says index %d of term %d and holds %d of %d", ErrCorrupt, says.Index, says.Term, holds.Index, holds.Term)
+	case holds.ConfigurationIndex != says.ConfigurationIndex || !slices.Equal(holds.Configuration.Servers, says.Configuration.Servers):
+		return fmt.Errorf("%w: snapshot says members %v of index %d and holds %v of %d", ErrCorrupt, says.Configuration.Servers,
+			says.ConfigurationIndex, holds.Configuration.Servers, holds.ConfigurationIndex)
+	}
 	return nil
 }
 
