@@ -252,7 +252,7 @@ func decodeAppendAnswer(data []byte, a *raft.AppendEntriesResponse) error {
 	version := r.byte()
 	answer := raft.AppendEntriesResponse{RPCHeader: r.header(), Term: r.uint(), LastLog: r.uint()}
 	flags := r.byte()
-	if r.bad || len(r.b) != 0 || version != frameVersion || flags > 3 {
+	if r.bad || len(r.b) != 0 || version != frameVersion || flags > 3 || answer.Term > maxIndex {
 		return fmt.Errorf("%w: answer to an append", errFrame)
 	}
 	answer.Success, answer.NoRetryBackoff = flags&1 != 0, flags&2 != 0

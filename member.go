@@ -879,6 +879,10 @@ func (s *Service) askToRemove(ctx context.Context, addr string) error {
 
 // serveRemove removes on the leader: first the permission, so that the member can't come back in between, then the member.
 func (s *Service) serveRemove(ctx context.Context, addr string) error {
+	addr, err := canonicalAddr(addr)
+	if err != nil {
+		return refuse(http.StatusBadRequest, codeBadRequest, "%v", err)
+	}
 	r := s.raft.Load()
 	if r.State() != raft.Leader {
 		return s.notLeader()

@@ -241,6 +241,11 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 	if r.bare && x.from == "" {
 		return p.checkPlain(x)
 	}
+	for _, v := range []string{x.cluster, x.from, x.fromAddr, x.to} {
+		if len(v) > maxHeaderBytes { // it would come back in a refusal, and may be kept
+			return refuse(http.StatusBadRequest, codeBadRequest, "a header of %d bytes, limit %d", len(v), maxHeaderBytes)
+		}
+	}
 	if v := header(x.req.Header, headerProtocol); v != strconv.Itoa(protocolVersion) && v != strconv.Itoa(laterProtocol) {
 		return refuse(http.StatusPreconditionFailed, codeProtocol, "protocol %q, and this member speaks %d", v, protocolVersion)
 	}
@@ -254,7 +259,7 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 		}
 		return nil
 	}
-	if x.from == "" || len(x.from) > maxHeaderBytes || len(x.fromAddr) > maxHeaderBytes {
+	if x.from == "" {
 		return refuse(http.StatusBadRequest, codeBadRequest, "no %s header", headerFrom)
 	}
 	if err := p.checkCluster(x, name); err != nil {
@@ -701,17 +706,18 @@ func (p *peer) state(ctx context.Context, to, addr string) (io.ReadCloser, error
 		cancel()
 		return nil, err
 	}
-	return &stateReader{body: resp.Body, alive: alive, cancel: cancel}, nil
+	return &stateReader{body: resp.Body, r: io.LimitReader(resp.Body, maxSnapshot), alive: alive, cancel: cancel}, nil
 }
 
 type stateReader struct {
 	body   io.ReadCloser
+	r      io.Reader // body, but not for ever
 	alive  *time.Timer
 	cancel context.CancelFunc
 }
 
 func (r *stateReader) Read(b []byte) (int, error) {
-	n, err := r.body.Read(b)
+	n, err := r.r.Read(b)
 	if n > 0 && err == nil {
 		r.alive.Reset(stallTimeout)
 	}

@@ -445,6 +445,7 @@ func TestDoorAppendOfAnUnknownLeader(t *testing.T) {
 func TestDoorHeartbeat(t *testing.T) {
 	t.Parallel()
 	d := doorHost()
+	d.leader = func() (string, string) { return "b", "127.0.0.1:2" }
 	p := newPeer(d.peerHost, nil, false, slog.New(slog.DiscardHandler))
 	defer p.close()
 	tr := p.transport() // its main loop takes nothing

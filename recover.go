@@ -400,6 +400,9 @@ func (s *Service) askToJoin(ctx context.Context, req joinRequest) (joinAnswer, s
 			base, to = baseURL(r.LeaderAddr, s.conf.TLS), r.LeaderID
 			continue
 		}
+		if err == nil && !validID(a.Cluster) {
+			err = fmt.Errorf("%w: admitted to cluster %q", errFrame, a.Cluster)
+		}
 		return a, base, err
 	}
 	return joinAnswer{}, base, errors.New("members name each other as the leader")

@@ -251,7 +251,15 @@ func (t *transport) RequestVote(id raft.ServerID, target raft.ServerAddress, arg
 	if err := t.p.host.silent(); err != nil {
 		return err // it could not keep what it promises as a leader
 	}
-	return t.postJSON("vote", id, target, args, resp)
+	return checkAnswer(t.postJSON("vote", id, target, args, resp), &resp.Term)
+}
+
+// checkAnswer: raft takes a newer term from any answer and writes it down. One that nobody can have come to would end the cluster.
+func checkAnswer(err error, term *uint64) error {
+	if err == nil && *term > maxIndex {
+		return fmt.Errorf("%w: answer of term %d", errFrame, *term)
+	}
+	return err
 }
 
 // RequestPreVote returns an error of ours without its words: raft takes the text "unexpected command" inside any error for an
@@ -260,7 +268,7 @@ func (t *transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, 
 	if t.p.host.silent() != nil {
 		return fmt.Errorf("prevote: this member is silent")
 	}
-	err := t.postJSON("prevote", id, target, args, resp)
+	err := checkAnswer(t.postJSON("prevote", id, target, args, resp), &resp.Term)
 	if err != nil && strings.Contains(err.Error(), "unexpected command") {
 		return fmt.Errorf("prevote: %s answers with an error", id)
 	}
@@ -310,7 +318,7 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 	case err != nil:
 		return explain(err, base)
 	}
-	return json.Unmarshal(answer, resp)
+	return checkAnswer(json.Unmarshal(answer, resp), &resp.Term)
 }
 
 func (t *transport) probe(id raft.ServerID, target raft.ServerAddress) error {
@@ -394,6 +402,18 @@ func (x *exchange) checkSender(h raft.RPCHeader) error {
 	return nil
 }
 
+// checkLeader: a term has one leader, and raft takes whoever speaks as one for it: a leader steps down for a message of its own
+// term. Raft forgets the leader before it takes a new term, so the term is read first.
+func (p *peer) checkLeader(x *exchange, term uint64) error {
+	if p.host.term() != term || !p.host.hasLeader() {
+		return nil
+	}
+	if id, _ := p.host.leader(); id != "" && id != x.from {
+		return refuse(http.StatusConflict, codeConflict, "the leader of term %d is member %s", term, shortID(id))
+	}
+	return nil
+}
+
 func (p *peer) serveAppend(ctx context.Context, x *exchange) error {
 	t, err := p.raftNow()
 	if err != nil {
@@ -411,6 +431,9 @@ func (p *peer) serveAppend(ctx context.Context, x *exchange) error {
 		return refuse(http.StatusBadRequest, codeBadRequest, "%v", err)
 	}
 	if err := x.checkSender(args.RPCHeader); err != nil {
+		return err
+	}
+	if err := p.checkLeader(x, args.Term); err != nil {
 		return err
 	}
 	for _, e := range args.Entries {
@@ -485,7 +508,8 @@ func checkTerm(term uint64) error {
 	return nil
 }
 
-// serveVote: without an id raft asks only what makes a vote safe, the term and the log.
+// serveVote: without an id raft asks only what makes a vote safe, the term and the log. That a member which has a leader takes
+// over no newer term is raft's rule too, but it knows the leader by its address, which anyone can claim.
 func (p *peer) serveVote(ctx context.Context, x *exchange) error {
 	var args raft.RequestVoteRequest
 	t, err := p.takeJSON(x, &args)
@@ -499,6 +523,9 @@ func (p *peer) serveVote(ctx context.Context, x *exchange) error {
 		return err
 	}
 	if p.unknownCandidate(x.from) {
+		if p.host.hasLeader() {
+			return x.answerJSON(raft.RequestVoteResponse{RPCHeader: p.header(t), Term: p.host.term()})
+		}
 		args.ID = nil
 	}
 	return t.relay(ctx, x, &args)
@@ -524,7 +551,6 @@ func (p *peer) servePreVote(ctx context.Context, x *exchange) error {
 
 // preVote is raft's own rule but for the question whether the candidate is a voter, which raft asks even without an id.
 func (p *peer) preVote(t *transport, args *raft.RequestPreVoteRequest) raft.RequestPreVoteResponse {
-	id, _, _ := p.host.self()
 	term := p.host.term()
 	index, logTerm := p.host.lastEntry()
 	newer := args.LastLogTerm > logTerm || args.LastLogTerm == logTerm && args.LastLogIndex >= index
@@ -532,8 +558,13 @@ func (p *peer) preVote(t *transport, args *raft.RequestPreVoteRequest) raft.Requ
 	if granted {
 		term = args.Term
 	}
-	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: t.EncodePeer(raft.ServerID(id), t.LocalAddr())}
-	return raft.RequestPreVoteResponse{RPCHeader: header, Term: term, Granted: granted}
+	return raft.RequestPreVoteResponse{RPCHeader: p.header(t), Term: term, Granted: granted}
+}
+
+// header is that of raft's own messages.
+func (p *peer) header(t *transport) raft.RPCHeader {
+	id, _, _ := p.host.self()
+	return raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: t.EncodePeer(raft.ServerID(id), t.LocalAddr())}
 }
 
 // serveTimeoutNow: raft makes itself a candidate at this message, whatever it is, and disturbs the others if it has no vote.
@@ -586,8 +617,10 @@ func (p *peer) serveSnapshot(ctx context.Context, x *exchange) error {
 	if err := x.checkSender(args.RPCHeader); err != nil {
 		return err
 	}
-	body := &receivedReader{x: x, r: io.LimitReader(x.req.Body, args.Size),
-		until: time.Now().Add(stallTimeout + time.Duration(args.Size)*time.Second/receiveRate)}
+	if err := p.checkLeader(x, args.Term); err != nil {
+		return err
+	}
+	body := &receivedReader{x: x, r: io.LimitReader(x.req.Body, args.Size), until: time.Now().Add(stallTimeout)}
 	defer body.end()
 	if p.holds(args) {
 		if _, err := io.Copy(io.Discard, body); err != nil { // a sender still writing would not see the answer
@@ -619,7 +652,8 @@ func (p *peer) holds(args *raft.InstallSnapshotRequest) bool {
 	return ok && term == args.LastLogTerm
 }
 
-// A receivedReader is a snapshot coming in: it may take as long as it likes, but not stand still. Raft may still be reading
+// A receivedReader is a snapshot coming in: it may take as long as its bytes do, but not stand still. The size that was declared
+// buys no time: only what has come does. Raft may still be reading
 // when the handler has returned, and net/http does not allow it to touch the connection then.
 type receivedReader struct {
 	x     *exchange
@@ -644,6 +678,7 @@ func (r *receivedReader) Read(b []byte) (int, error) {
 	r.x.readWithin(min(stallTimeout, left))
 	r.mu.Unlock()
 	n, err := r.r.Read(b)
+	r.until = r.until.Add(time.Duration(n) * time.Second / receiveRate)
 	if err == io.EOF {
 		r.mu.Lock()
 		if !r.ended {
