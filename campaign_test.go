@@ -21,10 +21,13 @@ import (
 const campaignEnv = "QUORATE_CAMPAIGN"
 
 // ownEnvs are what tests set for the processes that they start, which run this binary and have no campaign of their own.
-var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv}
+var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, ioEnv}
 
-// powerEnv is the directory of the member whose power is cut.
-const powerEnv = "QUORATE_TEST_POWER"
+// powerEnv and ioEnv are the directories of members whose calls are traced.
+const (
+	powerEnv = "QUORATE_TEST_POWER"
+	ioEnv    = "QUORATE_TEST_IO"
+)
 
 // processEnv holds what a member in a process of its own is told.
 const processEnv = "QUORATE_TEST_MEMBER"

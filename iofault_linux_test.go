@@ -1,0 +1,292 @@
+package quorate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// ioLimitEnv is the size beyond which a file of that process can't grow: what goes beyond is cut off, and then an error.
+const ioLimitEnv = "QUORATE_TEST_IO_LIMIT"
+
+const ioWrites = 30
+
+// ioScript is the life of a member one of whose calls fails. It says what became of each write. The process must live, whatever
+// happens, and every call must return.
+func ioScript(t *testing.T, dir string) {
+	if text := os.Getenv(ioLimitEnv); text != "" {
+		limit, err := strconv.ParseUint(text, 10, 64)
+		must(t, err)
+		must(t, syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: limit, Max: limit}))
+	}
+	s, err := Open(t.Context(), Config{Dir: dir, History: 16, segment: 16 << 10})
+	if err != nil {
+		fmt.Println("open", err)
+		return
+	}
+	for i := range ioWrites {
+		if i%12 == 10 {
+			cutLog(s, 0) // a barrier, and raft truncates its log
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		err := s.Set(ctx, fmt.Sprint("k", i%4), []byte(fmt.Sprint(i, " ", strings.Repeat("v", 700))))
+		cancel()
+		switch {
+		case err == nil:
+			fmt.Println("ack", i)
+		case errors.Is(err, ErrNotApplied):
+			fmt.Println("refused", i)
+		case errors.Is(err, ErrUncertain):
+			fmt.Println("uncertain", i)
+		default:
+			t.Errorf("write %d: %v", i, err)
+		}
+		if err := s.Err(); errors.Is(err, syscall.EIO) || errors.Is(err, syscall.EFBIG) {
+			break // for good
+		}
+	}
+	for i := range 4 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		if got, err := s.Get(ctx, fmt.Sprint("k", i)); err == nil {
+			word, _, _ := bytes.Cut(got, []byte(" "))
+			fmt.Println("get", i, string(word)+"!")
+		}
+		cancel()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	if err := s.Err(); err != nil && !errors.Is(err, syscall.ENOSPC) {
+		fmt.Println("fault", err)
+	} else if err := s.Set(ctx, "end", nil); err == nil {
+		fmt.Println("well")
+	} else {
+		fmt.Println("ill", err, s.Err())
+	}
+	cancel()
+	began := time.Now()
+	err = s.Close()
+	if time.Since(began) > 20*time.Second {
+		t.Errorf("close took %v", time.Since(began))
+	}
+	fmt.Println("closed", err)
+}
+
+// TestCampaignIO has every call that changes the directory of a member fail once, with the errors of a broken and of a full disk,
+// and files that can't grow, so that writes are cut short. Whatever it was, what is acknowledged is there after the next start.
+//
+// strace counts calls by thread, and which thread makes one is chance: so a case is the n-th call of a kind on a file by any one
+// thread, and only those in which a call did fail are counted.
+func TestCampaignIO(t *testing.T) {
+	if dir := os.Getenv(ioEnv); dir != "" {
+		ioScript(t, dir)
+		return
+	}
+	t.Parallel()
+	home := quickDir(t)
+	const kinds = "write,pwrite64,ftruncate,fallocate,fsync,fdatasync,open,openat,mkdir,mkdirat,unlink,unlinkat,rename,renameat,renameat2"
+	said, trace, err := runIO(t, filepath.Join(home, "data"), 0, "-e", "trace="+kinds)
+	if err != nil {
+		if os.Getenv("CI") == "true" || bytes.Contains(said, []byte("--- FAIL")) {
+			t.Fatalf("%v: %s", err, said)
+		}
+		t.Skipf("strace does not work here: %v: %s", err, said)
+	}
+	cases := ioCases(filepath.Join(home, "data"), trace)
+	if len(cases) < 50 {
+		t.Fatalf("%d kinds of calls: the trace was not understood", len(cases))
+	}
+	must(t, os.RemoveAll(filepath.Join(home, "data")))
+	seed := seedOf(t)
+	rnd := rand.New(rand.NewPCG(seed, 11))
+	var all []ioCase
+	for _, c := range cases {
+		for _, name := range []string{"EIO", "ENOSPC"} {
+			c.err = name
+			all = append(all, c)
+		}
+	}
+	for range len(cases) / 4 {
+		all = append(all, ioCase{limit: 1 + rnd.Uint64N(120<<10)})
+	}
+	rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	all = all[:min(dose(12, len(all)), len(all))]
+	todo := make(chan int, len(all))
+	for i := range all {
+		todo <- i
+	}
+	close(todo)
+	var workers sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		workers.Go(func() {
+			for i := range todo {
+				dir := filepath.Join(home, fmt.Sprint("case", i), "data")
+				if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+					t.Error(err)
+					return
+				}
+				all[i].play(t, dir)
+				os.RemoveAll(filepath.Dir(dir))
+			}
+		})
+	}
+	workers.Wait()
+	t.Logf("%d kinds of calls, %d cases", len(cases), len(all))
+}
+
+// runIO has the script run under strace.
+func runIO(t *testing.T, dir string, limit uint64, args ...string) (said, trace []byte, err error) {
+	out := filepath.Join(t.TempDir(), filepath.Base(filepath.Dir(dir))+".trace")
+	args = append([]string{"-f", "-qq", "-y", "-o", out}, args...)
+	cmd := exec.Command("strace", append(args, os.Args[0], "-test.run=^TestCampaignIO$", "-test.v")...)
+	cmd.Env = append(os.Environ(), ioEnv+"="+dir)
+	if limit > 0 {
+		cmd = exec.Command(os.Args[0], "-test.run=^TestCampaignIO$", "-test.v")
+		cmd.Env = append(os.Environ(), ioEnv+"="+dir, fmt.Sprint(ioLimitEnv, "=", limit))
+	}
+	said, err = cmd.CombinedOutput()
+	trace, _ = os.ReadFile(out)
+	os.Remove(out)
+	return said, trace, err
+}
+
+// An ioCase is one call to fail: the n-th of a kind on a path by one thread; or a limit.
+type ioCase struct {
+	call, path string // path within the directory
+	n          int
+	err        string
+	limit      uint64
+}
+
+// ioCases are the calls of a run on files of the directory.
+func ioCases(dir string, trace []byte) (list []ioCase) {
+	type key struct{ thread, call, path string }
+	counts, most := make(map[key]int), make(map[key]int)
+	for line := range strings.Lines(string(trace)) {
+		m := powerLine.FindStringSubmatch(strings.TrimSpace(line))
+		if m == nil || strings.HasPrefix(m[2], "<...") {
+			continue
+		}
+		call, rest, _ := strings.Cut(m[2], "(")
+		at := strings.Index(rest, dir)
+		if at < 0 {
+			continue
+		}
+		path := rest[at+len(dir):]
+		if end := strings.IndexAny(path, `>"`); end >= 0 {
+			path = path[:end]
+		}
+		k := key{m[1], call, path}
+		counts[k]++
+		k.thread = ""
+		most[k] = max(most[k], counts[key{m[1], call, path}])
+	}
+	for k, n := range most {
+		for i := range n {
+			list = append(list, ioCase{call: k.call, path: k.path, n: i + 1})
+		}
+	}
+	slices.SortFunc(list, func(a, b ioCase) int {
+		return strings.Compare(fmt.Sprint(a.path, a.call, 1000+a.n), fmt.Sprint(b.path, b.call, 1000+b.n))
+	})
+	return list
+}
+
+func (c ioCase) String() string {
+	if c.limit > 0 {
+		return fmt.Sprintf("no file beyond %d bytes", c.limit)
+	}
+	return fmt.Sprintf("%s number %d of %s fails with %s", c.call, c.n, c.path, c.err)
+}
+
+func (c ioCase) play(t *testing.T, dir string) {
+	when := strconv.Itoa(c.n)
+	said, trace, err := runIO(t, dir, c.limit, "-P", dir+c.path, "-e", "trace="+c.call, "-e", fmt.Sprintf("inject=%s:error=%s:when=%s", c.call, c.err, when))
+	if c.limit == 0 && !bytes.Contains(trace, []byte("(INJECTED)")) {
+		return
+	}
+	counted.ioPoints.add(1)
+	if err != nil {
+		violated(t, "%v: the process did not live: %v\n%s", c, err, said)
+		return
+	}
+	results := make(map[int]string) // by write
+	wrong, closed := "", false
+	for line := range strings.Lines(string(said)) {
+		w := strings.Fields(line)
+		switch {
+		case len(w) == 2 && (w[0] == "ack" || w[0] == "refused" || w[0] == "uncertain"):
+			n, _ := strconv.Atoi(w[1])
+			results[n] = w[0]
+		case len(w) == 3 && w[0] == "get":
+			key, _ := strconv.Atoi(w[1])
+			if got := strings.TrimSuffix(w[2], "!"); !possible(results, key, got) {
+				wrong = fmt.Sprintf("Get of k%d was %q", key, got)
+			}
+		case len(w) > 0 && (w[0] == "closed" || w[0] == "open"):
+			closed = true
+			if w[0] == "open" && !strings.Contains(line, filepath.Base(dir)) {
+				wrong = "Open does not say where: " + line
+			}
+		case len(w) > 0 && w[0] == "ill":
+			wrong = "it does not recover: " + line
+		}
+	}
+	if wrong != "" || !closed {
+		violated(t, "%v: %s\n%s", c, wrong, said)
+		return
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	s, err := Open(ctx, Config{Dir: dir, History: 16, segment: 16 << 10, Logger: testLogger(t)})
+	if err != nil {
+		violated(t, "%v: the next start: %v\n%s", c, err, said)
+		return
+	}
+	defer s.Close()
+	if err := s.Ready(ctx); err != nil {
+		violated(t, "%v: after the next start: %v\n%s", c, err, said)
+		return
+	}
+	for key := range 4 {
+		got, err := s.Get(ctx, fmt.Sprint("k", key))
+		word, _, _ := bytes.Cut(got, []byte(" "))
+		if err != nil || !possible(results, key, string(word)) {
+			violated(t, "%v: after the next start k%d is %q, %v; the writes were %v", c, key, word, err, results)
+		}
+	}
+	if err := s.Set(ctx, "after", nil); err != nil {
+		violated(t, "%v: after the next start: %v", c, err)
+	}
+}
+
+// possible: a key may hold the last write that was acknowledged, or a later one that is uncertain.
+func possible(results map[int]string, key int, got string) bool {
+	last := ""
+	for _, n := range slices.Sorted(maps.Keys(results)) {
+		if n%4 != key {
+			continue
+		}
+		switch results[n] {
+		case "ack":
+			last = strconv.Itoa(n)
+		case "uncertain":
+			if got == strconv.Itoa(n) {
+				return true
+			}
+		}
+	}
+	return got == last
+}
