@@ -1,10 +1,13 @@
 package quorate
 
 import (
+	"flag"
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -89,6 +92,10 @@ func violated(t testing.TB, format string, args ...any) {
 }
 
 func TestMain(m *testing.M) {
+	// Tests that run side by side mostly wait, for elections and disks. Whoever gives -parallel gets what he gives.
+	if err := flag.Set("test.parallel", strconv.Itoa(3*runtime.GOMAXPROCS(0))); err != nil {
+		panic(err)
+	}
 	if os.Getenv(campaignEnv) == "" || slices.ContainsFunc(ownEnvs, func(name string) bool { return os.Getenv(name) != "" }) {
 		os.Exit(m.Run())
 	}

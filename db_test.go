@@ -409,6 +409,7 @@ func TestBadInputChangesNothing(t *testing.T) {
 
 // Whoever leads without being able to reach a majority can't know what becomes of a write; whoever has no leader does.
 func TestVerdictsWithoutMajority(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3, func(c *Config) { c.Timeout = 2 * time.Second })
 	l := c.leader(t)
 	for _, m := range c {
@@ -555,6 +556,7 @@ func TestSentinels(t *testing.T) {
 }
 
 func TestCloseWithCallsInFlight(t *testing.T) {
+	t.Parallel()
 	for _, way := range []string{"while all is well", "without a majority", "on a follower that hears of nothing"} {
 		t.Run(way, func(t *testing.T) {
 			c := newCluster(t, 3)

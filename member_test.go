@@ -124,6 +124,7 @@ func (c testCluster) awaitMember(t testing.TB, m *testMember) {
 }
 
 func TestJoin(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	ctx := ctxFor(t, 2*time.Minute)
 	must(t, c[0].s.Set(ctx, "k", []byte("v")))
@@ -815,6 +816,7 @@ func TestReplacement(t *testing.T) {
 }
 
 func TestReadySaysWhatIsMissing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c[1].stop()
 	c[2].behind(func(http.Handler) http.Handler { return http.NotFoundHandler() })

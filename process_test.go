@@ -10,11 +10,13 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -27,7 +29,7 @@ import (
 
 // An order is one call that the parent has a member make.
 type order struct {
-	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load, cut, installed
+	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load, cut, installed, remove, ways
 	Key     string // list, local: the prefix
 	Value   []byte
 	Parts   []part // exec
@@ -94,14 +96,21 @@ func TestMemberProcess(t *testing.T) {
 	var given memberConfig
 	must(t, json.Unmarshal([]byte(text), &given))
 	c.Dir, c.Addr, c.Join, c.History = given.Dir, given.Addr, given.Join, given.History
+	var ways ways
+	c.Client = newClient(t, &ways.out)
 	s, err := Open(context.Background(), c)
 	must(t, err)
 	mux := http.NewServeMux()
-	mux.Handle("/raft/", s)
+	mux.Handle("/raft/", ways.in(s))
 	mux.HandleFunc("POST /do", func(w http.ResponseWriter, req *http.Request) {
 		var o order
 		if err := json.NewDecoder(req.Body).Decode(&o); err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		if o.Op == "ways" {
+			ways.set(o.Key)
+			json.NewEncoder(w).Encode(report{Verdict: "ok"})
 			return
 		}
 		json.NewEncoder(w).Encode(obey(s, o))
@@ -112,6 +121,31 @@ func TestMemberProcess(t *testing.T) {
 	go http.Serve(l, mux)
 	io.Copy(io.Discard, os.Stdin)
 	must(t, s.Close())
+}
+
+// ways are those of a member to the others and back. They can be cut, each alone, and be slow.
+type ways struct {
+	out        line
+	deaf, slow atomic.Bool
+}
+
+// set does what the words say, of "deaf", "mute" and "slow".
+func (w *ways) set(words string) {
+	w.deaf.Store(strings.Contains(words, "deaf"))
+	w.slow.Store(strings.Contains(words, "slow"))
+	w.out.set(strings.Contains(words, "mute"))
+}
+
+func (w *ways) in(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) {
+		if w.slow.Load() {
+			<-time.After(time.Duration(rand.IntN(200)) * time.Millisecond)
+		}
+		if w.deaf.Load() {
+			panic(http.ErrAbortHandler) // the connection is reset
+		}
+		next.ServeHTTP(rw, req)
+	})
 }
 
 func obey(s *Service, o order) report {
@@ -146,6 +180,8 @@ func obey(s *Service, o order) report {
 		r.Entries, err = entriesOf(s.Local().List(ctx, o.Key))
 	case "allow":
 		err = s.AddAllowedMember(ctx, o.Key)
+	case "remove":
+		err = s.RemoveMember(ctx, o.Key)
 	case "ready":
 		err = s.Ready(ctx)
 	case "err":
@@ -233,14 +269,8 @@ func newProcesses(t *testing.T, change ...func(*process)) []*process {
 	}
 	for _, p := range list {
 		p.awaitReady()
-		eventually(t, 30*time.Second, "three voters", func() error {
-			r, err := p.do(order{Op: "status"})
-			if err == nil && countVoters(r.Status) != 3 {
-				err = fmt.Errorf("%d voters", countVoters(r.Status))
-			}
-			return err
-		})
 	}
+	awaitVoters(t, list)
 	return list
 }
 
@@ -290,6 +320,7 @@ func (p *process) kill() {
 	p.cmd.Process.Kill()
 	p.cmd.Wait()
 	p.cmd = nil
+	counted.kills.add(1)
 }
 
 func (p *process) stop() {

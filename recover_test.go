@@ -293,6 +293,7 @@ func (c testCluster) fill(t testing.TB, prefix string, n int) {
 
 // A member that was away comes back to the others' state, whatever became of their logs and of its own meanwhile.
 func TestMemberComesBack(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	away := c.follower(t)
 	others := func() *Service {
