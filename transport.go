@@ -304,7 +304,7 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 	defer alive.Stop()
 	body := io.MultiReader(bytes.NewReader(header), &sentReader{
 		r: io.LimitReader(data, args.Size), left: args.Size, alive: alive,
-		patience: stallTimeout + time.Duration(args.Size)*time.Second/installRate,
+		patience: installTime(args.Size),
 	})
 	base := t.p.base(t.address(id, target))
 	answer, err := t.p.call(ctx, request{
@@ -319,6 +319,11 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 		return explain(err, base)
 	}
 	return checkAnswer(json.Unmarshal(answer, resp), &resp.Term)
+}
+
+// installTime divides first: in nanoseconds, more than 8 GiB would be a negative time.
+func installTime(size int64) time.Duration {
+	return stallTimeout + time.Duration(size/installRate)*time.Second
 }
 
 func (t *transport) probe(id raft.ServerID, target raft.ServerAddress) error {
