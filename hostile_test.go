@@ -1035,8 +1035,9 @@ func TestCampaignHostileSizes(t *testing.T) {
 	}
 }
 
-// besiegedMemory is more than its gates let large bodies take: 8 and 16 at a time, each of 20 MiB in a buffer that has just grown.
-const besiegedMemory = 1536 << 20
+// besiegedMemory is more than its gates let large bodies take, 8 and 16 at a time, each of 20 MiB in a buffer that has just grown, with
+// what the race detector adds. Without limits it would be 15 GiB.
+const besiegedMemory = 3 << 30
 
 // peakMemory is the most that the process ever had resident, where the system tells.
 func (p *process) peakMemory() (bytes int64, ok bool) {
