@@ -40,7 +40,12 @@ func ioScript(t *testing.T, dir string) {
 	}
 	for i := range ioWrites {
 		if i%12 == 10 {
-			cutLog(s, 0) // a barrier, and raft truncates its log
+			cut := make(chan error, 1)
+			go func() { cut <- cutLog(s, 0) }() // a barrier, and raft truncates its log
+			select {
+			case <-cut:
+			case <-time.After(time.Second): // raft's own future may never end
+			}
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		err := s.Set(ctx, fmt.Sprint("k", i%4), []byte(fmt.Sprint(i, " ", strings.Repeat("v", 700))))
