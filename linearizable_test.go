@@ -515,6 +515,10 @@ func TestCampaignHistory(t *testing.T) {
 	for i := range 12 {
 		clients.Go(func() { h.run(ctx, t, i, list[i%3].do, 0) })
 	}
+	var count counter
+	for _, p := range list {
+		clients.Go(func() { count.up(ctx, p) })
+	}
 	watchCtx, leave := context.WithCancel(t.Context())
 	defer leave()
 	var watchers sync.WaitGroup
@@ -631,10 +635,53 @@ func TestCampaignHistory(t *testing.T) {
 		}
 	}
 	h.check(t, rows)
+	count.check(t, list[0])
 	for _, w := range spectators {
 		w.verify(t, rows)
 	}
 	t.Logf("%d changes, seen by %d spectators", len(rows), len(spectators))
+}
+
+// A counter goes up by one whenever nobody was there in between: each write has the version that was read for its condition.
+// Every one that was acknowledged counts once, and one whose fate is unknown once or not at all.
+type counter struct{ acked, unknown atomic.Int64 }
+
+const counterKey = "counter/0"
+
+func (c *counter) up(ctx context.Context, p *process) {
+	for ctx.Err() == nil {
+		r, err := p.do(order{Op: "lookup", Key: counterKey, Timeout: 5 * time.Second})
+		if err == nil && r.Verdict == "ok" {
+			var now Entry // of version 0: there is none
+			if len(r.Entries) > 0 {
+				now = r.Entries[0]
+			}
+			n, _ := strconv.Atoi(string(now.Value))
+			r, err = p.do(order{Op: "exec", Timeout: 5 * time.Second, Parts: []part{
+				{Do: "if version", Key: counterKey, Version: now.Version}, {Do: "set", Key: counterKey, Value: []byte(strconv.Itoa(n + 1))}}})
+			switch {
+			case errors.Is(err, syscall.ECONNREFUSED):
+			case err != nil || strings.HasPrefix(r.Verdict, "uncertain"):
+				c.unknown.Add(1)
+			case r.Verdict == "ok":
+				c.acked.Add(1)
+			}
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (c *counter) check(t *testing.T, p *process) {
+	t.Helper()
+	n, _ := strconv.ParseInt(string(p.must(order{Op: "get", Key: counterKey}).Value), 10, 64)
+	acked, unknown := c.acked.Load(), c.unknown.Load()
+	if n < acked || n > acked+unknown || acked == 0 {
+		violated(t, "the counter is at %d after %d acknowledged increments and %d that are unknown", n, acked, unknown)
+	}
+	t.Logf("the counter is at %d: %d increments acknowledged, %d unknown", n, acked, unknown)
 }
 
 // A fault is one that a history meets. strike returns when it is over.
