@@ -392,12 +392,17 @@ func TestCampaignCorruptMember(t *testing.T) {
 			m.conf.Join = "http://" + c[1].conf.Addr + "/raft/"
 		}
 		m.stop()
-		class := fileClasses[rnd.IntN(len(fileClasses))]
-		files := class.files(m.conf.Dir)
-		file := files[rnd.IntN(len(files))]
-		what := fmt.Sprintf("%s: %s (QUORATE_SEED=%d)", filepath.Base(file), damage(t, rnd, file, ""), seed)
+		what, named := "", ""
+		for what == "" { // snap-wal is not there
+			class := fileClasses[rnd.IntN(len(fileClasses))]
+			files := class.files(m.conf.Dir)
+			file := files[rnd.IntN(len(files))]
+			if what = damage(t, rnd, file, filepath.Join(m.conf.Dir, "none")); what != "" {
+				what, named = fmt.Sprintf("%s: %s (QUORATE_SEED=%d)", filepath.Base(file), what, seed), class.named
+			}
+		}
 		counted.corruptions.add(1)
-		say := &corrupted{t: t, named: class.named, what: what}
+		say := &corrupted{t: t, named: named, what: what}
 		_, err := m.open()
 		if err == nil {
 			eventually(t, patience, what+": well, or a fault that somebody must mend", func() error {
