@@ -184,9 +184,9 @@ type life struct {
 	rnd  *rand.Rand
 	seed uint64
 
-	mu    sync.Mutex // guards the fields below
-	acked map[string]string   // by key: the newest
-	other map[string][]string // by key: values that may have been written, or may be yet
+	mu    sync.Mutex                 // guards the fields below
+	acked map[string]string          // by key: the newest
+	other map[string][]string        // by key: values that may have been written, or may be yet
 	up    map[*scriptMember]*Service // what the writers see
 }
 
