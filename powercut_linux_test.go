@@ -42,6 +42,7 @@ func powerScript(t *testing.T, dir string) {
 						key, n := fmt.Sprintf("%d/%d", w, i%5), (life*4+part)*12+i+1
 						value := fmt.Sprint(n, " ", strings.Repeat("v", (n*97)%1500))
 						say("try", key, strconv.Itoa(n))
+						var err error
 						if n%7 == 0 {
 							err = s.Delete(context.Background(), key)
 						} else {

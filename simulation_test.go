@@ -194,8 +194,10 @@ type life struct {
 func (l *life) live() {
 	ctx, stop := context.WithCancel(l.t.Context())
 	var writers sync.WaitGroup
-	for i, m := range l.members {
+	for _, m := range l.members {
 		l.up[m] = m.s
+	}
+	for i, m := range l.members {
 		writers.Go(func() { l.write(ctx, i, m) })
 	}
 	names := simulatedNames[:len(l.members)]
