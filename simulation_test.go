@@ -123,10 +123,12 @@ func (r *reigns) watch(next http.Handler) http.Handler {
 			if term, err := appendTerm(body); err == nil {
 				r.seen(term, req.Header.Get(headerFrom))
 			}
-			req.Body = struct {
+			seen := *req
+			seen.Body = struct {
 				io.Reader
 				io.Closer
 			}{io.MultiReader(&head, req.Body), req.Body}
+			req = &seen
 		}
 		next.ServeHTTP(w, req)
 	})
