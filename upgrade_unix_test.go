@@ -220,14 +220,21 @@ func goingBackInTime(t *testing.T, program string) {
 // at all, for it would pass over what it can't read. Upgraded again, it goes on.
 func goingBackMeanwhile(t *testing.T, program string) {
 	c := newCluster(t, 3, older)
-	ctx := ctxFor(t, patience)
-	must(t, c[0].s.Set(ctx, "k", []byte("1")))
+	must(t, c[0].s.Set(ctxFor(t, patience), "k", []byte("1")))
 	c.awaitEqual(t)
 	m := c.follower(t)
 	m.stop()
+	for _, o := range c { // or the one that applies the raise first would refuse the other
+		if o != m {
+			o.stop()
+			o.conf.format = 0
+			o.start()
+		}
+	}
 	l := c.leader(t)
+	must(t, l.s.Ready(ctxFor(t, patience)))
 	l.s.proposeRaise(historyFormat, 100)
-	must(t, l.s.Set(ctx, "k", []byte("2")))
+	must(t, l.s.Set(ctxFor(t, patience), "k", []byte("2")))
 	back := &process{t: t, dir: m.conf.Dir, addr: m.conf.Addr, program: program, client: m.conf.Client}
 	t.Cleanup(back.stop)
 	back.start()
