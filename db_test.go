@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"os"
@@ -646,6 +647,35 @@ func TestCloseWithCallsInFlight(t *testing.T) {
 				t.Logf("Close took %v", took)
 			}
 		})
+	}
+}
+
+// Raft ends when its calls to the others have ended, and these must not wait for members that take a call and never answer.
+func TestCloseWhileOthersHang(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	l := c.leader(t)
+	must(t, l.s.Set(ctxFor(t, patience), "k", nil))
+	hangs := make(chan struct{}, 1)
+	for _, m := range c {
+		if m != l {
+			m.behind(func(http.Handler) http.Handler {
+				return http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+					if r.URL.Path == "/raft/append" && r.Header.Get(headerFrom) == l.s.ident.id {
+						give(hangs)
+					}
+					io.Copy(io.Discard, r.Body) // or nothing notices that the caller has gone
+					<-r.Context().Done()
+				})
+			})
+		}
+	}
+	set := make(chan error, 1)
+	go func() { set <- l.s.Set(context.Background(), "k", nil) }()
+	<-hangs
+	must(t, l.s.Close())
+	if err := <-set; !errors.Is(err, ErrClosed) {
+		t.Errorf("the write ended with %v", err)
 	}
 }
 

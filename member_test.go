@@ -77,6 +77,27 @@ func loses(path string) func(http.Handler) http.Handler {
 	}
 }
 
+// rejectsAppends answers, while it is due, that the entry before is not in the log.
+func rejectsAppends(due func() bool) func(http.Handler) http.Handler {
+	return func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/raft/append" || !due() {
+				h.ServeHTTP(w, r)
+				return
+			}
+			body, err := io.ReadAll(r.Body)
+			a, decodeErr := decodeAppend(body)
+			if err != nil || decodeErr != nil {
+				panic(http.ErrAbortHandler)
+			}
+			setHeaders(w.Header(), headerProtocol, strconv.Itoa(protocolVersion), headerCluster, header(r.Header, headerCluster),
+				headerFrom, header(r.Header, headerTo))
+			answer := raft.AppendEntriesResponse{Term: a.Term, LastLog: max(a.PrevLogEntry, 1) - 1, NoRetryBackoff: true, Success: isHeartbeat(a)}
+			w.Write(encodeAppendAnswer(&answer))
+		})
+	}
+}
+
 func storedID(t testing.TB, m *testMember) identity {
 	t.Helper()
 	ident, found, err := readIdentity(m.conf.Dir)

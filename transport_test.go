@@ -240,6 +240,7 @@ type clusterOptions struct {
 	secure bool
 	client *http.Client
 	front  func(addr string) string // where the others reach it
+	wrap   func(http.Handler) http.Handler
 }
 
 // startCluster makes members until size and waits for all to be voters.
@@ -254,6 +255,9 @@ func startCluster(t *testing.T, size int, o clusterOptions) []*node {
 		n := &node{id: fmt.Sprintf("m%d", i+1), fsm: &logFSM{}, logs: raft.NewInmemStore()}
 		n.peer = newPeer(n.host(), client, o.secure, slog.New(slog.DiscardHandler))
 		n.handle = n.peer
+		if o.wrap != nil {
+			n.handle = o.wrap(n.peer)
+		}
 		n.addr = n.listen(t, "", o.secure)
 		if o.front != nil {
 			n.addr = o.front(n.addr)
@@ -346,6 +350,21 @@ func TestThreeMembersReplicate(t *testing.T) {
 		}
 	}
 	allApplied(t, 3*time.Second, nodes, 24)
+}
+
+// Appends that are rejected under load hold nobody up: with a pipeline, raft waits for ever for room in it, and its heartbeats hide
+// that (hashicorp/raft#612).
+func TestAppendsRejectedUnderLoad(t *testing.T) {
+	t.Parallel()
+	var appends atomic.Int64
+	nodes := startCluster(t, 3, clusterOptions{wrap: rejectsAppends(func() bool { return appends.Add(1)%64 > 56 })})
+	const writers, each = 32, 100
+	var running sync.WaitGroup
+	for range writers {
+		running.Go(func() { write(t, nodes, each) })
+	}
+	running.Wait()
+	allApplied(t, patience, nodes, writers*each)
 }
 
 func TestAppendResumesAtOnceAfterAnOutage(t *testing.T) {
