@@ -24,12 +24,13 @@ import (
 const campaignEnv = "QUORATE_CAMPAIGN"
 
 // ownEnvs are what tests set for the processes that they start, which run this binary and have no campaign of their own.
-var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, ioEnv}
+var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, ioEnv, followerEnv}
 
-// powerEnv and ioEnv are the directories of members whose calls are traced.
+// powerEnv, ioEnv and followerEnv are the directories of members whose calls are traced.
 const (
-	powerEnv = "QUORATE_TEST_POWER"
-	ioEnv    = "QUORATE_TEST_IO"
+	powerEnv    = "QUORATE_TEST_POWER"
+	ioEnv       = "QUORATE_TEST_IO"
+	followerEnv = "QUORATE_TEST_FOLLOWER"
 )
 
 // processEnv holds what a member in a process of its own is told.

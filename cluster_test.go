@@ -177,8 +177,10 @@ func (m *testMember) start() *Service {
 	return s
 }
 
-func (m *testMember) open() (*Service, error) {
-	s, err := Open(context.Background(), m.conf)
+func (m *testMember) open() (*Service, error) { return m.openWithin(context.Background()) }
+
+func (m *testMember) openWithin(ctx context.Context) (*Service, error) {
+	s, err := Open(ctx, m.conf)
 	if err != nil {
 		return nil, err
 	}

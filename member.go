@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -609,24 +610,61 @@ func (s *Service) changeMembers(ctx context.Context) (end func(), err error) {
 	}
 }
 
+// A configuration is raft's newest one with its index in the log, so that a change can say what it changes.
+type configuration struct {
+	raft.Configuration
+	index uint64
+}
+
+// settled is the newest configuration, if it is applied here. Its index comes from apply: raft's own future says 0 (v1.8.0,
+// Raft.GetConfiguration), with which raft changes whatever there is.
+func (s *Service) settled() (configuration, error) {
+	newest := s.raft.Load().GetConfiguration().Configuration()
+	m := s.fsm.members.Load()
+	if !slices.Equal(newest.Servers, m.config.Servers) {
+		return configuration{}, refuse(http.StatusServiceUnavailable, codeNotReady, "the last change of the members is not applied here yet")
+	}
+	return configuration{newest, m.index}, nil
+}
+
+// awaitSettled waits for the change under way.
+func (s *Service) awaitSettled(ctx context.Context) (configuration, error) {
+	for {
+		c, err := s.settled()
+		if err == nil {
+			return c, nil
+		}
+		select {
+		case <-time.After(resendMin):
+		case <-ctx.Done():
+			return c, err
+		}
+	}
+}
+
 // setServer adds a non-voter, or changes the address of a member of any kind.
 func (s *Service) setServer(ctx context.Context, id, addr string) error {
-	r := s.raft.Load()
-	index := r.GetConfiguration().Index()
-	return await(ctx, r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(addr), index, 0))
+	c, err := s.awaitSettled(ctx)
+	if err != nil {
+		return err
+	}
+	return await(ctx, s.raft.Load().AddNonvoter(raft.ServerID(id), raft.ServerAddress(addr), c.index, 0))
 }
 
 // promote makes the first non-voter that is ready a voter. One that is not holds up no other.
 func (s *Service) promote() error {
 	r := s.raft.Load()
-	f := r.GetConfiguration()
+	c, err := s.settled()
+	if err != nil {
+		return err
+	}
 	var waiting []error
-	for _, m := range f.Configuration().Servers {
+	for _, m := range c.Servers {
 		if m.Suffrage == raft.Voter {
 			continue
 		}
 		ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
-		err := s.mayPromote(ctx, m, f)
+		err := s.mayPromote(ctx, m, c)
 		cancel()
 		if err != nil {
 			waiting = append(waiting, err)
@@ -639,7 +677,7 @@ func (s *Service) promote() error {
 			return err
 		}
 		defer end()
-		err = await(ctx, r.AddVoter(m.ID, m.Address, f.Index(), 0))
+		err = await(ctx, r.AddVoter(m.ID, m.Address, c.index, 0))
 		if err == nil {
 			s.log.Info("a member is a voter now", "id", m.ID, "address", m.Address)
 		}
@@ -649,12 +687,9 @@ func (s *Service) promote() error {
 }
 
 // mayPromote: the candidate and every voter answer, at their addresses, in this term, with the whole log.
-func (s *Service) mayPromote(ctx context.Context, m raft.Server, f raft.ConfigurationFuture) error {
-	if at := s.store.meta().applied; at < f.Index() {
-		return fmt.Errorf("the last change of the configuration, %d, is not applied here yet", f.Index())
-	}
-	all := append(voters(f.Configuration()), m)
-	for i, err := range s.probe(ctx, all, f.Index()) {
+func (s *Service) mayPromote(ctx context.Context, m raft.Server, c configuration) error {
+	all := append(voters(c.Configuration), m)
+	for i, err := range s.probe(ctx, all, c.index) {
 		if err != nil {
 			return fmt.Errorf("member %s: %w", shortID(string(all[i].ID)), err)
 		}
@@ -787,8 +822,11 @@ func (s *Service) awaitRoom(ctx context.Context, addr, id string) error {
 // replaceAt takes out the member that had this address before, whose directory was lost. It stays if it still answers, there
 // or elsewhere.
 func (s *Service) replaceAt(ctx context.Context, addr, id string) error {
-	f := s.raft.Load().GetConfiguration()
-	for _, m := range f.Configuration().Servers {
+	c, err := s.awaitSettled(ctx)
+	if err != nil {
+		return err
+	}
+	for _, m := range c.Servers {
 		if string(m.Address) != addr || string(m.ID) == id {
 			continue
 		}
@@ -803,7 +841,7 @@ func (s *Service) replaceAt(ctx context.Context, addr, id string) error {
 			return refuse(http.StatusServiceUnavailable, codeNotReady, "member %s, whose address %s was, lives: it was heard from %v ago",
 				m.ID, addr, heard.Round(time.Millisecond))
 		}
-		if err := s.removeServer(ctx, m, f); err != nil {
+		if err := s.removeServer(ctx, m, c); err != nil {
 			return refuse(http.StatusServiceUnavailable, codeNotReady, "the member that was at %s before can't be taken out now: %v", addr, err)
 		}
 		s.log.Info("a member was replaced", "old id", m.ID, "new id", id, "address", addr)
@@ -895,15 +933,18 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 	if _, err := s.reads.join(ctx); err != nil {
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
-	f := r.GetConfiguration()
+	c, err := s.awaitSettled(ctx)
+	if err != nil {
+		return err
+	}
 	var target *raft.Server
-	for _, m := range f.Configuration().Servers {
+	for _, m := range c.Servers {
 		if string(m.Address) == addr {
 			target = &m
 		}
 	}
 	if target != nil {
-		if err := s.mayRemove(ctx, *target, f); err != nil {
+		if err := s.mayRemove(ctx, *target, c); err != nil {
 			return err
 		}
 		if string(target.ID) == s.ident.id {
@@ -917,12 +958,12 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 	if target == nil {
 		return nil
 	}
-	return await(ctx, r.RemoveServer(target.ID, f.Index(), 0))
+	return await(ctx, r.RemoveServer(target.ID, c.index, 0))
 }
 
 // mayRemove: those that answer and keep up, the target apart, are a majority of the voters with it and of those without it.
-func (s *Service) mayRemove(ctx context.Context, target raft.Server, f raft.ConfigurationFuture) error {
-	all := voters(f.Configuration())
+func (s *Service) mayRemove(ctx context.Context, target raft.Server, c configuration) error {
+	all := voters(c.Configuration)
 	if len(all) == 1 && all[0].ID == target.ID {
 		return refuse(http.StatusConflict, codeConflict, "%s is the only voter", target.Address)
 	}
@@ -933,7 +974,7 @@ func (s *Service) mayRemove(ctx context.Context, target raft.Server, f raft.Conf
 	defer cancel()
 	live, rest := 0, 0
 	var dead []string
-	for i, err := range s.probe(ctx, all, f.Index()) {
+	for i, err := range s.probe(ctx, all, c.index) {
 		if all[i].ID == target.ID {
 			if err == nil {
 				live++
@@ -954,11 +995,11 @@ func (s *Service) mayRemove(ctx context.Context, target raft.Server, f raft.Conf
 	return nil
 }
 
-func (s *Service) removeServer(ctx context.Context, m raft.Server, f raft.ConfigurationFuture) error {
-	if err := s.mayRemove(ctx, m, f); err != nil {
+func (s *Service) removeServer(ctx context.Context, m raft.Server, c configuration) error {
+	if err := s.mayRemove(ctx, m, c); err != nil {
 		return err
 	}
-	return await(ctx, s.raft.Load().RemoveServer(m.ID, f.Index(), 0))
+	return await(ctx, s.raft.Load().RemoveServer(m.ID, c.index, 0))
 }
 
 // announce tells the others this member's address until the applied configuration has it, and again whenever nobody leads: the

@@ -90,9 +90,14 @@ func rejectsAppends(due func() bool) func(http.Handler) http.Handler {
 			if err != nil || decodeErr != nil {
 				panic(http.ErrAbortHandler)
 			}
+			if isHeartbeat(a) {
+				r.Body = io.NopCloser(bytes.NewReader(body))
+				h.ServeHTTP(w, r)
+				return
+			}
 			setHeaders(w.Header(), headerProtocol, strconv.Itoa(protocolVersion), headerCluster, header(r.Header, headerCluster),
 				headerFrom, header(r.Header, headerTo))
-			answer := raft.AppendEntriesResponse{Term: a.Term, LastLog: max(a.PrevLogEntry, 1) - 1, NoRetryBackoff: true, Success: isHeartbeat(a)}
+			answer := raft.AppendEntriesResponse{Term: a.Term, LastLog: max(a.PrevLogEntry, 1) - 1, NoRetryBackoff: true}
 			w.Write(encodeAppendAnswer(&answer))
 		})
 	}
@@ -653,6 +658,44 @@ func TestGrowingFromTwoToThree(t *testing.T) {
 			c.awaitEqual(t)
 		})
 	}
+}
+
+// A change of the members says what it changes, and none is made before every voter, and who is to become one, has the last one.
+func TestChangesOfMembersWaitForTheLast(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	l := c.leader(t)
+	ctx := ctxFor(t, patience)
+	before, err := l.s.awaitSettled(ctx)
+	must(t, err)
+	third := newMember(t, l.conf.Addr)
+	var empty atomic.Bool
+	empty.Store(true)
+	third.wrap = rejectsAppends(empty.Load)
+	must(t, l.s.AddAllowedMember(ctx, third.conf.Addr))
+	third.start()
+	c = append(c, third)
+	now, err := l.s.awaitSettled(ctx)
+	must(t, err)
+	if now.index <= before.index || now.index > l.s.Status().AppliedIndex || len(now.Servers) != 3 {
+		t.Errorf("the configuration is %+v, and was %+v", now, before)
+	}
+	err = await(ctx, l.s.raft.Load().RemoveServer(now.Servers[2].ID, before.index, 0))
+	if err == nil {
+		t.Error("a change of what is not the newest configuration is made")
+	}
+	eventually(t, patience, "the log is what is missing", func() error {
+		if err := l.s.promote(); err == nil || !strings.Contains(err.Error(), "the log of http://"+third.conf.Addr+" ends at 0") {
+			return fmt.Errorf("promotion says %v", err)
+		}
+		return nil
+	})
+	if voters, members := l.counts(); voters != 2 || members != 3 {
+		t.Errorf("%d voters of %d members", voters, members)
+	}
+	empty.Store(false)
+	c.awaitVoters(t, 3)
+	c.awaitEqual(t)
 }
 
 // move restarts a stopped member at another address.

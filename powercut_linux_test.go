@@ -23,12 +23,7 @@ import (
 
 // powerScript is what the member does: words on standard output, which are in the trace, say what was tried and acknowledged.
 func powerScript(t *testing.T, dir string) {
-	var mu sync.Mutex // of standard output
-	say := func(word, key, value string) {
-		mu.Lock()
-		defer mu.Unlock()
-		os.Stdout.WriteString(word + " " + key + " " + value + "\n")
-	}
+	say := sayer()
 	conf := Config{Dir: dir, History: 32, segment: 16 << 10}
 	for life := range 3 {
 		s, err := Open(t.Context(), conf)
@@ -65,6 +60,16 @@ func powerScript(t *testing.T, dir string) {
 	}
 }
 
+// sayer is for the words of a script, which are in its trace.
+func sayer() func(word, key, value string) {
+	var mu sync.Mutex // of standard output
+	return func(word, key, value string) {
+		mu.Lock()
+		defer mu.Unlock()
+		os.Stdout.WriteString(word + " " + key + " " + value + "\n")
+	}
+}
+
 // A cutFile is what was done to a file, whatever its name.
 type cutFile struct {
 	changes []cutChange
@@ -94,7 +99,8 @@ type powerTrace struct {
 	fds     map[string]int64
 	tried   map[string]int
 	acked   map[string]int
-	pending map[string]string // by thread: a call that has begun
+	said    map[string][]string // the last words after a first one
+	pending map[string]string   // by thread: a call that has begun
 }
 
 var (
@@ -293,6 +299,7 @@ func (p *powerTrace) word(text string) {
 			continue
 		}
 		n, _ := strconv.Atoi(w[2])
+		p.said[w[0]] = w[1:]
 		switch w[0] {
 		case "try":
 			p.tried[w[1]] = n
@@ -384,16 +391,29 @@ func TestCampaignPowerCuts(t *testing.T) {
 		return
 	}
 	t.Parallel()
+	t.Run("alone", func(t *testing.T) {
+		cutPower(t, "TestCampaignPowerCuts", powerEnv, dose(40, 1000), (*powerTrace).judge)
+	})
+	t.Run("one of three, which is sent snapshots", func(t *testing.T) {
+		cutPower(t, "TestFollowerScript", followerEnv, dose(20, 500), func(p *powerTrace, t *testing.T, dir, what string) {
+			if at := p.said["addr"]; at != nil {
+				judgeFollower(t, dir, at[0], at[1], what, p.said["has"] != nil, uint64(p.acked["log"]), p.tried["n"])
+			}
+		})
+	})
+}
+
+func cutPower(t *testing.T, script, env string, n int, judge func(p *powerTrace, t *testing.T, dir, what string)) {
 	root := filepath.Join(quickDir(t), "data")
 	trace := filepath.Join(t.TempDir(), "trace")
 	cmd := exec.Command("strace", "-f", "-qq", "-y", "-xx", "-s", "4000000", "-o", trace, "-e",
 		"trace=write,pwrite64,ftruncate,fallocate,fsync,fdatasync,open,openat,mkdir,mkdirat,unlink,unlinkat,rename,renameat,renameat2",
-		os.Args[0], "-test.run=^TestCampaignPowerCuts$")
-	cmd.Env = append(os.Environ(), powerEnv+"="+root)
-	if said, err := cmd.CombinedOutput(); err != nil {
-		if os.Getenv("CI") == "true" || bytes.Contains(said, []byte("--- FAIL")) {
-			t.Fatalf("%v: %s", err, said)
-		}
+		os.Args[0], "-test.run=^"+script+"$")
+	cmd.Env = append(os.Environ(), env+"="+root)
+	switch said, err := cmd.CombinedOutput(); {
+	case bytes.Contains(said, []byte("fault is")) || err != nil && (os.Getenv("CI") == "true" || bytes.Contains(said, []byte("--- FAIL"))):
+		t.Fatalf("%v: %s", err, said)
+	case err != nil:
 		t.Skipf("strace does not work here: %v: %s", err, said)
 	}
 	text, err := os.ReadFile(trace)
@@ -401,21 +421,30 @@ func TestCampaignPowerCuts(t *testing.T) {
 	lines := slices.Collect(strings.Lines(string(text)))
 	seed := seedOf(t)
 	rnd := rand.New(rand.NewPCG(seed, 10))
-	cuts := make([]int, dose(40, 1000))
+	p := &powerTrace{root: root, now: make(map[string]*cutFile), dirs: make(map[string]bool), synced: make(map[string]int), fds: make(map[string]int64),
+		tried: make(map[string]int), acked: make(map[string]int), said: make(map[string][]string), pending: make(map[string]string)}
+	var concern []int // the lines that are about the directory, or that say something
+	for i, line := range lines {
+		if strings.Contains(line, hexPath(root)) || strings.Contains(line, "write(1<") {
+			concern = append(concern, i)
+		}
+	}
+	if len(concern) == 0 {
+		t.Fatalf("none of %d lines is about the directory", len(lines))
+	}
+	cuts := make([]int, n)
 	for i := range cuts {
-		cuts[i] = rnd.IntN(len(lines) + 1)
+		cuts[i] = concern[rnd.IntN(len(concern))]
 	}
 	slices.Sort(cuts)
-	p := &powerTrace{root: root, now: make(map[string]*cutFile), dirs: make(map[string]bool), synced: make(map[string]int),
-		fds: make(map[string]int64), tried: make(map[string]int), acked: make(map[string]int), pending: make(map[string]string)}
 	dir := quickDir(t)
 	next := 0
-	for i, line := range append(lines, "") {
+	for i, line := range lines {
 		for ; next < len(cuts) && cuts[next] == i; next++ {
 			left := filepath.Join(dir, "left")
 			p.leave(t, rnd, left)
 			counted.powerCuts.add(1)
-			p.judge(t, left, fmt.Sprintf("cut before line %d of %d (QUORATE_SEED=%d)", i, len(lines), seed))
+			judge(p, t, left, fmt.Sprintf("cut before line %d of %d (QUORATE_SEED=%d)", i, len(lines), seed))
 			if t.Failed() {
 				t.FailNow()
 			}
@@ -426,7 +455,16 @@ func TestCampaignPowerCuts(t *testing.T) {
 	if len(p.acked) == 0 || len(p.entries) < 10 {
 		t.Fatalf("the trace has %d lines, %d keys and %d entries: it was not understood", len(lines), len(p.acked), len(p.entries))
 	}
-	t.Logf("%d cuts among %d calls", len(cuts), len(lines))
+	t.Logf("%d cuts among %d calls", len(cuts), len(concern))
+}
+
+// hexPath is a path as strace -xx writes it.
+func hexPath(path string) string {
+	var b strings.Builder
+	for _, c := range []byte(path) {
+		fmt.Fprintf(&b, `\x%02x`, c)
+	}
+	return b.String()
 }
 
 // judge starts the member on what the power cut has left.
