@@ -48,6 +48,21 @@ func followerScript(t *testing.T, dir string, say func(word, key, value string))
 		say("open", "well", "1")
 		return true
 	}
+	shut := func() {
+		m.mu.Lock()
+		s, server := m.s, m.server
+		m.s, m.server = nil, nil
+		m.mu.Unlock()
+		closed := make(chan error, 1)
+		go func() { closed <- s.Close() }()
+		select {
+		case err := <-closed:
+			say("closed", "with", strings.ReplaceAll(fmt.Sprint(err), " ", "_"))
+		case <-time.After(20 * time.Second):
+			t.Error("Close does not return")
+		}
+		server.Close()
+	}
 	n := 0
 	write := func(count int, down *testMember) bool {
 		for range count {
@@ -103,8 +118,7 @@ func followerScript(t *testing.T, dir string, say func(word, key, value string))
 			break
 		}
 		past := m.s.Status().LastIndex
-		m.stop()
-		say("closed", "between", "1")
+		shut()
 		write(30, nil)
 		c.cutLogs(t, past)
 		well = open() && till(func() bool { return m.s.store.meta().installed > past }) && with()
@@ -121,19 +135,7 @@ func followerScript(t *testing.T, dir string, say func(word, key, value string))
 	} else {
 		say("fault", "is", strings.ReplaceAll(fmt.Sprint(m.s.Err()), " ", "_"))
 	}
-	closed := make(chan error, 1)
-	go func(s *Service) { closed <- s.Close() }(m.s)
-	select {
-	case err := <-closed:
-		say("closed", "at_last", strings.ReplaceAll(fmt.Sprint(err), " ", "_"))
-	case <-time.After(20 * time.Second):
-		t.Error("Close does not return")
-	}
-	m.mu.Lock()
-	server := m.server
-	m.s, m.server = nil, nil
-	m.mu.Unlock()
-	server.Close()
+	shut()
 }
 
 // judgeFollower starts the member where nobody answers it: it has what it acknowledged, and its state is one that the cluster had.

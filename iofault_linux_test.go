@@ -103,9 +103,26 @@ func TestCampaignIO(t *testing.T) {
 		return
 	}
 	t.Parallel()
+	t.Run("alone", func(t *testing.T) { failCalls(t, ioAlone, dose(12, 1<<20)) })
+	t.Run("one of three, which is sent snapshots", func(t *testing.T) { failCalls(t, ioFollower, dose(4, 150)) })
+}
+
+// An ioTrial is what a process does while a call of it fails, and how its words are judged.
+type ioTrial struct {
+	test, env string
+	limits    bool // files that can't grow are a case too
+	judge     func(c ioCase, t *testing.T, dir string, said []byte)
+}
+
+var (
+	ioAlone    = ioTrial{"TestCampaignIO", ioEnv, true, ioCase.judgeAlone}
+	ioFollower = ioTrial{"TestFollowerScript", followerEnv, false, ioCase.judgeFollower}
+)
+
+func failCalls(t *testing.T, trial ioTrial, most int) {
 	home := quickDir(t)
 	const kinds = "write,pwrite64,ftruncate,fallocate,fsync,fdatasync,open,openat,mkdir,mkdirat,unlink,unlinkat,rename,renameat,renameat2"
-	said, trace, err := runIO(t, filepath.Join(home, "data"), 0, "-e", "trace="+kinds)
+	said, trace, err := trial.run(t, filepath.Join(home, "data"), 0, "-e", "trace="+kinds)
 	if err != nil {
 		if os.Getenv("CI") == "true" || bytes.Contains(said, []byte("--- FAIL")) {
 			t.Fatalf("%v: %s", err, said)
@@ -126,11 +143,11 @@ func TestCampaignIO(t *testing.T) {
 			all = append(all, c)
 		}
 	}
-	for range len(cases) / 4 {
+	for i := 0; trial.limits && i < len(cases)/4; i++ {
 		all = append(all, ioCase{limit: 1 + rnd.Uint64N(120<<10)})
 	}
 	rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	all = all[:min(dose(12, len(all)), len(all))]
+	all = all[:min(most, len(all))]
 	todo := make(chan int, len(all))
 	for i := range all {
 		todo <- i
@@ -146,7 +163,7 @@ func TestCampaignIO(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				all[i].play(t, dir, &failed)
+				all[i].play(t, trial, dir, &failed)
 				os.RemoveAll(filepath.Dir(dir))
 			}
 		})
@@ -158,15 +175,15 @@ func TestCampaignIO(t *testing.T) {
 	}
 }
 
-// runIO has the script run under strace.
-func runIO(t *testing.T, dir string, limit uint64, args ...string) (said, trace []byte, err error) {
+// run has the script run under strace.
+func (trial ioTrial) run(t *testing.T, dir string, limit uint64, args ...string) (said, trace []byte, err error) {
 	out := filepath.Join(t.TempDir(), filepath.Base(filepath.Dir(dir))+".trace")
 	args = append([]string{"-f", "-qq", "-y", "-o", out}, args...)
-	cmd := exec.Command("strace", append(args, os.Args[0], "-test.run=^TestCampaignIO$", "-test.v")...)
-	cmd.Env = append(os.Environ(), ioEnv+"="+dir)
+	cmd := exec.Command("strace", append(args, os.Args[0], "-test.run=^"+trial.test+"$", "-test.v")...)
+	cmd.Env = append(os.Environ(), trial.env+"="+dir)
 	if limit > 0 {
-		cmd = exec.Command(os.Args[0], "-test.run=^TestCampaignIO$", "-test.v")
-		cmd.Env = append(os.Environ(), ioEnv+"="+dir, fmt.Sprint(ioLimitEnv, "=", limit))
+		cmd = exec.Command(os.Args[0], "-test.run=^"+trial.test+"$", "-test.v")
+		cmd.Env = append(os.Environ(), trial.env+"="+dir, fmt.Sprint(ioLimitEnv, "=", limit))
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	hung := time.AfterFunc(2*patience, func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }) // strace and what it traces
@@ -226,9 +243,9 @@ func (c ioCase) String() string {
 	return fmt.Sprintf("%s number %d of %s fails with %s", c.call, c.n, c.path, c.err)
 }
 
-func (c ioCase) play(t *testing.T, dir string, failed *atomic.Int64) {
+func (c ioCase) play(t *testing.T, trial ioTrial, dir string, failed *atomic.Int64) {
 	when := strconv.Itoa(c.n)
-	said, trace, err := runIO(t, dir, c.limit, "-P", dir+c.path, "-e", "trace="+c.call, "-e", fmt.Sprintf("inject=%s:error=%s:when=%s", c.call, c.err, when))
+	said, trace, err := trial.run(t, dir, c.limit, "-P", dir+c.path, "-e", "trace="+c.call, "-e", fmt.Sprintf("inject=%s:error=%s:when=%s", c.call, c.err, when))
 	if c.limit == 0 && !bytes.Contains(trace, []byte("(INJECTED)")) {
 		return
 	}
@@ -241,10 +258,34 @@ func (c ioCase) play(t *testing.T, dir string, failed *atomic.Int64) {
 		violated(t, "%v: the process did not live: %v\n%s", c, err, said)
 		return
 	}
+	trial.judge(c, t, dir, said)
+}
+
+// heals: a member recovers from a full disk. What a sync that failed has left nobody knows, so that is for good whatever its error.
+func (c ioCase) heals() bool {
+	return c.err == "ENOSPC" && !strings.HasSuffix(c.call, "sync") && !strings.HasPrefix(c.call, "unlink")
+}
+
+// judgeFollower takes the words of followerScript.
+func (c ioCase) judgeFollower(t *testing.T, dir string, said []byte) {
+	p := &powerTrace{tried: make(map[string]int), acked: make(map[string]int), said: make(map[string][]string)}
+	p.word(string(said))
+	opened := p.said["open"]
+	switch {
+	case opened == nil:
+		violated(t, "%v: it says nothing\n%s", c, said)
+	case opened[0] == "failed" && !strings.Contains(opened[1], dir):
+		violated(t, "%v: Open does not say where\n%s", c, said)
+	case opened[0] == "well" && p.said["fault"] != nil && c.heals():
+		violated(t, "%v: it does not recover from a full disk\n%s", c, said)
+	}
+	at := p.said["addr"]
+	judgeFollower(t, dir, at[0], at[1], c.String(), p.said["has"] != nil, uint64(p.acked["log"]), p.tried["n"])
+}
+
+func (c ioCase) judgeAlone(t *testing.T, dir string, said []byte) {
 	results := make(map[int]string) // by write
-	// A member recovers from a full disk. What a sync that failed has left nobody knows, so that is for good whatever its error.
-	heals := c.err == "ENOSPC" && !strings.HasSuffix(c.call, "sync") && !strings.HasPrefix(c.call, "unlink")
-	wrong, closed, well := "", false, !heals
+	wrong, closed, well := "", false, !c.heals()
 	for line := range strings.Lines(string(said)) {
 		w := strings.Fields(line)
 		switch {
