@@ -780,13 +780,13 @@ func TestLogRemovesInTheBackground(t *testing.T) {
 	}
 }
 
-// The power fails during an append: of the sectors not synced some are written, some are not.
-func TestLogPowerCuts(t *testing.T) {
+// TestCampaignLogPowerCuts: the power fails during an append: of the sectors not synced some are written, some are not.
+func TestCampaignLogPowerCuts(t *testing.T) {
 	o, disk := faultyOptions(t)
 	r := rand.New(rand.NewPCG(3, 4))
 	var l *logStore
 	var first, last uint64
-	for round := range 100 {
+	for round := range dose(100, 1000) {
 		l = reopenLog(t, nil, o)
 		gotFirst, gotLast := l.bounds()
 		if round > 0 && (gotFirst != first || gotLast < last) {
@@ -814,6 +814,7 @@ func TestLogPowerCuts(t *testing.T) {
 		<-ended
 		disk.fail(func(f *faultFS, err error) { f.syncErr = err }, nil)
 		disk.cut(t, func(int) bool { return r.IntN(2) == 0 })
+		counted.powerCuts.add(1)
 	}
 }
 
