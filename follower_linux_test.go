@@ -98,7 +98,12 @@ func followerScript(t *testing.T, dir string, say func(word, key, value string))
 		down.stop()
 		well := write(12, down)
 		if well {
-			cutLog(m.s, 0) // a barrier, and raft truncates its log
+			cut := make(chan error, 1)
+			go func(s *Service) { cut <- cutLog(s, 0) }(m.s) // a barrier, and raft truncates its log
+			select {
+			case <-cut:
+			case <-time.After(time.Second): // raft's own future may never end
+			}
 			well = write(12, down)
 		}
 		down.start()

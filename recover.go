@@ -54,7 +54,9 @@ func (s *Service) identify() error {
 		}
 	}
 	s.ident = ident
-	if _, err := os.Lstat(s.path(filepath.Join("wal", "wal-meta.db"))); err != nil && ident.intent == intentMember {
+	list, _ := os.ReadDir(s.path("wal"))
+	segments := slices.ContainsFunc(list, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) == ".wal" }) // made after the meta file
+	if _, err := os.Lstat(s.path(filepath.Join("wal", "wal-meta.db"))); err != nil && (ident.intent == intentMember || segments) {
 		return fmt.Errorf("%w: this directory belongs to a member, and its log in wal is gone, and with it the member's votes and "+
 			"promises: put wal back, or empty the directory and start with a bootURL (or with Restore from its snap, if no other "+
 			"member is left)", ErrCorrupt)

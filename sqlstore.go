@@ -537,7 +537,8 @@ func checkHeader(path string) (closed bool, err error) {
 func checkIdentity(application, version, page int64) error {
 	switch {
 	case application != applicationID:
-		return fmt.Errorf("%w: a database of another application (application_id %#x)", ErrFormat, application)
+		return fmt.Errorf("%w: a database of another application, or a damaged one (application_id %#x): put snap back, or move the directory "+
+			"away and start empty with a bootURL", ErrFormat, application)
 	case version < firstFormat || version > entryFormat:
 		return fmt.Errorf("%w: version %d, and this build reads %d to %d", ErrFormat, version, firstFormat, entryFormat)
 	case page != pageSize:
