@@ -18,16 +18,18 @@ import (
 )
 
 const (
-	slots       = 2                      // batches in flight
-	slotAfter   = 5 * time.Millisecond   // the second goes out beside the first if that takes longer
-	gatherFrom  = 4                      // answers at once
-	gatherTime  = 100 * time.Microsecond // at most
-	queueLimit  = 16384                  // transactions that wait; then callers wait, until their context ends
-	queueBytes  = 32 << 20               // the same in bytes
-	resendMin   = 20 * time.Millisecond
-	resendMax   = time.Second
-	callerWaits = 5 * time.Millisecond // for raft's main loop, in a caller's goroutine; then a slot does
-	window      = 64                   // batches beyond the oldest that is not settled: their answers are kept by every member until it is
+	slots        = 2                      // batches in flight
+	slotAfter    = 5 * time.Millisecond   // the second goes out beside the first if that takes longer
+	gatherFrom   = 4                      // answers at once
+	gatherTime   = 500 * time.Microsecond // at most
+	gatherPause  = 50 * time.Microsecond  // without another one
+	gatherYields = 1000                   // a bubble's clock stands still meanwhile
+	queueLimit   = 16384                  // transactions that wait; then callers wait, until their context ends
+	queueBytes   = 32 << 20               // the same in bytes
+	resendMin    = 20 * time.Millisecond
+	resendMax    = time.Second
+	callerWaits  = 5 * time.Millisecond // for raft's main loop, in a caller's goroutine; then a slot does
+	window       = 64                   // batches beyond the oldest that is not settled: their answers are kept by every member until it is
 )
 
 type batcher struct {
@@ -44,6 +46,7 @@ type batcher struct {
 
 	ctx  context.Context // ends at Close
 	work chan *flight    // to the goroutines that run carry, one per slot
+	used sync.Pool       // of pendings that have their answer: a write would leave half a KiB to the garbage collector
 
 	mu        sync.Mutex // guards the fields below; never held across I/O
 	queue     []*pending
@@ -64,13 +67,15 @@ type batcher struct {
 
 // pending is one caller's transaction.
 type pending struct {
-	data   []byte
+	data   []byte        // encoded
 	flight *flight       // nil while it waits in the queue
 	gone   bool          // its caller has left with ErrNotApplied: never send it
-	done   chan struct{} // closed when res and err are final
+	done   chan struct{} // gets a token, once, when res and err are final and nobody but the caller knows the pending any more
 	res    result
 	err    error
 }
+
+const keepData = 4 << 10 // bytes; larger transactions are rare, and their memory is given back
 
 // flight is one batch on its way. The batcher's mu guards it.
 type flight struct {
@@ -90,10 +95,14 @@ func newBatcher(ctx context.Context) *batcher {
 		flights: make(map[uint64]*flight), reopen: make(chan struct{})}
 }
 
-// submit carries one encoded transaction to the log and returns its result. Its errors are ErrNotApplied or ErrUncertain,
-// with the cause wrapped beside.
-func (b *batcher) submit(ctx context.Context, data []byte) (result, error) {
-	p := &pending{data: data, done: make(chan struct{})}
+// submit carries one transaction to the log and returns its result. Its errors are ErrNotApplied or ErrUncertain, with the
+// cause wrapped beside.
+func (b *batcher) submit(ctx context.Context, tx transaction) (result, error) {
+	p, _ := b.used.Get().(*pending)
+	if p == nil {
+		p = &pending{done: make(chan struct{}, 1)}
+	}
+	p.data = appendTransaction(slices.Grow(p.data[:0], transactionSize(tx)), tx)
 	f, err := b.enqueue(ctx, p)
 	if err != nil {
 		return result{}, err
@@ -103,7 +112,12 @@ func (b *batcher) submit(ctx context.Context, data []byte) (result, error) {
 	}
 	select {
 	case <-p.done:
-		return p.res, p.err
+		res, err := p.res, p.err
+		if cap(p.data) <= keepData {
+			*p = pending{data: p.data, done: p.done}
+			b.used.Put(p)
+		}
+		return res, err
 	case <-ctx.Done():
 		return b.abandon(ctx, p)
 	}
@@ -258,10 +272,18 @@ func (b *batcher) gather(answered int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.gathering = true
-	for yields := 0; len(b.queue) < answered && yields < 100 && time.Since(began) < gatherTime; yields++ {
+	grew, n := began, len(b.queue)
+	for yields := 0; len(b.queue) < answered && yields < gatherYields; yields++ {
 		b.mu.Unlock()
 		runtime.Gosched()
 		b.mu.Lock()
+		now := time.Now()
+		if len(b.queue) > n {
+			grew, n = now, len(b.queue)
+		}
+		if now.Sub(grew) > gatherPause || now.Sub(began) > gatherTime {
+			break
+		}
 	}
 	b.gathering = false
 }
@@ -469,7 +491,7 @@ func (b *batcher) finishWithLocked(f *flight, o outcome) {
 	}
 	for i, p := range f.txs {
 		p.res = o.results[i]
-		close(p.done)
+		p.done <- struct{}{}
 	}
 	f.txs = nil
 	b.finishLocked(f)
@@ -478,7 +500,7 @@ func (b *batcher) finishWithLocked(f *flight, o outcome) {
 func (f *flight) failLocked(err error) {
 	for _, p := range f.txs {
 		p.err = err
-		close(p.done)
+		p.done <- struct{}{}
 	}
 	f.txs = nil
 }
@@ -549,7 +571,7 @@ func (b *batcher) stop(cause error) {
 	for _, p := range b.queue {
 		if !p.gone {
 			p.err = notApplied(cause)
-			close(p.done)
+			p.done <- struct{}{}
 		}
 	}
 	b.queue, b.bytes, b.left = nil, 0, 0

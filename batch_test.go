@@ -158,7 +158,7 @@ func (l *wire) submitOp(o op) *call {
 	c := &call{key: o.key, cancel: cancel, ended: make(chan struct{})}
 	go func() {
 		defer close(c.ended)
-		c.res, c.err = l.submit(ctx, appendTransaction(nil, transaction{o}))
+		c.res, c.err = l.submit(ctx, transaction{o})
 	}()
 	synctest.Wait()
 	return c
@@ -442,7 +442,7 @@ func TestVerdictWhenCallerLeaves(t *testing.T) {
 		inBubble(t, func(t *testing.T, l *wire) {
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
-			_, err := l.submit(ctx, appendTransaction(nil, transaction{{kind: opDelete, key: "k"}}))
+			_, err := l.submit(ctx, transaction{{kind: opDelete, key: "k"}})
 			if !errors.Is(err, ErrNotApplied) || !errors.Is(err, context.Canceled) {
 				t.Errorf("error %v", err)
 			}

@@ -191,7 +191,7 @@ func (s *Service) write(ctx context.Context, tx ...op) (result, error) {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	began := time.Now()
-	r, err := s.batch.submit(ctx, appendTransaction(make([]byte, 0, transactionSize(tx)), tx))
+	r, err := s.batch.submit(ctx, tx)
 	if err != nil {
 		return result{}, err
 	}
