@@ -36,6 +36,7 @@ const (
 	quietRounds = 20                     // of the checkpointer, then the writer's cache is let go
 	tailEnough  = 32 << 20               // bytes of a tail that leave no time to rest
 	tailLimit   = 64 << 20               // bytes that may wait; then commits do
+	keptPast    = 1 << 15                // changes; the room for so many is used again by the next tail
 )
 
 // A tail is what some commits have changed, the newest state of each row only.
@@ -60,6 +61,9 @@ func (s *store) append(t *storeTx) {
 	}
 	maps.Copy(w.own, t.own)
 	if t.meta.keep > 0 {
+		if w.past == nil {
+			w.past, s.usedPast = s.usedPast, nil
+		}
 		w.remember(t.past, t.meta)
 	}
 	m := t.meta
@@ -109,7 +113,7 @@ func (w *tail) remember(list []past, m meta) {
 		w.size -= pastSize(w.past[n])
 		n++
 	}
-	w.past = slices.Clone(w.past[n:]) // not of the same array, which would never end
+	w.past = slices.Delete(w.past, 0, n)
 }
 
 // before puts what a flush could not write in front of what has come since.
@@ -281,10 +285,15 @@ func (s *store) writeTail(f func(t *tail) error) error {
 	err := s.note(f(&t))
 	s.tailMu.Lock()
 	defer s.tailMu.Unlock()
-	if err == nil {
-		s.filed = upTo
-	} else if t.meta != nil {
+	switch {
+	case err != nil && t.meta != nil:
 		s.tail = t.before(s.tail)
+	case err == nil:
+		s.filed = upTo
+		if n := cap(t.past); n > 0 && n <= keptPast {
+			clear(t.past)
+			s.usedPast = t.past[:0]
+		}
 	}
 	s.flushing = tail{}
 	s.stuck = err
@@ -714,6 +723,9 @@ func (s *store) walSize() int64 {
 
 // shrink gives back the memory of the writer's cache, of a store that nobody writes to. The system still has the pages.
 func (s *store) shrink() {
+	s.tailMu.Lock()
+	s.usedPast = nil
+	s.tailMu.Unlock()
 	if !s.fileMu.TryLock() {
 		return
 	}

@@ -3,9 +3,16 @@ package quorate
 // The ordered copy of all committed rows that answers reads without SQLite. It holds every key or is not used at all, so
 // that a key it does not have is a key that does not exist. It owns the copy and the scan's place in the key space, and
 // knows no SQL: sqlstore.go hands it the rows that the scan reads and the changes of every commit, in commit order.
+//
+// Who asks for one key is answered by a map; who asks for keys in order, by a tree, which is several times dearer to change. So the
+// tree follows the map: when a list is begun, and else when it is some thousand keys behind, so that a key that is set a hundred
+// times meanwhile is set there once.
 
 import (
+	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -14,6 +21,12 @@ import (
 
 // itemOverhead is what an entry costs beside its bytes: the item, two headers and its share of a tree node and of the map.
 const itemOverhead = 144
+
+const (
+	lateMany  = 1 << 13 // keys that the tree is behind by when it begins to follow: a list that comes just before waits some ms
+	lateLimit = 1 << 17 // if nothing makes it follow, then a commit does
+	lateChunk = 64      // keys that it takes over in one go, while readers and commits wait
+)
 
 // An item is a row as it was committed. It never changes: a new version of the row is a new item.
 type item struct {
@@ -49,25 +62,29 @@ const (
 type memory struct {
 	budget int64 // bytes; negative: no rows are kept, only the sum is followed
 	log    *slog.Logger
+	due    chan struct{} // gets a token when order should run
 
 	state atomic.Int32 // a memoryState; changes only under mu
 
-	mu      sync.RWMutex // guards the fields below; never held across I/O
-	tree    *btree.Map[string, *item]
-	byKey   map[string]*item // the same items, for those who ask for one
-	size    int64            // of both, with overhead
-	load    int              // number of the current load: a chunk of an earlier one is thrown away
+	mu      sync.RWMutex              // guards the fields below; never held across I/O
+	byKey   map[string]*item          // every row
+	tree    *btree.Map[string, *item] // the same, but for what has changed under the keys in late and coming
+	late    map[string]struct{}
+	coming  map[string]struct{} // what was late when order began
+	spare   map[string]struct{} // an empty one, for late
+	size    int64               // of both, with overhead
+	load    int                 // number of the current load: a chunk of an earlier one is thrown away
 	cursor  string
 	ended   bool // everything is covered
 	sum     uint64
 	keys    uint64
-	rev     uint64   // revision of what the tree holds; means nothing unless whole
+	rev     uint64   // revision of what the map holds; means nothing unless whole
 	reading bool     // a chunk is being read
 	pending []change // changes above cursor since the chunk's snapshot
 }
 
 func newMemory(budget int64, log *slog.Logger) *memory {
-	m := &memory{budget: budget, log: log}
+	m := &memory{budget: budget, log: log, due: make(chan struct{}, 1)}
 	m.reset(0)
 	return m
 }
@@ -79,14 +96,17 @@ func (m *memory) reset(estimate int64) {
 	m.load++
 	m.cursor, m.ended, m.sum, m.keys, m.size = "", false, 0, 0, 0
 	m.reading, m.pending = false, nil
-	m.tree, m.byKey = btree.NewMap[string, *item](0), make(map[string]*item)
+	m.forgetLocked()
 	m.state.Store(int32(memoryLoading))
-	if m.budget < 0 {
-		m.tree, m.byKey = nil, nil
-	} else if estimate > m.budget {
+	if m.budget >= 0 {
+		m.tree, m.byKey, m.late = btree.NewMap[string, *item](0), make(map[string]*item), make(map[string]struct{})
+	}
+	if m.budget >= 0 && estimate > m.budget {
 		m.dropLocked(estimate)
 	}
 }
+
+func (m *memory) forgetLocked() { m.tree, m.byKey, m.late, m.coming = nil, nil, nil, nil }
 
 // empty makes the copy whole without a scan: there are no rows.
 func (m *memory) empty() {
@@ -127,6 +147,7 @@ func (m *memory) list(r keyRange) (p page, snapshot *btree.Map[string, *item], r
 	}
 	m.mu.Lock()
 	if whole = m.whole(); whole {
+		m.orderLocked()
 		snapshot, revision = m.tree.Copy(), m.rev
 	}
 	m.mu.Unlock()
@@ -138,11 +159,90 @@ func (m *memory) list(r keyRange) (p page, snapshot *btree.Map[string, *item], r
 
 func (m *memory) firstPage(r keyRange) (p page, revision uint64, whole bool) {
 	m.mu.RLock()
-	defer m.mu.RUnlock()
+	if m.whole() && (len(m.late) > 0 || m.coming != nil) {
+		m.mu.RUnlock()
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.whole() {
+			m.orderLocked()
+		}
+	} else {
+		defer m.mu.RUnlock()
+	}
 	if !m.whole() {
 		return page{}, 0, false
 	}
 	return treePage(m.tree, r, nil), m.rev, true
+}
+
+// orderLocked has the tree follow at once: all that it is behind by, which is what has changed since the last flush or list.
+func (m *memory) orderLocked() {
+	for key := range m.coming {
+		m.followLocked(key)
+	}
+	for key := range m.late {
+		m.followLocked(key)
+	}
+	m.coming = nil
+	clear(m.late)
+}
+
+func (m *memory) followLocked(key string) {
+	if it := m.byKey[key]; it != nil {
+		m.tree.Set(key, it)
+	} else {
+		m.tree.Delete(key)
+	}
+}
+
+// orderWhenDue runs until ctx ends.
+func (m *memory) orderWhenDue(ctx context.Context) {
+	for {
+		select {
+		case <-m.due:
+			m.order()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// order has the tree follow, a few keys at a time and in their order, so that each node is found and changed once. One call at a time.
+func (m *memory) order() {
+	m.mu.Lock()
+	late := m.late
+	if len(late) == 0 {
+		m.mu.Unlock()
+		return
+	}
+	if m.spare == nil {
+		m.spare = make(map[string]struct{})
+	}
+	m.coming, m.late, m.spare = late, m.spare, nil
+	m.mu.Unlock()
+
+	// Nobody changes what is coming, and a list that begins meanwhile takes all of it over.
+	keys := slices.Sorted(maps.Keys(late))
+	for done := false; !done; {
+		m.mu.Lock()
+		done = m.coming == nil
+		for n := 0; !done && n < lateChunk && len(keys) > 0; n++ {
+			m.followLocked(keys[0])
+			keys = keys[1:]
+		}
+		if !done && len(keys) == 0 {
+			m.coming, done = nil, true
+		}
+		m.mu.Unlock()
+	}
+
+	few := len(late) <= 2*lateMany
+	clear(late)
+	m.mu.Lock()
+	if m.spare = nil; few {
+		m.spare = late
+	}
+	m.mu.Unlock()
 }
 
 // publish takes over the changes of one commit, which made the revision, all or none to any reader.
@@ -156,9 +256,17 @@ func (m *memory) publish(changes []change, revision uint64) {
 		switch {
 		case m.ended || c.key <= m.cursor:
 			m.applyLocked(c)
+			if m.tree != nil {
+				m.late[c.key] = struct{}{}
+			}
 		case m.reading:
 			m.pending = append(m.pending, c)
 		}
+	}
+	if len(m.late) >= lateLimit {
+		m.orderLocked()
+	} else if len(m.late) >= lateMany {
+		give(m.due)
 	}
 	m.rev = revision
 	m.checkBudgetLocked()
@@ -178,17 +286,14 @@ func (m *memory) applyLocked(c change) {
 	if m.tree == nil {
 		return
 	}
-	var old *item
+	if c.was != nil {
+		m.size -= itemSize(c.key, c.was)
+	}
 	if c.now != nil {
-		old, _ = m.tree.Set(c.key, c.now)
 		m.byKey[c.key] = c.now
 		m.size += itemSize(c.key, c.now)
 	} else {
-		old, _ = m.tree.Delete(c.key)
 		delete(m.byKey, c.key)
-	}
-	if old != nil {
-		m.size -= itemSize(c.key, old)
 	}
 }
 
@@ -205,7 +310,7 @@ func (m *memory) checkBudgetLocked() {
 // dropLocked goes on following the sum: the scan verifies the file with or without a copy.
 func (m *memory) dropLocked(size int64) {
 	m.state.Store(int32(memoryDropped))
-	m.tree, m.byKey = nil, nil
+	m.forgetLocked()
 	m.log.Info("rows are read from SQLite: they do not fit in memory", "bytes", size, "budget", m.budget)
 }
 
@@ -236,7 +341,7 @@ func (m *memory) endChunk(load int, rows []keyed, last bool) {
 		return
 	}
 	for _, r := range rows {
-		m.applyLocked(change{key: r.key, now: r.item})
+		m.coverLocked(change{key: r.key, now: r.item})
 	}
 	if len(rows) > 0 {
 		m.cursor = rows[len(rows)-1].key
@@ -244,11 +349,18 @@ func (m *memory) endChunk(load int, rows []keyed, last bool) {
 	m.ended = last
 	for _, c := range m.pending {
 		if m.ended || c.key <= m.cursor {
-			m.applyLocked(c)
+			m.coverLocked(c)
 		}
 	}
 	m.reading, m.pending = false, nil
 	m.checkBudgetLocked()
+}
+
+func (m *memory) coverLocked(c change) {
+	m.applyLocked(c)
+	if m.tree != nil {
+		m.followLocked(c.key)
+	}
 }
 
 // cancelChunk: the chunk could not be read. It tells whether that matters, for the chunk is one of the current load.

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -252,4 +253,83 @@ func TestLoadUnderWrites(t *testing.T) {
 	if _, err := receiveCopy(t, s); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// The tree follows the map behind the writers' backs, and lists that begin at any moment of it show their revision.
+func TestOrderFollows(t *testing.T) {
+	m := newMemory(testBudget, slog.New(slog.DiscardHandler))
+	m.empty()
+	const keys = 500
+	at := func(i int) string { return fmt.Sprintf("key/%04d", i) }
+	var state [keys]*item // what the writer has published
+	var wg sync.WaitGroup
+	ended := make(chan struct{})
+	wg.Go(func() {
+		for {
+			select {
+			case <-ended:
+				return
+			default:
+				m.order()
+			}
+		}
+	})
+	for revision := uint64(1); revision <= 20_000; revision++ {
+		i := int(revision*revision) % keys
+		c := change{key: at(i), was: state[i]}
+		if revision%3 != 0 || c.was == nil {
+			c.now = &item{row: row{value: []byte("v"), version: revision}}
+		}
+		state[i] = c.now
+		m.publish([]change{c}, revision)
+		if revision%50 != 0 {
+			continue
+		}
+		p, snapshot, got, whole := m.list(keyRange{high: "\xff", left: -1})
+		if !whole || got != revision {
+			t.Fatalf("a list at revision %d says %d, whole %v", revision, got, whole)
+		}
+		rows := p.rows
+		if snapshot != nil {
+			rows = nil
+			snapshot.Scan(func(key string, it *item) bool { rows = append(rows, keyed{key, it}); return true })
+		}
+		n := 0
+		for j, it := range state {
+			if it == nil {
+				continue
+			}
+			if n >= len(rows) || rows[n].key != at(j) || rows[n].item != it {
+				t.Fatalf("at revision %d the list lacks version %d of %s", revision, it.version, at(j))
+			}
+			n++
+		}
+		if n != len(rows) {
+			t.Fatalf("at revision %d the list has %d rows, want %d", revision, len(rows), n)
+		}
+	}
+	close(ended)
+	wg.Wait()
+}
+
+// Without a list nobody waits for long: the tree follows when it is some thousand keys behind.
+func TestOrderIsDue(t *testing.T) {
+	m := newMemory(1<<30, slog.New(slog.DiscardHandler))
+	m.empty()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { m.orderWhenDue(ctx) })
+	for i := range uint64(lateMany) {
+		m.publish([]change{{key: fmt.Sprint(i), now: &item{row: row{version: i + 1}}}}, i+1)
+	}
+	eventually(t, 10*time.Second, "the tree holds all", func() error {
+		m.mu.RLock()
+		defer m.mu.RUnlock()
+		if n := m.tree.Len(); n != lateMany {
+			return fmt.Errorf("%d keys of %d", n, lateMany)
+		}
+		return nil
+	})
+	cancel()
+	wg.Wait()
 }

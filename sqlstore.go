@@ -338,6 +338,7 @@ type store struct {
 	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
 	tail     tail          // what was committed since the last flush began
 	flushing tail          // what the flush under way is writing
+	usedPast []past        // empty, with the room of the last flush's, for the next tail
 	commits  uint64        // number of commits, so that a reader of the file can wait for what it must see
 	filed    uint64        // as many of them are in the file
 	stuck    error         // of the last flush, if it failed: apply must not go on
@@ -1062,6 +1063,7 @@ func (s *store) maintain(ctx context.Context) {
 	var others sync.WaitGroup // the WAL must not wait for a scan, nor either for the other
 	others.Go(func() { s.scanWhenDue(ctx) })
 	others.Go(func() { s.flushWhenDue(ctx) })
+	others.Go(func() { s.memory.orderWhenDue(ctx) })
 	defer others.Wait()
 	defer cancel()
 	s.checkpoint(ctx)
