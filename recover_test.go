@@ -118,6 +118,15 @@ func TestStartRule(t *testing.T) {
 		{"no id", func(t *testing.T, dir string, a uint64) {
 			must(t, os.Remove(filepath.Join(dir, "id")))
 		}, []string{"snap is there", "id is missing", "put id back"}},
+		{"the log's meta file is gone before id says that there is state", func(t *testing.T, dir string, a uint64) {
+			id, ok, err := readIdentity(dir)
+			if must(t, err); !ok {
+				t.Fatal("no id")
+			}
+			id.intent = intentBootstrap
+			must(t, writeIdentity(dir, id))
+			must(t, os.Remove(filepath.Join(dir, "wal", "wal-meta.db")))
+		}, []string{"its log in wal is gone", "put wal back"}},
 		{"a flipped bit in id", func(t *testing.T, dir string, a uint64) {
 			flipBit(t, filepath.Join(dir, "id"), -12)
 		}, []string{"id"}},
