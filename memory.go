@@ -183,8 +183,16 @@ func (m *memory) orderLocked() {
 	for key := range m.late {
 		m.followLocked(key)
 	}
-	m.coming = nil
-	clear(m.late)
+	m.coming, m.late = nil, emptied(m.late)
+}
+
+// emptied makes a new one of a map that has grown large: clearing it would cost what it once held, at each list.
+func emptied(keys map[string]struct{}) map[string]struct{} {
+	if len(keys) > 2*lateMany {
+		return make(map[string]struct{})
+	}
+	clear(keys)
+	return keys
 }
 
 func (m *memory) followLocked(key string) {
@@ -236,12 +244,9 @@ func (m *memory) order() {
 		m.mu.Unlock()
 	}
 
-	few := len(late) <= 2*lateMany
-	clear(late)
+	late = emptied(late)
 	m.mu.Lock()
-	if m.spare = nil; few {
-		m.spare = late
-	}
+	m.spare = late
 	m.mu.Unlock()
 }
 
