@@ -75,6 +75,7 @@ type peer struct {
 	host   peerHost
 	client *http.Client
 	idle   *http.Transport // if the client is ours alone: close ends its kept connections
+	links  *links          // the same, for what may be sent twice; else nil
 	traced bool            // the client tells httptrace when it has a connection
 	useTLS bool
 	log    *slog.Logger
@@ -118,6 +119,9 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 		log:    log,
 		slow:   bodyTimeout,
 	}
+	if idle != nil {
+		p.links = newLinks(idle)
+	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.routes = p.makeRoutes()
 	return p
@@ -134,6 +138,7 @@ func (p *peer) close() {
 	p.cancel()
 	if p.idle != nil {
 		p.idle.CloseIdleConnections()
+		p.links.close()
 	}
 }
 

@@ -712,7 +712,7 @@ type request struct {
 	stream io.Reader
 	size   int64
 	bound  bool // its context ends with the peer
-	again  bool // it may be sent twice: net/http does so when a kept connection turns out to be closed
+	again  bool // it may be sent twice, as is done when a kept connection turns out to be closed
 }
 
 func (p *peer) base(addr string) string { return baseURL(addr, p.useTLS) }
@@ -803,7 +803,11 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	if r.again {
 		req.Header["Idempotency-Key"] = nil // means that to net/http, and is not sent
 	}
-	resp, err := p.client.Do(req)
+	send := p.client.Do
+	if r.again && p.links.takes(req) {
+		send = p.links.do
+	}
+	resp, err := send(req)
 	if err != nil {
 		return nil, err
 	}
