@@ -32,8 +32,11 @@ const (
 	flushNap    = 100 * time.Millisecond // at most: a step that the disk has held up is no reason to rest for a minute
 	flushLate   = 2 * time.Second        // after its begin a flush rests no more, so that the file is not far behind
 	flushPause  = 100 * time.Millisecond // at least, between two
+	flushLonger = 3 * time.Second        // at most, while many commits come: a key that changes again meanwhile is written once
+	flushMany   = 200                    // commits a second
 	flushAgain  = time.Second            // after one that failed
 	quietRounds = 20                     // of the checkpointer, then the writer's cache is let go
+	tailRipe    = 16 << 20               // bytes of a tail that end a pause
 	tailEnough  = 32 << 20               // bytes of a tail that leave no time to rest
 	tailLimit   = 64 << 20               // bytes that may wait; then commits do
 	keptPast    = 1 << 15                // changes; the room for so many is used again by the next tail
@@ -73,6 +76,9 @@ func (s *store) append(t *storeTx) {
 	give(s.dirty)
 	if w.size > tailEnough {
 		give(s.press)
+	}
+	if w.size > tailRipe {
+		give(s.ripe)
 	}
 }
 
@@ -441,7 +447,22 @@ func (c *conn) dropMarks(m *meta, own map[ownKey]uint64) error {
 	return nil
 }
 
-// flushWhenDue flushes at once what comes after a pause.
+// pauseAfter is the pause after a flush of so many commits, most of which came in the pause before it.
+func pauseAfter(pause time.Duration, commits uint64) time.Duration {
+	if float64(commits) < flushMany*pause.Seconds() {
+		return flushPause
+	}
+	return min(2*pause, flushLonger)
+}
+
+// filedUpTo is how many commits the file has.
+func (s *store) filedUpTo() uint64 {
+	s.tailMu.RLock()
+	defer s.tailMu.RUnlock()
+	return s.filed
+}
+
+// flushWhenDue flushes at once what comes after a pause. Under load the pauses grow, up to where the tail is worth a flush.
 func (s *store) flushWhenDue(ctx context.Context) {
 	s.fileMu.Lock()
 	s.pace.ending = ctx.Done()
@@ -456,6 +477,7 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		s.turned = make(chan struct{})
 		s.tailMu.Unlock()
 	}()
+	pause := flushPause
 	for {
 		select {
 		case <-s.dirty:
@@ -467,10 +489,13 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		}
 		s.fileMu.Lock()
 		s.pace.rested()
+		before := s.filedUpTo()
 		err := s.explain("write to", s.flushLocked())
 		s.pace.hurry()
-		rest := flushPause
+		pause = pauseAfter(pause, s.filedUpTo()-before)
+		rest, ripe := pause, s.ripe
 		if err != nil {
+			ripe = nil
 			s.log.Warn("the file falls behind the log", "path", s.path, "err", err)
 			s.uneasy(err) // before anyone can mend it
 			give(s.dirty)
@@ -478,7 +503,12 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		}
 		s.fileMu.Unlock()
 		select {
+		case <-s.ripe: // of the tail that has just been written
+		default:
+		}
+		select {
 		case <-time.After(rest):
+		case <-ripe:
 		case <-s.press:
 			give(s.press)
 		case <-ctx.Done():

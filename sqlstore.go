@@ -346,6 +346,7 @@ type store struct {
 	flusher  bool          // maintain runs
 	dirty    chan struct{} // holds one token when there is something to flush
 	press    chan struct{} // holds one token when that is not to wait
+	ripe     chan struct{} // holds one when it is worth a flush
 
 	stateMu sync.Mutex // guards the fields below
 	verdict error      // what the scan found
@@ -386,6 +387,7 @@ func openStore(o storeOptions) (*store, error) {
 		turned:  make(chan struct{}),
 		dirty:   make(chan struct{}, 1),
 		press:   make(chan struct{}, 1),
+		ripe:    make(chan struct{}, 1),
 		uneasy:  func(error) {},
 	}
 	s.queries, s.damaged = newQuerier(s), func(error) {}
