@@ -95,7 +95,7 @@ func (t *transport) sendAhead(entries []*raft.Log, prevTerm uint64) bool {
 	for _, m := range voters {
 		if e := t.ahead.begin(m.ID, args); e != nil {
 			sent = true
-			go t.carryAhead(e, m, term, body) // ends with the answer, its timeout, or the transport
+			t.carry(func() { t.carryAhead(e, m, term, body) }) // ends with the answer, its timeout, or the transport
 		}
 	}
 	if sent {
@@ -116,6 +116,26 @@ func maySendAhead(entries []*raft.Log) bool {
 		}
 	}
 	return true
+}
+
+// carry runs f in a goroutine that has carried before, if one has nothing to do: a new one would first grow its stack, step by step,
+// while the entries wait. There are as many as were ever needed at once, and they end with the transport.
+func (t *transport) carry(f func()) {
+	select {
+	case t.work <- f:
+		return
+	default:
+	}
+	go func() {
+		for {
+			f()
+			select {
+			case f = <-t.work:
+			case <-t.ctx.Done():
+				return
+			}
+		}
+	}()
 }
 
 func (t *transport) carryAhead(e *early, m raft.Server, term uint64, body func() []byte) {

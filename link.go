@@ -12,10 +12,13 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -129,10 +132,7 @@ func (l *links) call(c *link, addr string, req *http.Request) (*http.Response, e
 // exchange writes the request and reads the head of the answer.
 func (c *link) exchange(req *http.Request) (*http.Response, error) {
 	c.limit.N = maxLinkHead + maxAnswerBody
-	sent := req.Write(c.w)
-	if sent == nil {
-		sent = c.w.Flush()
-	}
+	sent := writeRequest(c.w, req)
 	if sent != nil {
 		// Who refuses a long message may answer and close before it has read all of it.
 		_ = c.conn.SetReadDeadline(time.Now().Add(lastWords))
@@ -150,6 +150,30 @@ func (c *link) exchange(req *http.Request) (*http.Response, error) {
 			return resp, nil
 		}
 	}
+}
+
+// writeRequest does what Request.Write does, for a message of ours: in a third of the time, which a write's entry spends here on
+// its way.
+func writeRequest(w *bufio.Writer, req *http.Request) error {
+	write := func(list ...string) {
+		for _, s := range list {
+			_, _ = w.WriteString(s) // Flush returns the first error
+		}
+	}
+	write(req.Method, " ", req.URL.RequestURI(), " HTTP/1.1\r\nHost: ", req.Host, "\r\nContent-Length: ", strconv.FormatInt(req.ContentLength, 10), "\r\n")
+	for name, values := range req.Header {
+		for _, v := range values {
+			if strings.ContainsAny(v, "\r\n\x00") {
+				return fmt.Errorf("value of header %s: %q", name, v)
+			}
+			write(name, ": ", v, "\r\n")
+		}
+	}
+	write("\r\n")
+	if _, err := io.Copy(w, req.Body); err != nil {
+		return err
+	}
+	return w.Flush()
 }
 
 // A linkBody gives its connection back at its end.

@@ -43,6 +43,7 @@ type transport struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	ahead    aheadTable
+	work     chan func() // to a goroutine of carry that has nothing to do
 	gap      gapGate
 
 	mu        sync.Mutex
@@ -56,7 +57,7 @@ var (
 
 // transport makes the one that receives from now on, and closes the one before.
 func (p *peer) transport() *transport {
-	t := &transport{p: p, consumer: make(chan raft.RPC), gap: gapGate{limit: gapWait}}
+	t := &transport{p: p, consumer: make(chan raft.RPC), work: make(chan func()), gap: gapGate{limit: gapWait}}
 	t.ctx, t.cancel = context.WithCancel(p.ctx)
 	p.mu.Lock()
 	defer p.mu.Unlock()
