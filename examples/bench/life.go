@@ -27,13 +27,26 @@ var costSizes = []int{1_000, 10_000, 100_000, 1_000_000} // at which quorate's c
 type life struct {
 	*bench
 	*cluster
-	round int
+	round   int
+	figures []string
 }
 
+// liveOnce takes the cost of a write in a life of its own: the others have no such load behind them.
 func (b *bench) liveOnce(k kind, round int) {
+	isCost := func(figure string) bool { return figure == "cost" }
+	all := slices.DeleteFunc(slices.Clone(b.life), isCost)
+	if len(all) > 0 {
+		b.liveFor(k, round, all)
+	}
+	if k.name == "quorate" && slices.ContainsFunc(b.life, isCost) {
+		b.liveFor(k, round, []string{"cost"})
+	}
+}
+
+func (b *bench) liveFor(k kind, round int, figures []string) {
 	c, err := newCluster(k, filepath.Join(b.dir, k.name))
 	if err == nil {
-		l := &life{b, c, round}
+		l := &life{b, c, round, figures}
 		err = l.live()
 		c.stop()
 	}
@@ -44,7 +57,7 @@ func (b *bench) liveOnce(k kind, round int) {
 	}
 }
 
-func (l *life) wants(figure string) bool { return slices.Contains(l.life, figure) }
+func (l *life) wants(figure string) bool { return slices.Contains(l.figures, figure) }
 
 func (l *life) note(figure string, value float64, unit string) {
 	r := record{Round: l.round, System: l.kind.name, Figure: figure, Value: value, Unit: unit}
@@ -97,7 +110,7 @@ func (l *life) states() []int {
 		all = slices.Clone(l.sizes)
 	}
 	for _, size := range costSizes {
-		if l.wants("cost") && l.kind.name == "quorate" && size <= slices.Max(l.sizes) {
+		if l.wants("cost") && size <= slices.Max(l.sizes) {
 			all = append(all, size)
 		}
 	}
@@ -116,10 +129,10 @@ func (l *life) at(size int) error {
 		{"restart", l.sizes, l.restart},
 		{"stall", l.sizes, l.stall},
 		{"replace", l.sizes, l.replaceOne},
-		{"cost", costSizes, l.cost}, // last: the others have no such load behind them
+		{"cost", costSizes, l.cost},
 	} {
 		wanted := l.wants(f.name) || f.name == "stall" && l.wants("replace")
-		if !wanted || !slices.Contains(f.sizes, size) || f.name == "cost" && l.kind.name != "quorate" {
+		if !wanted || !slices.Contains(f.sizes, size) {
 			continue
 		}
 		if err := f.take(size); err != nil {
