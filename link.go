@@ -119,8 +119,11 @@ func (l *links) call(c *link, addr string, req *http.Request) (*http.Response, e
 		_ = c.conn.Close()
 		return nil, cmpErr(ctx.Err(), err)
 	}
+	// A proxy may say on its own that nobody has asked for long. Such words would be taken for the next answer, and from then on each
+	// answer for that of the next question. A member gives one to each, so what no member has said ends the connection.
+	ours := header(resp.Header, headerProtocol) != ""
 	resp.Body = &linkBody{ReadCloser: resp.Body, ctx: ctx, end: func(whole bool) {
-		if release() && whole && !resp.Close && resp.StatusCode != http.StatusSwitchingProtocols && c.r.Buffered() == 0 {
+		if release() && whole && ours && !resp.Close && c.r.Buffered() == 0 {
 			l.give(addr, c)
 			return
 		}
@@ -138,7 +141,7 @@ func (c *link) exchange(req *http.Request) (*http.Response, error) {
 		_ = c.conn.SetReadDeadline(time.Now().Add(lastWords))
 	}
 	if _, err := c.r.Peek(1); err != nil {
-		return nil, errors.Join(errNoAnswer, cmpErr(sent, err))
+		return nil, fmt.Errorf("%w: %w", errNoAnswer, cmpErr(sent, err))
 	}
 	for {
 		resp, err := http.ReadResponse(c.r, req)
@@ -146,8 +149,11 @@ func (c *link) exchange(req *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 		resp.Close = resp.Close || sent != nil
-		if resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
+		if resp.StatusCode >= 200 {
 			return resp, nil
+		}
+		if resp.StatusCode == http.StatusSwitchingProtocols {
+			return nil, errors.New("the answer changes the protocol")
 		}
 	}
 }

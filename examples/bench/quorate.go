@@ -26,7 +26,7 @@ type quorateMember struct {
 func openQuorate(ctx context.Context, c conf) (system, error) {
 	q := &quorateMember{snaps: &snapshotCounter{}}
 	// The others keep their keys in memory without a limit.
-	config := quorate.Config{Memory: 256 << 20, Dir: c.Dir, Addr: c.addr(), Join: c.Peers[(c.Index+1)%3], Logger: slog.New(q.snaps)}
+	config := quorate.Config{Memory: 1 << 30, Dir: c.Dir, Addr: c.addr(), Join: c.Peers[(c.Index+1)%3], Logger: slog.New(q.snaps)}
 	if c.First && c.Index == 0 {
 		config.Join = "" // it begins the cluster
 	} else if c.First {
