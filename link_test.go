@@ -108,6 +108,7 @@ func TestLinksAreKept(t *testing.T) {
 	t.Parallel()
 	var together sync.WaitGroup
 	together.Add(5)
+	goOn := make(chan struct{})
 	l, srv, opened := linked(t, func(w http.ResponseWriter, req *http.Request) {
 		switch body, _ := io.ReadAll(req.Body); string(body) {
 		case "together":
@@ -117,6 +118,10 @@ func TestLinksAreKept(t *testing.T) {
 			w.Header().Set("Connection", "close")
 		case "refuse":
 			w.WriteHeader(http.StatusServiceUnavailable)
+		case "late":
+			w.Header().Set("Content-Length", "2")
+			w.(http.Flusher).Flush()
+			<-goOn
 		}
 		_, _ = io.WriteString(w, "ok")
 	})
@@ -142,9 +147,10 @@ func TestLinksAreKept(t *testing.T) {
 	if n := l.kept(); n != 4 {
 		t.Errorf("%d kept, and one was said to be the last time", n)
 	}
-	resp, err := l.do(linkRequest(t, t.Context(), srv.URL, "not read"))
+	resp, err := l.do(linkRequest(t, t.Context(), srv.URL, "late"))
 	must(t, err)
 	must(t, resp.Body.Close())
+	close(goOn)
 	if n := l.kept(); n != 3 {
 		t.Errorf("%d kept, one with an answer that nobody has read", n)
 	}
@@ -156,6 +162,11 @@ func TestLinksAreKept(t *testing.T) {
 	l.closeOld()
 	if n := l.kept(); n != 2 {
 		t.Errorf("%d kept, and one was old", n)
+	}
+	srv.CloseClientConnections()
+	post("on a new one")
+	if n := l.kept(); n != 1 {
+		t.Errorf("%d kept, of which the server has closed all but one", n)
 	}
 	l.close()
 	post("after the close")
@@ -271,7 +282,8 @@ func TestLinkToAStranger(t *testing.T) {
 		"until it closes":      {answer: "HTTP/1.0 200 OK\r\n\r\nold", hangUp: true, want: "old"},
 		"another protocol":     {answer: "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", hangUp: true},
 		"early hints":          {answer: "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", want: "ok"},
-		"more than was asked":  {answer: "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", want: "ok"},
+		"no member":            {answer: "HTTP/1.1 408 Request Timeout\r\nContent-Length: 2\r\n\r\nok", want: "ok"},
+		"more than was asked":  {answer: "HTTP/1.1 200 OK\r\n" + headerProtocol + ": 1\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", want: "ok"},
 		"an answer beforehand": {answer: "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nearly", want: "early"},
 	} {
 		t.Run(name, func(t *testing.T) {
