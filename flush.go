@@ -489,6 +489,10 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		}
 		s.fileMu.Lock()
 		s.pace.rested()
+		select {
+		case <-s.ripe: // it is written now
+		default:
+		}
 		before := s.filedUpTo()
 		err := s.explain("write to", s.flushLocked())
 		s.pace.hurry()
@@ -502,10 +506,6 @@ func (s *store) flushWhenDue(ctx context.Context) {
 			rest = flushAgain
 		}
 		s.fileMu.Unlock()
-		select {
-		case <-s.ripe: // of the tail that has just been written
-		default:
-		}
 		select {
 		case <-time.After(rest):
 		case <-ripe:

@@ -9,7 +9,9 @@ import (
 	"math/rand/v2"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -250,6 +252,72 @@ func TestWaitersHurryTheFlush(t *testing.T) {
 			t.Errorf("%s: the file is at %d of %d", name, m.revision, want.revision)
 		}
 	}
+}
+
+// The more commits come the longer the pauses between two flushes, up to a bound; when few come, and when much waits, the file
+// follows at once.
+func TestPausesGrowUnderLoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newHistoryStore(t, 10)
+		must(t, s.flush())
+		ctx, cancel := context.WithCancel(t.Context())
+		var flusher sync.WaitGroup
+		flusher.Go(func() { s.flushWhenDue(ctx) })
+		defer flusher.Wait()
+		defer cancel()
+		synctest.Wait()
+		// lag is how long the file takes to have what is committed now.
+		lag := func() time.Duration {
+			s.tailMu.RLock()
+			want := s.commits
+			s.tailMu.RUnlock()
+			began := time.Now()
+			for s.filedUpTo() < want {
+				if time.Since(began) > time.Minute {
+					t.Fatal("the file does not follow")
+				}
+				time.Sleep(time.Millisecond)
+			}
+			return time.Since(began)
+		}
+		load := func() {
+			for range 8 {
+				setTimes(t, s, flushMany*int(flushLonger/time.Second))
+				lag()
+			}
+		}
+		grown := func() {
+			t.Helper()
+			load()
+			commitOnly(t, s, "k", "v")
+			if d := lag(); d < flushLonger-10*time.Millisecond || d > flushLonger+10*time.Millisecond {
+				t.Errorf("under load the file is %v late, want %v", d, flushLonger)
+			}
+		}
+		time.Sleep(time.Second)
+		commitOnly(t, s, "k", "v")
+		if d := lag(); d > 10*time.Millisecond {
+			t.Errorf("the first commit is %v late", d)
+		}
+		grown()
+		for range 2 { // the flush before them had only one commit
+			commitOnly(t, s, "k", "v")
+			if d := lag(); d > flushPause+10*time.Millisecond {
+				t.Errorf("when little happens the file is %v late", d)
+			}
+		}
+		load()
+		for i := range tailRipe/(1<<20) + 1 {
+			commitOnly(t, s, fmt.Sprint("large", i), strings.Repeat("v", 1<<20))
+		}
+		if d := lag(); d > 10*time.Millisecond {
+			t.Errorf("%d MiB waited %v", tailRipe>>20, d)
+		}
+		commitOnly(t, s, "k", "v")
+		if d := lag(); d < flushPause/2 {
+			t.Errorf("the pause after them is %v: what was ripe has been counted twice", d)
+		}
+	})
 }
 
 // commitOnly leaves the file behind.
