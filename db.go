@@ -120,7 +120,8 @@ type Config struct {
 	// begin a new cluster. Ignored once Dir holds state, so it can always be given.
 	Join string
 	// Client carries every request to a peer, and with it the TLS identity. nil is http.DefaultClient. It is used through a
-	// copy that has no Timeout and follows no redirect.
+	// copy that has no Timeout and follows no redirect. Where its Transport is nil too and http.DefaultTransport is a plain
+	// *http.Transport, what a write waits for takes connections of its own, dialed as that one would.
 	Client *http.Client
 	// TLS: peers are called with https, and callers without TLS are refused.
 	TLS bool

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/cookiejar"
 	"net/http/httptest"
 	"net/url"
 	"strings"
@@ -365,6 +366,11 @@ func TestWhatLinksTake(t *testing.T) {
 	}
 	if p := callerOf(t, &http.Client{Transport: &http.Transport{}}, false); p.links != nil {
 		t.Error("links beside a client of the caller's")
+	}
+	jar, err := cookiejar.New(nil)
+	must(t, err)
+	if p := callerOf(t, &http.Client{Jar: jar}, false); p.links != nil {
+		t.Error("links know no cookies")
 	}
 	if p := callerOf(t, nil, false); p.links == nil {
 		t.Error("no links where the choice is ours")

@@ -119,7 +119,7 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 		log:    log,
 		slow:   bodyTimeout,
 	}
-	if idle != nil {
+	if idle != nil && own.Jar == nil {
 		p.links = newLinks(idle)
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
