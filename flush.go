@@ -289,6 +289,10 @@ func (s *store) writeTail(f func(t *tail) error) error {
 	s.tail, s.flushing = tail{}, t
 	s.tailMu.Unlock()
 	err := s.note(f(&t))
+	again := err == nil && cap(t.past) > 0 && cap(t.past) <= keptPast
+	if again {
+		clear(t.past) // while commits go on: nobody else reads the changes of the tail under way
+	}
 	s.tailMu.Lock()
 	defer s.tailMu.Unlock()
 	switch {
@@ -296,10 +300,9 @@ func (s *store) writeTail(f func(t *tail) error) error {
 		s.tail = t.before(s.tail)
 	case err == nil:
 		s.filed = upTo
-		if n := cap(t.past); n > 0 && n <= keptPast {
-			clear(t.past)
-			s.usedPast = t.past[:0]
-		}
+	}
+	if again {
+		s.usedPast = t.past[:0]
 	}
 	s.flushing = tail{}
 	s.stuck = err

@@ -17,6 +17,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -72,41 +73,39 @@ func (l *links) takes(req *http.Request) bool {
 	return via == nil && err == nil
 }
 
-// do sends a request that may be sent twice, and returns the answer with its body still to be read. It tries a kept connection and,
-// if the other side has closed that one meanwhile, a new one. Its errors are those of http.Client.
+// do sends a request that may be sent twice, and returns the answer with its body still to be read. Its errors are those of
+// http.Client.
 func (l *links) do(req *http.Request) (*http.Response, error) {
-	addr := req.URL.Host
-	if req.URL.Port() == "" {
-		addr = net.JoinHostPort(req.URL.Hostname(), "80")
-	}
-	if c := l.take(addr); c != nil {
-		resp, err := l.call(c, addr, req)
-		if err == nil || req.Context().Err() != nil || !errors.Is(err, errNoAnswer) {
-			return resp, urlError(req, err)
-		}
-		l.drop(addr) // what closed this one has closed them all, or will
-		if req.Body, err = req.GetBody(); err != nil {
-			return nil, urlError(req, err)
-		}
-	}
-	conn, err := l.dial(req.Context(), "tcp", addr)
+	resp, err := l.send(req)
 	if err != nil {
-		return nil, urlError(req, cmpErr(req.Context().Err(), err))
+		err = &url.Error{Op: "Post", URL: req.URL.String(), Err: err}
 	}
-	c := &link{conn: conn, limit: io.LimitedReader{R: conn}, w: bufio.NewWriterSize(conn, linkBuffer)}
-	c.r = bufio.NewReader(&c.limit)
-	resp, err := l.call(c, addr, req)
-	return resp, urlError(req, err)
+	return resp, err
 }
 
 // errNoAnswer: the connection ended before the first byte of an answer.
 var errNoAnswer = errors.New("the connection was closed")
 
-func urlError(req *http.Request, err error) error {
-	if err == nil {
-		return nil
+// send tries a kept connection and, if the other side has closed that one meanwhile, a new one.
+func (l *links) send(req *http.Request) (*http.Response, error) {
+	ctx, addr := req.Context(), req.URL.Host // a member's address has its port
+	if c := l.take(addr); c != nil {
+		resp, err := l.call(c, addr, req)
+		if ctx.Err() != nil || !errors.Is(err, errNoAnswer) {
+			return resp, err
+		}
+		l.drop(addr) // what closed this one has closed them all, or will
+		if req.Body, err = req.GetBody(); err != nil {
+			return nil, err
+		}
 	}
-	return &url.Error{Op: "Post", URL: req.URL.String(), Err: err}
+	conn, err := l.dial(ctx, "tcp", addr)
+	if err != nil {
+		return nil, cmpErr(ctx.Err(), err)
+	}
+	c := &link{conn: conn, limit: io.LimitedReader{R: conn}, w: bufio.NewWriterSize(conn, linkBuffer)}
+	c.r = bufio.NewReader(&c.limit)
+	return l.call(c, addr, req)
 }
 
 // call has the connection until the answer's body has been read or closed.
@@ -235,6 +234,10 @@ func (l *links) give(addr string, c *link) {
 	}
 	c.since = time.Now()
 	l.idle[addr] = append(l.idle[addr], c)
+	l.sweepLaterLocked()
+}
+
+func (l *links) sweepLaterLocked() {
 	if l.sweep == nil {
 		l.sweep = time.AfterFunc(linkIdle, l.closeOld)
 	}
@@ -246,19 +249,16 @@ func (l *links) closeOld() {
 	defer l.mu.Unlock()
 	l.sweep = nil
 	for addr, list := range l.idle {
-		old := 0
-		for old < len(list) && time.Since(list[old].since) >= linkIdle {
-			_ = list[old].conn.Close()
-			old++
-		}
-		if old == len(list) {
-			delete(l.idle, addr)
+		young := slices.IndexFunc(list, func(c *link) bool { return time.Since(c.since) < linkIdle })
+		if young < 0 {
+			l.dropLocked(addr)
 			continue
 		}
-		l.idle[addr] = append(list[:0:0], list[old:]...)
-		if l.sweep == nil && !l.closed {
-			l.sweep = time.AfterFunc(linkIdle, l.closeOld)
+		for _, c := range list[:young] {
+			_ = c.conn.Close()
 		}
+		l.idle[addr] = slices.Delete(list, 0, young)
+		l.sweepLaterLocked()
 	}
 }
 
@@ -266,6 +266,10 @@ func (l *links) closeOld() {
 func (l *links) drop(addr string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.dropLocked(addr)
+}
+
+func (l *links) dropLocked(addr string) {
 	for _, c := range l.idle[addr] {
 		_ = c.conn.Close()
 	}
@@ -283,10 +287,7 @@ func (l *links) close() {
 	if l.sweep != nil {
 		l.sweep.Stop()
 	}
-	for _, list := range l.idle {
-		for _, c := range list {
-			_ = c.conn.Close()
-		}
+	for addr := range l.idle {
+		l.dropLocked(addr)
 	}
-	clear(l.idle)
 }

@@ -104,9 +104,9 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 	var idle *http.Transport
 	if base, ok := http.DefaultTransport.(*http.Transport); ok && own.Transport == nil {
 		idle = base.Clone()
-		idle.MaxIdleConnsPerHost = 64
-		idle.WriteBufferSize = 64 << 10 // what does not fit goes through a buffer that net/http makes for every request
-		idle.DisableCompression = true  // no member compresses
+		idle.MaxIdleConnsPerHost = linksKept
+		idle.WriteBufferSize = linkBuffer // what does not fit goes through a buffer that net/http makes for every request
+		idle.DisableCompression = true    // no member compresses
 		own.Transport = idle
 	}
 	_, standard := own.Transport.(*http.Transport)

@@ -33,12 +33,11 @@ type life struct {
 
 // liveOnce takes the cost of a write in a life of its own: the others have no such load behind them.
 func (b *bench) liveOnce(k kind, round int) {
-	isCost := func(figure string) bool { return figure == "cost" }
-	all := slices.DeleteFunc(slices.Clone(b.life), isCost)
-	if len(all) > 0 {
-		b.liveFor(k, round, all)
+	others := slices.DeleteFunc(slices.Clone(b.life), func(figure string) bool { return figure == "cost" })
+	if len(others) > 0 {
+		b.liveFor(k, round, others)
 	}
-	if k.name == "quorate" && slices.ContainsFunc(b.life, isCost) {
+	if k.name == "quorate" && len(others) < len(b.life) {
 		b.liveFor(k, round, []string{"cost"})
 	}
 }
