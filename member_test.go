@@ -769,21 +769,28 @@ func TestNewAddress(t *testing.T) {
 	}
 
 	t.Run("one that is not allowed", func(t *testing.T) {
-		f := c.follower(t)
-		old := f.conf.Addr
-		f.move(t)
-		f.start()
-		short, cancel := context.WithTimeout(ctx, 1500*time.Millisecond)
-		defer cancel()
-		err := f.s.Ready(short)
-		is(t, err, context.DeadlineExceeded)
-		if st := f.s.Status(); st.LeaderID != "" {
-			t.Errorf("the others call it at an address that is not allowed: %+v", st)
+		for led := true; led; {
+			f := c.follower(t)
+			old := f.conf.Addr
+			f.move(t)
+			f.start()
+			short, cancel := context.WithTimeout(ctx, 1500*time.Millisecond)
+			err := f.s.Ready(short)
+			cancel()
+			st := f.s.Status()
+			f.stop()
+			f.conf.Addr = old
+			f.start()
+			awaitWrites(t)
+			// Where the others lose their leader meanwhile they may elect it: it calls them. That shows nothing.
+			if led = err == nil && st.LeaderID == st.ID; led {
+				continue
+			}
+			is(t, err, context.DeadlineExceeded)
+			if st.LeaderID != "" {
+				t.Errorf("the others call it at an address that is not allowed: %+v", st)
+			}
 		}
-		f.stop()
-		f.conf.Addr = old
-		f.start()
-		awaitWrites(t)
 	})
 	t.Run("one that is allowed", func(t *testing.T) {
 		f := c.follower(t)
