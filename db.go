@@ -304,6 +304,7 @@ func (s *Service) startBackground() {
 	s.running.Go(func() { s.hub.ring(s.ctx) })
 	s.running.Go(func() { s.store.maintain(s.ctx) })
 	s.running.Go(s.lead)
+	s.running.Go(s.watchLeader)
 	s.running.Go(s.announce)
 	s.running.Go(s.watchHealth)
 	s.running.Go(s.rebuildLoop)

@@ -123,20 +123,22 @@ type memberAddr struct {
 
 // A statusAnswer is for anyone who asks: it holds ids, roles and counters, never a key or a value.
 type statusAnswer struct {
-	ID          string       `json:"id"`
-	Cluster     string       `json:"cluster"`
-	Addr        string       `json:"addr"`
-	Role        string       `json:"role"`
-	Term        uint64       `json:"term"`
-	LastIndex   uint64       `json:"lastindex"`
-	CommitIndex uint64       `json:"commitindex"`
-	Applied     uint64       `json:"applied"`
-	Format      uint64       `json:"format"`
-	LeaderID    string       `json:"leaderid"`
-	LeaderAddr  string       `json:"leaderaddr"`
-	Healthy     bool         `json:"healthy"`
-	Members     []memberAddr `json:"members"`
-	Marks       []markAnswer `json:"marks,omitempty"`
+	ID            string       `json:"id"`
+	Cluster       string       `json:"cluster"`
+	Addr          string       `json:"addr"`
+	Role          string       `json:"role"`
+	Term          uint64       `json:"term"`
+	LastIndex     uint64       `json:"lastindex"`
+	LastTerm      uint64       `json:"lastterm"` // of the entry at LastIndex
+	CommitIndex   uint64       `json:"commitindex"`
+	Applied       uint64       `json:"applied"`
+	Format        uint64       `json:"format"`
+	LeaderID      string       `json:"leaderid"`
+	LeaderAddr    string       `json:"leaderaddr"`
+	LeaderSilence int64        `json:"leadersilence"` // ms since the leader was last heard; 0 also if the release does not say
+	Healthy       bool         `json:"healthy"`
+	Members       []memberAddr `json:"members"`
+	Marks         []markAnswer `json:"marks,omitempty"`
 }
 
 type markAnswer struct {

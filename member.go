@@ -1151,10 +1151,10 @@ func (m meta) stateHash() string { return fmt.Sprintf("%016x%x", m.kvSum, m.chai
 // statusAnswer is what GET /raft/status tells: no keys and no values.
 func (s *Service) statusAnswer() statusAnswer {
 	st := s.Status()
-	last, _ := s.lastEntry()
-	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last,
+	last, lastTerm := s.lastEntry()
+	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
-		Healthy: s.unfit() == nil && s.silent() == nil}
+		LeaderSilence: s.leaderSilence().Milliseconds(), Healthy: s.unfit() == nil && s.silent() == nil}
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter})
 	}
