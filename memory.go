@@ -1,12 +1,13 @@
 package quorate
 
-// The ordered copy of all committed rows that answers reads without SQLite. It holds every key or is not used at all, so
+// The copy of all committed rows that answers reads without SQLite. It holds every key or is not used at all, so
 // that a key it does not have is a key that does not exist. It owns the copy and the scan's place in the key space, and
 // knows no SQL: sqlstore.go hands it the rows that the scan reads and the changes of every commit, in commit order.
 //
-// Who asks for one key is answered by a map; who asks for keys in order, by a tree, which is several times dearer to change. So the
-// tree follows the map: when a list is begun, and else when it is some thousand keys behind, so that a key that is set a hundred
-// times meanwhile is set there once.
+// Who asks for one key is answered by a map; who asks for keys in order, by a tree, which is several times dearer to change. So there
+// is none before somebody lists, and then the tree follows the map: when a list is begun, and else when it is some thousand keys
+// behind, so that a key that is set a hundred times meanwhile is set there once. The first list of many keys does not wait for the
+// tree to grow: it reads the file.
 
 import (
 	"context"
@@ -23,9 +24,10 @@ import (
 const itemOverhead = 144
 
 const (
-	lateMany  = 1 << 13 // keys that the tree is behind by when it begins to follow: a list that comes just before waits some ms
+	lateMany  = 1 << 13 // keys that the tree is behind by when it begins to follow: a list that comes just before waits some ms. A tree of no more is grown at once
 	lateLimit = 1 << 17 // if nothing makes it follow, then a commit does
 	lateChunk = 64      // keys that it takes over in one go, while readers and commits wait
+	seedChunk = 1 << 12 // keys that are gathered in one go for a new tree, while commits wait
 )
 
 // An item is a row as it was committed. It never changes: a new version of the row is a new item.
@@ -68,12 +70,13 @@ type memory struct {
 
 	mu      sync.RWMutex              // guards the fields below; never held across I/O
 	byKey   map[string]*item          // every row
-	tree    *btree.Map[string, *item] // the same, but for what has changed under the keys in late and coming
-	late    map[string]struct{}
-	coming  map[string]struct{} // what was late when order began
-	spare   map[string]struct{} // an empty one, for late
-	size    int64               // of both, with overhead
-	load    int                 // number of the current load: a chunk of an earlier one is thrown away
+	tree    *btree.Map[string, *item] // the same, but for what has changed under the keys in late and coming; nil before somebody lists
+	wanted  bool                      // somebody has
+	late    map[string]struct{}       // nil: nobody needs to know
+	coming  map[string]struct{}       // what was late when order began
+	spare   map[string]struct{}       // an empty one, for late
+	size    int64                     // of both, with overhead
+	load    int                       // number of the current load: a chunk of an earlier one is thrown away
 	cursor  string
 	ended   bool // everything is covered
 	sum     uint64
@@ -99,21 +102,23 @@ func (m *memory) reset(estimate int64) {
 	m.forgetLocked()
 	m.state.Store(int32(memoryLoading))
 	if m.budget >= 0 {
-		m.tree, m.byKey, m.late = btree.NewMap[string, *item](0), make(map[string]*item), make(map[string]struct{})
+		m.byKey = make(map[string]*item)
 	}
 	if m.budget >= 0 && estimate > m.budget {
 		m.dropLocked(estimate)
 	}
 }
 
-func (m *memory) forgetLocked() { m.tree, m.byKey, m.late, m.coming = nil, nil, nil, nil }
+func (m *memory) forgetLocked() {
+	m.byKey, m.tree, m.wanted, m.late, m.coming = nil, nil, false, nil, nil
+}
 
 // empty makes the copy whole without a scan: there are no rows.
 func (m *memory) empty() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.ended = true
-	if m.tree != nil {
+	if m.byKey != nil {
 		m.state.Store(int32(memoryWhole))
 	}
 }
@@ -135,36 +140,35 @@ func (m *memory) item(key string) (it *item, whole bool) {
 	return m.byKey[key], true
 }
 
-// list takes the first page of a range as of one moment, and its revision. If there is more, snapshot is where it is read
-// from. A page is a few pointers, taken beside other readers; a snapshot needs the write lock for an instant, and from then on every
+// list takes the first page of a range as of one moment, and its revision, if there is a tree (ok). If there is more, snapshot is where
+// it is read from. A page is a few pointers, taken beside other readers; a snapshot needs the write lock for an instant, and from then on every
 // commit copies the nodes that it changes, so it is not taken for a short list.
-func (m *memory) list(r keyRange) (p page, snapshot *btree.Map[string, *item], revision uint64, whole bool) {
+func (m *memory) list(r keyRange) (p page, snapshot *btree.Map[string, *item], revision uint64, ok bool) {
 	if !m.whole() {
 		return page{}, nil, 0, false
 	}
-	if p, revision, whole = m.firstPage(r); !whole || p.last {
-		return p, nil, revision, whole
+	if p, revision, ok = m.firstPage(r); !ok || p.last {
+		return p, nil, revision, ok
 	}
 	m.mu.Lock()
-	if whole = m.whole(); whole {
-		m.orderLocked()
+	if ok = m.orderedLocked(); ok {
 		snapshot, revision = m.tree.Copy(), m.rev
 	}
 	m.mu.Unlock()
-	if !whole {
+	if !ok {
 		return page{}, nil, 0, false
 	}
 	return treePage(snapshot, r, p.rows), snapshot, revision, true
 }
 
-func (m *memory) firstPage(r keyRange) (p page, revision uint64, whole bool) {
+func (m *memory) firstPage(r keyRange) (p page, revision uint64, ok bool) {
 	m.mu.RLock()
-	if m.whole() && (len(m.late) > 0 || m.coming != nil) {
+	if m.whole() && (m.tree == nil || len(m.late) > 0 || m.coming != nil) {
 		m.mu.RUnlock()
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		if m.whole() {
-			m.orderLocked()
+		if !m.orderedLocked() {
+			return page{}, 0, false
 		}
 	} else {
 		defer m.mu.RUnlock()
@@ -173,6 +177,66 @@ func (m *memory) firstPage(r keyRange) (p page, revision uint64, whole bool) {
 		return page{}, 0, false
 	}
 	return treePage(m.tree, r, nil), m.rev, true
+}
+
+// orderedLocked makes the tree the same as the map, if there is one or it is small enough to be grown at once; else it begins to grow.
+func (m *memory) orderedLocked() bool {
+	switch {
+	case !m.whole():
+		return false
+	case m.tree != nil:
+		m.orderLocked()
+	case len(m.byKey) <= lateMany:
+		m.tree, m.late = btree.NewMap[string, *item](0), make(map[string]struct{})
+		for _, key := range slices.Sorted(maps.Keys(m.byKey)) {
+			m.tree.Load(key, m.byKey[key])
+		}
+	default:
+		m.wanted = true
+		give(m.due)
+		return false
+	}
+	return true
+}
+
+// grow makes the tree that is wanted, a few keys at a time.
+func (m *memory) grow() {
+	m.mu.Lock()
+	if !m.wanted || m.tree != nil {
+		m.mu.Unlock()
+		return
+	}
+	m.wanted, m.late = false, make(map[string]struct{}) // what changes from now on the tree has to follow
+	load, byKey := m.load, m.byKey
+	m.mu.Unlock()
+
+	// The map may change between two chunks, and only there.
+	m.mu.RLock()
+	keys := make([]string, 0, len(byKey))
+	for key := range byKey {
+		if keys = append(keys, key); len(keys)%seedChunk == 0 {
+			m.mu.RUnlock()
+			m.mu.RLock()
+		}
+	}
+	m.mu.RUnlock()
+	slices.Sort(keys)
+	tree := btree.NewMap[string, *item](0)
+	for chunk := range slices.Chunk(keys, seedChunk) {
+		m.mu.RLock()
+		for _, key := range chunk {
+			if it := byKey[key]; it != nil {
+				tree.Load(key, it)
+			}
+		}
+		m.mu.RUnlock()
+	}
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.load == load && m.byKey != nil && m.tree == nil { // else there is another state, none, or a tree that was small enough
+		m.tree = tree
+	}
 }
 
 // orderLocked has the tree follow at once: all that it is behind by, which is what has changed since the last flush or list.
@@ -208,6 +272,7 @@ func (m *memory) orderWhenDue(ctx context.Context) {
 	for {
 		select {
 		case <-m.due:
+			m.grow()
 			m.order()
 		case <-ctx.Done():
 			return
@@ -219,7 +284,7 @@ func (m *memory) orderWhenDue(ctx context.Context) {
 func (m *memory) order() {
 	m.mu.Lock()
 	late := m.late
-	if len(late) == 0 {
+	if len(late) == 0 || m.tree == nil {
 		m.mu.Unlock()
 		return
 	}
@@ -261,14 +326,14 @@ func (m *memory) publish(changes []change, revision uint64) {
 		switch {
 		case m.ended || c.key <= m.cursor:
 			m.applyLocked(c)
-			if m.tree != nil {
+			if m.late != nil {
 				m.late[c.key] = struct{}{}
 			}
 		case m.reading:
 			m.pending = append(m.pending, c)
 		}
 	}
-	if len(m.late) >= lateLimit {
+	if len(m.late) >= lateLimit && m.tree != nil {
 		m.orderLocked()
 	} else if len(m.late) >= lateMany {
 		give(m.due)
@@ -288,7 +353,7 @@ func (m *memory) applyLocked(c change) {
 	if c.was == nil && c.now == nil { // set and deleted by one transaction
 		return
 	}
-	if m.tree == nil {
+	if m.byKey == nil {
 		return
 	}
 	if c.was != nil {
@@ -307,7 +372,7 @@ func itemSize(key string, it *item) int64 {
 }
 
 func (m *memory) checkBudgetLocked() {
-	if m.tree != nil && m.size > m.budget {
+	if m.byKey != nil && m.size > m.budget {
 		m.dropLocked(m.size)
 	}
 }
@@ -346,7 +411,7 @@ func (m *memory) endChunk(load int, rows []keyed, last bool) {
 		return
 	}
 	for _, r := range rows {
-		m.coverLocked(change{key: r.key, now: r.item})
+		m.applyLocked(change{key: r.key, now: r.item})
 	}
 	if len(rows) > 0 {
 		m.cursor = rows[len(rows)-1].key
@@ -354,18 +419,11 @@ func (m *memory) endChunk(load int, rows []keyed, last bool) {
 	m.ended = last
 	for _, c := range m.pending {
 		if m.ended || c.key <= m.cursor {
-			m.coverLocked(c)
+			m.applyLocked(c)
 		}
 	}
 	m.reading, m.pending = false, nil
 	m.checkBudgetLocked()
-}
-
-func (m *memory) coverLocked(c change) {
-	m.applyLocked(c)
-	if m.tree != nil {
-		m.followLocked(c.key)
-	}
 }
 
 // cancelChunk: the chunk could not be read. It tells whether that matters, for the chunk is one of the current load.
@@ -392,7 +450,7 @@ func (m *memory) trust(revision uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.rev = revision
-	if m.ended && m.tree != nil {
+	if m.ended && m.byKey != nil {
 		m.state.Store(int32(memoryWhole))
 	}
 }

@@ -255,13 +255,32 @@ func TestLoadUnderWrites(t *testing.T) {
 	}
 }
 
-// The tree follows the map behind the writers' backs, and lists that begin at any moment of it show their revision.
+// The tree follows the map behind the writers' backs, and lists that begin at any moment of it show their revision. A large one is
+// grown while changes go on.
 func TestOrderFollows(t *testing.T) {
+	for _, keys := range []int{500, lateMany + 500} {
+		t.Run(fmt.Sprint(keys), func(t *testing.T) { testOrderFollows(t, keys) })
+	}
+}
+
+func testOrderFollows(t *testing.T, keys int) {
 	m := newMemory(testBudget, slog.New(slog.DiscardHandler))
 	m.empty()
-	const keys = 500
 	at := func(i int) string { return fmt.Sprintf("key/%04d", i) }
-	var state [keys]*item // what the writer has published
+	state := make([]*item, keys) // what the writer has published
+	revision := uint64(0)
+	set := func(i int) {
+		revision++
+		c := change{key: at(i), was: state[i]}
+		if revision%3 != 0 || c.was == nil {
+			c.now = &item{row: row{value: []byte("v"), version: revision}}
+		}
+		state[i] = c.now
+		m.publish([]change{c}, revision)
+	}
+	for i := range keys {
+		set(i)
+	}
 	var wg sync.WaitGroup
 	ended := make(chan struct{})
 	wg.Go(func() {
@@ -270,24 +289,31 @@ func TestOrderFollows(t *testing.T) {
 			case <-ended:
 				return
 			default:
+				m.grow()
 				m.order()
 			}
 		}
 	})
-	for revision := uint64(1); revision <= 20_000; revision++ {
-		i := int(revision*revision) % keys
-		c := change{key: at(i), was: state[i]}
-		if revision%3 != 0 || c.was == nil {
-			c.now = &item{row: row{value: []byte("v"), version: revision}}
-		}
-		state[i] = c.now
-		m.publish([]change{c}, revision)
+	defer wg.Wait()
+	defer close(ended)
+	asked := false
+	for lists := 0; lists < 100_000/keys; {
+		set(int(revision*revision) % keys)
 		if revision%50 != 0 {
 			continue
 		}
-		p, snapshot, got, whole := m.list(keyRange{high: "\xff", left: -1})
-		if !whole || got != revision {
-			t.Fatalf("a list at revision %d says %d, whole %v", revision, got, whole)
+		p, snapshot, got, ok := m.list(keyRange{high: "\xff", left: -1})
+		if first := !asked; keys > lateMany && lists == 0 {
+			if asked = true; ok && first {
+				t.Fatal("the first list has waited for a tree of many keys")
+			}
+			if !ok {
+				continue
+			}
+		}
+		lists++
+		if !ok || got != revision {
+			t.Fatalf("a list at revision %d says %d, %v", revision, got, ok)
 		}
 		rows := p.rows
 		if snapshot != nil {
@@ -308,8 +334,57 @@ func TestOrderFollows(t *testing.T) {
 			t.Fatalf("at revision %d the list has %d rows, want %d", revision, len(rows), n)
 		}
 	}
-	close(ended)
-	wg.Wait()
+}
+
+// Who does not list pays for no tree; who does finds one before long, whatever the number of keys.
+func TestTreeOnDemand(t *testing.T) {
+	s := newTestStore(t, 1<<30)
+	const keys = 2 * lateMany
+	set := func(i int) {
+		tx, err := s.begin()
+		must(t, err)
+		tx.meta.applied++
+		tx.meta.revision++
+		must(t, tx.set(fmt.Sprintf("%06d", i), row{[]byte("v"), tx.meta.revision, tx.meta.revision}))
+		tx.commit()
+	}
+	for i := range keys {
+		set(i)
+	}
+	tree := func() bool {
+		s.memory.mu.RLock()
+		defer s.memory.mu.RUnlock()
+		return s.memory.tree != nil
+	}
+	if tree() {
+		t.Error("a tree, and nobody has listed")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { s.memory.orderWhenDue(ctx) })
+	for i := 0; !tree(); i++ {
+		if i == 1000 {
+			t.Fatal("no tree")
+		}
+		set(keys + i)
+		l, err := s.list(t.Context(), span{limit: -1})
+		must(t, err)
+		n := 0
+		for {
+			_, more, err := l.next()
+			must(t, err)
+			if !more {
+				break
+			}
+			n++
+		}
+		l.close()
+		if n != keys+i+1 {
+			t.Fatalf("%d entries of %d", n, keys+i+1)
+		}
+	}
 }
 
 // Without a list nobody waits for long: the tree follows when it is some thousand keys behind.
@@ -319,6 +394,9 @@ func TestOrderIsDue(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { m.orderWhenDue(ctx) })
+	if _, _, _, ok := m.list(keyRange{high: "\xff", left: -1}); !ok {
+		t.Error("no tree of nothing")
+	}
 	for i := range uint64(lateMany) {
 		m.publish([]change{{key: fmt.Sprint(i), now: &item{row: row{version: i + 1}}}}, i+1)
 	}
