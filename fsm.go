@@ -37,6 +37,7 @@ import (
 const (
 	maxSessions  = 256     // kept by the state; the one least recently used by log index goes first
 	markInterval = 1 << 10 // entries between two (sum, chain) marks that members compare
+	decodeFrom   = 4 << 10 // bytes of an entry that is decoded before it is committed: a dozen of small transactions
 )
 
 type fsm struct {
@@ -53,6 +54,7 @@ type fsm struct {
 	stale    bool      // an install changed the rows, and the fields here are not read anew yet
 	incoming *incoming // a received and verified snapshot that Restore will install; set by the sink
 
+	ahead   decoder // of what this member has proposed
 	members atomic.Pointer[membership]
 	applied watermark
 	began   atomic.Int64 // unix nanoseconds on the monotonic clock when the apply in progress began; 0 = none
@@ -261,26 +263,31 @@ func (a *applying) publish() {
 func (a *applying) entry(l *raft.Log) (outcome, error) {
 	a.mark(l.Index)
 	o := outcome{kind: outcomeDone, index: l.Index, term: l.Term}
+	var sum [sha256.Size]byte
 	var err error
 	switch l.Type {
 	case raft.LogCommand:
-		o, err = a.command(l)
+		d := a.fsm.ahead.take(l.Data)
+		sum = d.sum
+		o, err = a.command(l, d)
 	case raft.LogConfiguration:
+		sum = sha256.Sum256(l.Data)
 		a.configuration(l)
+	default:
+		sum = sha256.Sum256(l.Data)
 	}
 	if err != nil {
 		return outcome{}, err
 	}
 	m := &a.tx.meta
 	m.applied, m.term = l.Index, l.Term
-	m.chain = nextChain(m.chain, l, o)
+	m.chain = nextChain(m.chain, l, sum, o)
 	return o, nil
 }
 
 // nextChain covers everything that the entries have ever done, the answers included, so that two members whose history
-// differs anywhere differ here.
-func nextChain(chain [32]byte, l *raft.Log, o outcome) [32]byte {
-	data := sha256.Sum256(l.Data)
+// differs anywhere differ here. data is the sum of the entry's bytes.
+func nextChain(chain [32]byte, l *raft.Log, data [sha256.Size]byte, o outcome) [32]byte {
 	b := make([]byte, 0, 128)
 	b = append(b, chain[:]...)
 	b = binary.AppendUvarint(b, l.Index)
@@ -299,15 +306,15 @@ func (a *applying) mark(next uint64) {
 	}
 }
 
-func (a *applying) command(l *raft.Log) (outcome, error) {
+func (a *applying) command(l *raft.Log, d decoded) (outcome, error) {
 	o := outcome{kind: outcomeInvalid, index: l.Index, term: l.Term}
-	e, err := decodeEntry(l.Data)
 	switch {
-	case errors.Is(err, ErrFormat): // a newer member knows what it means, so no answer of this one is right
-		return o, err
-	case err != nil:
+	case errors.Is(d.err, ErrFormat): // a newer member knows what it means, so no answer of this one is right
+		return o, d.err
+	case d.err != nil:
 		return o, nil // the same on every member (2)
 	}
+	e := d.entry
 	switch e.kind {
 	case entryBatch:
 		return a.batch(o, e.batch)
@@ -655,6 +662,86 @@ func (f *fsm) stalled() time.Duration {
 		return 0
 	}
 	return time.Duration(monotonic() - began)
+}
+
+// A decoded entry is what its bytes mean, and their sum.
+type decoded struct {
+	entry entry
+	err   error
+	sum   [sha256.Size]byte
+}
+
+func decode(data []byte) decoded {
+	e, err := decodeEntry(data)
+	return decoded{e, err, sha256.Sum256(data)}
+}
+
+// A decoder decodes what this member has proposed while its disk and the others write it, so that apply, for which the callers wait,
+// has less to do. It knows the entries by their bytes' place in memory, the last few only.
+type decoder struct {
+	mu   sync.Mutex // guards the fields below
+	list [8]struct {
+		data *byte    // nil = none
+		d    *decoded // nil = not yet
+	}
+	next int
+}
+
+// add comes before the entry can be applied.
+func (c *decoder) add(data []byte, d *decoded) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.list[c.next].data, c.list[c.next].d = &data[0], d
+	c.next = (c.next + 1) % len(c.list)
+}
+
+// decode does it now, unless it is done, or apply was faster.
+func (c *decoder) decode(data []byte) {
+	if known, done := c.knows(data); !known || done {
+		return
+	}
+	d := decode(data)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.list {
+		if e := &c.list[i]; e.data == &data[0] {
+			e.d = &d
+		}
+	}
+}
+
+func (c *decoder) knows(data []byte) (known, done bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.list {
+		if e.data == &data[0] {
+			return true, e.d != nil
+		}
+	}
+	return false, false
+}
+
+// take decodes what nobody has decoded before.
+func (c *decoder) take(data []byte) decoded {
+	if d := c.taken(data); d != nil {
+		return *d
+	}
+	return decode(data)
+}
+
+func (c *decoder) taken(data []byte) (d *decoded) {
+	if len(data) == 0 {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.list {
+		if e := &c.list[i]; e.data == &data[0] {
+			d = e.d
+			e.data, e.d = nil, nil
+		}
+	}
+	return d
 }
 
 var epoch = time.Now()

@@ -936,3 +936,52 @@ func benchmarkEntry(b *testing.B, keys, size int, format uint64) {
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*size), "ns/write")
 }
+
+// What is decoded before it is committed is what apply takes, once; what is not is decoded then.
+func TestDecoder(t *testing.T) {
+	entryOf := func(key string) []byte {
+		return encodeEntry(batchOf(1, 1, 0, transaction{{kind: opSet, key: key, value: []byte("v")}}))
+	}
+	key := func(d decoded) string {
+		must(t, d.err)
+		return d.entry.batch.txs[0][0].key
+	}
+	var c decoder
+	data := entryOf("k")
+	want := decode(data)
+	c.add(data, nil)
+	c.decode(data)
+	data[len(data)-1]++ // what is decoded now would be an error
+	if d := c.take(data); key(d) != "k" || d.sum != want.sum {
+		t.Errorf("took %+v", d)
+	}
+	if d := c.take(data); d.err == nil {
+		t.Error("taken twice")
+	}
+
+	data = entryOf("applied first")
+	c.add(data, nil)
+	if got := key(c.take(data)); got != "applied first" {
+		t.Error(got)
+	}
+	c.decode(data)
+	if known, _ := c.knows(data); known {
+		t.Error("decoded for nobody")
+	}
+
+	var all [][]byte
+	for i := range len(c.list) + 1 {
+		data, d := entryOf(fmt.Sprint(i)), decoded{}
+		d = decode(data)
+		c.add(data, &d)
+		all = append(all, data)
+	}
+	for i, data := range all {
+		if known, done := c.knows(data); known != (i > 0) || done != known {
+			t.Errorf("entry %d: known %v, decoded %v", i, known, done)
+		}
+		if got := key(c.take(data)); got != fmt.Sprint(i) {
+			t.Error(got)
+		}
+	}
+}

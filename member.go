@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -274,7 +275,15 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 	if r.State() != raft.Leader {
 		return nil
 	}
+	large := len(data) >= decodeFrom
+	if known, _ := s.fsm.ahead.knows(data); large && !known {
+		s.fsm.ahead.add(data, nil)
+	}
 	future := r.Apply(data, patience)
+	if large {
+		runtime.Gosched() // raft goes first
+		s.fsm.ahead.decode(data)
+	}
 	return func(ctx context.Context) (outcome, bool, error) {
 		switch err := await(ctx, future); {
 		case err == nil:
@@ -344,9 +353,11 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 		return nil, refuse(http.StatusPreconditionFailed, codeProtocol, "an entry of format %d, and this member reads up to %d: upgrade it",
 			data[0], entryFormat)
 	}
-	if e, err := decodeEntry(data); err != nil || e.kind != entryBatch && e.kind != entryOpen {
+	d := decode(data)
+	if d.err != nil || d.entry.kind != entryBatch && d.entry.kind != entryOpen {
 		return nil, refuse(http.StatusBadRequest, codeBadRequest, "not a batch")
 	}
+	s.fsm.ahead.add(data, &d)
 	wait := s.begin(data, raftPatience)
 	if wait == nil {
 		return nil, s.notLeader()

@@ -17,6 +17,7 @@ package quorate
 // Byte strings are a length and the bytes.
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -228,7 +229,8 @@ func (r *reader) count(limit int) int {
 	return int(n)
 }
 
-// decodeEntry never panics and never allocates more than a small multiple of len(data). Keys are copied, values alias data.
+// decodeEntry never panics and never allocates more than a small multiple of len(data). Keys and the
+// values of effects are copied, as they live on with the row; what a condition compares with aliases data.
 func decodeEntry(data []byte) (entry, error) {
 	r := reader{b: data}
 	var e entry
@@ -289,7 +291,9 @@ func (r *reader) transaction() transaction {
 		o.key = string(r.bytes(maxKey))
 		switch {
 		case o.kind.hasValue():
-			o.value = r.bytes(maxValueEver)
+			if o.value = r.bytes(maxValueEver); o.kind.effect() && o.value != nil {
+				o.value = bytes.Clone(o.value)
+			}
 		case o.kind.hasVersion():
 			o.version = r.uint()
 		}

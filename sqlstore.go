@@ -771,8 +771,7 @@ func (t *storeTx) look(key string) (view, error) {
 	return v, nil
 }
 
-// set copies the value: it is part of a whole log entry, which must not live on with it. Where created is 0 it is that of the row
-// before, or the version.
+// set keeps the value, which nobody may change any more. Where created is 0 it is that of the row before, or the version.
 func (t *storeTx) set(key string, r row) error {
 	v, err := t.look(key)
 	if err != nil {
@@ -784,7 +783,6 @@ func (t *storeTx) set(key string, r row) error {
 			r.created = v.now.created
 		}
 	}
-	r.value = bytes.Clone(r.value)
 	t.put(key, v, &item{row: r, hash: t.hashRow(key, r)}, r.version)
 	return nil
 }
