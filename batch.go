@@ -268,24 +268,29 @@ func (b *batcher) gather(answered int) {
 	if answered < gatherFrom {
 		return
 	}
-	began := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.gathering = true
-	grew, n := began, len(b.queue)
-	for yields := 0; len(b.queue) < answered && yields < gatherYields; yields++ {
-		b.mu.Unlock()
+	gather(&b.mu, answered, func() int { return len(b.queue) })
+	b.gathering = false
+}
+
+// gather waits until enough have come, or for a while nobody has. mu guards what come counts, and is held before and after.
+func gather(mu *sync.Mutex, enough int, come func() int) {
+	began := time.Now()
+	grew, n := began, come()
+	for yields := 0; come() < enough && yields < gatherYields; yields++ {
+		mu.Unlock()
 		runtime.Gosched()
-		b.mu.Lock()
+		mu.Lock()
 		now := time.Now()
-		if len(b.queue) > n {
-			grew, n = now, len(b.queue)
+		if come() > n {
+			grew, n = now, come()
 		}
 		if now.Sub(grew) > gatherPause || now.Sub(began) > gatherTime {
-			break
+			return
 		}
 	}
-	b.gathering = false
 }
 
 // settle sends a flight, on any leader and as often as it takes, until each of its transactions has its answer.

@@ -27,7 +27,9 @@ import (
 )
 
 // rounds shares read rounds: one is in flight, one is forming. Whoever comes joins the forming one, never the one in
-// flight, whose index may be older than a write that has returned meanwhile.
+// flight, whose index may be older than a write that has returned meanwhile. Where several had one round they can have the next one
+// together too: it waits for them a moment. Else the first to come back would fly alone, and the others wait for that flight and for
+// their own.
 type rounds struct {
 	run func(ctx context.Context) (readPoint, error)
 	ctx context.Context // ends at Close
@@ -35,11 +37,13 @@ type rounds struct {
 	kick chan struct{} // a round has formed while another was in flight
 
 	mu      sync.Mutex // guards the fields below
-	flying  bool
+	flying  bool       // or about to
 	forming *round
+	landed  int // callers of the last one
 }
 
 type round struct {
+	n    int // callers; guarded by the mu of rounds
 	done chan struct{}
 	at   landing
 	err  error
@@ -68,7 +72,7 @@ func (r *rounds) join(ctx context.Context) (landing, error) {
 	r.mu.Lock()
 	rd := r.forming
 	if rd == nil {
-		rd = &round{done: make(chan struct{})}
+		rd = &round{n: 1, done: make(chan struct{})}
 		if !r.flying {
 			r.flying = true
 			r.mu.Unlock()
@@ -76,6 +80,8 @@ func (r *rounds) join(ctx context.Context) (landing, error) {
 			return rd.at, rd.err
 		}
 		r.forming = rd
+	} else {
+		rd.n++
 	}
 	r.mu.Unlock()
 	select {
@@ -88,7 +94,7 @@ func (r *rounds) join(ctx context.Context) (landing, error) {
 	}
 }
 
-// fly runs a round and starts the next one if one has formed.
+// fly runs a round and starts the next one if one has formed, or is likely to.
 func (r *rounds) fly(ctx context.Context, rd *round) {
 	rd.at.began = time.Now()
 	ctx, cancel := context.WithDeadline(ctx, rd.at.began.Add(roundTimeout))
@@ -98,26 +104,42 @@ func (r *rounds) fly(ctx context.Context, rd *round) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.flying = false
-	if r.forming != nil {
-		r.flying = true
+	if r.forming != nil || rd.n >= gatherFrom {
+		r.flying, r.landed = true, rd.n
 		r.kick <- struct{}{}
 	}
 }
 
-// carry flies the rounds that formed while another was in flight. It runs until Close.
+// carry flies the rounds that formed while another was in flight, or just after. It runs until Close.
 func (r *rounds) carry() {
 	for {
 		select {
 		case <-r.kick:
-			r.mu.Lock()
-			rd := r.forming
-			r.forming = nil
-			r.mu.Unlock()
-			r.fly(r.ctx, rd)
+			if rd := r.gather(); rd != nil {
+				r.fly(r.ctx, rd)
+			}
 		case <-r.ctx.Done():
 			return
 		}
 	}
+}
+
+// gather returns the next round when those of the last one have had the time to join it, or nil if nobody has.
+func (r *rounds) gather() *round {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	joined := func() int {
+		if r.forming == nil {
+			return 0
+		}
+		return r.forming.n
+	}
+	if r.landed >= gatherFrom {
+		gather(&r.mu, joined()+r.landed, joined)
+	}
+	rd := r.forming
+	r.forming, r.flying = nil, rd != nil
+	return rd
 }
 
 var errNotLeading = errors.New("this member does not lead")

@@ -108,6 +108,53 @@ func TestRoundInFlightIsNotJoined(t *testing.T) {
 	})
 }
 
+// Those who had a round together have the next one together, too.
+func TestRoundsGather(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		runs := uint64(0)
+		land := make(chan struct{})
+		r := newRounds(ctx, func(context.Context) (readPoint, error) {
+			runs++
+			at := readPoint{index: runs}
+			<-land
+			return at, nil
+		})
+		var all sync.WaitGroup
+		all.Go(r.carry)
+		join := func() uint64 {
+			at, err := r.join(ctx)
+			must(t, err)
+			return at.index
+		}
+		all.Go(func() { join() })
+		synctest.Wait() // the first round is in flight, and the second one forms
+		next := make(chan uint64, gatherFrom)
+		for range gatherFrom {
+			all.Go(func() { join(); next <- join() })
+		}
+		synctest.Wait()
+		land <- struct{}{}
+		land <- struct{}{}
+		synctest.Wait()
+		land <- struct{}{}
+		for range gatherFrom {
+			if got := <-next; got != 3 {
+				t.Errorf("round %d, want 3", got)
+			}
+		}
+		synctest.Wait() // nobody else has come, and the place is free again
+		again := make(chan uint64, 1)
+		all.Go(func() { again <- join() })
+		land <- struct{}{}
+		if got := <-again; got != 4 {
+			t.Errorf("round %d, want 4", got)
+		}
+		cancel()
+		all.Wait()
+	})
+}
+
 func TestLeaderRoundNeedsQuorumOfItsTerm(t *testing.T) {
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		term := l.s.Status().Term
