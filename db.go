@@ -44,9 +44,9 @@
 // One Set: db.go (the call) → tx.go (its limits and its verdict) → op.go (its bytes) → batch.go (one entry for all that wait) →
 // raft and logstore.go (the log), ahead.go (to the others meanwhile) → fsm.go (apply) → sqlstore.go and memory.go (the state) →
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
-// What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go and frame.go (how members talk), member.go
-// (who takes part), identity.go (who this member is), recover.go (how a directory comes to life), copy.go (how a state travels),
-// health.go (what is wrong now), slog.go (what raft says).
+// What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
+// member.go (who takes part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
+// directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft says).
 package quorate
 
 import (

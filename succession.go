@@ -59,6 +59,7 @@ func (s *Service) follows() string {
 
 func (s *Service) leaderSilence() time.Duration { return time.Since(s.raft.Load().LastContact()) }
 
+// succeed stands for election if the leader is gone and this member is its heir.
 func (s *Service) succeed(leader string) {
 	ctx, cancel := context.WithTimeout(s.ctx, lookPatience)
 	defer cancel()
@@ -89,7 +90,7 @@ func (s *Service) succeed(leader string) {
 	if !isHeir(own, answers, len(all)) || s.follows() != leader || s.leaderSilence() < leaderSilent || s.raft.Load().CurrentTerm() != own.Term {
 		return
 	}
-	s.log.Info("the leader's process is gone, this member stands for election", "leader", leader)
+	s.log.Info("the leader is gone, this member stands for election", "leader", leader)
 	if err := s.peer.stand(); err != nil {
 		s.log.Warn("stand for election", "error", err)
 	}
