@@ -985,3 +985,15 @@ func TestDecoder(t *testing.T) {
 		}
 	}
 }
+
+// A row lives longer than the log entry that wrote it, whose bytes may be used again.
+func TestApplyKeepsNoBytesOfTheEntry(t *testing.T) {
+	f := newFSMWith(t, testBudget)
+	session := openTestSession(t, f, 1, "n")
+	data := batchBytes(session, 1, 0, transaction{setOp("a", "value")})
+	applyOne(t, f, command(2, data))
+	for i := range data {
+		data[i] = 'x'
+	}
+	wantValue(t, f.store, "a", "value")
+}

@@ -99,15 +99,6 @@ func TestMemoryGetAllocatesNothing(t *testing.T) {
 	}
 }
 
-// The value that the caller gave is part of a log entry, whose buffer may be used again.
-func TestMemoryKeepsNoValueOfTheCaller(t *testing.T) {
-	s := newTestStore(t, testBudget)
-	value := []byte("value")
-	apply(t, s, func(tx *storeTx) { setTx(t, tx, "a", value) })
-	copy(value, "xxxxx")
-	wantValue(t, s, "a", "value")
-}
-
 // Scan chunks and commits in every order end in the same rows and sums as a plain map.
 func TestLoadMergesCommits(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
