@@ -271,8 +271,8 @@ func (a *applying) entry(l *raft.Log) (outcome, error) {
 		sum = d.sum
 		o, err = a.command(l, d)
 	case raft.LogConfiguration:
-		sum = sha256.Sum256(l.Data)
 		a.configuration(l)
+		fallthrough
 	default:
 		sum = sha256.Sum256(l.Data)
 	}
@@ -687,7 +687,7 @@ type decoder struct {
 	next int
 }
 
-// add comes before the entry can be applied.
+// add comes before the entry can be applied. d is nil if it is not decoded yet.
 func (c *decoder) add(data []byte, d *decoded) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -695,30 +695,49 @@ func (c *decoder) add(data []byte, d *decoded) {
 	c.next = (c.next + 1) % len(c.list)
 }
 
-// decode does it now, unless it is done, or apply was faster.
+// expect adds an entry that is worth it, unless somebody has. It tells whether to decode it.
+func (c *decoder) expect(data []byte) bool {
+	if len(data) < decodeFrom {
+		return false
+	}
+	if known, done := c.knows(data); known {
+		return !done
+	}
+	c.add(data, nil)
+	return true
+}
+
+// decode does it now, unless apply was faster.
 func (c *decoder) decode(data []byte) {
-	if known, done := c.knows(data); !known || done {
+	if known, _ := c.knows(data); !known {
 		return
 	}
 	d := decode(data)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for i := range c.list {
-		if e := &c.list[i]; e.data == &data[0] {
-			e.d = &d
-		}
+	if i := c.findLocked(data); i >= 0 {
+		c.list[i].d = &d
 	}
 }
 
 func (c *decoder) knows(data []byte) (known, done bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, e := range c.list {
+	i := c.findLocked(data)
+	return i >= 0, i >= 0 && c.list[i].d != nil
+}
+
+// findLocked is the place of an entry in list, or negative.
+func (c *decoder) findLocked(data []byte) int {
+	if len(data) == 0 {
+		return -1
+	}
+	for i, e := range c.list {
 		if e.data == &data[0] {
-			return true, e.d != nil
+			return i
 		}
 	}
-	return false, false
+	return -1
 }
 
 // take decodes what nobody has decoded before.
@@ -729,18 +748,15 @@ func (c *decoder) take(data []byte) decoded {
 	return decode(data)
 }
 
-func (c *decoder) taken(data []byte) (d *decoded) {
-	if len(data) == 0 {
-		return nil
-	}
+func (c *decoder) taken(data []byte) *decoded {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for i := range c.list {
-		if e := &c.list[i]; e.data == &data[0] {
-			d = e.d
-			e.data, e.d = nil, nil
-		}
+	i := c.findLocked(data)
+	if i < 0 {
+		return nil
 	}
+	d := c.list[i].d
+	c.list[i].data, c.list[i].d = nil, nil
 	return d
 }
 

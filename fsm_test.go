@@ -969,10 +969,18 @@ func TestDecoder(t *testing.T) {
 		t.Error("decoded for nobody")
 	}
 
+	large := entryOf(strings.Repeat("k", decodeFrom))
+	if c.expect(entryOf("k")) || !c.expect(large) || !c.expect(large) {
+		t.Error("a small one is expected, or a large one is not")
+	}
+	if c.decode(large); c.expect(large) {
+		t.Error("decoded, and to be decoded again")
+	}
+
 	var all [][]byte
 	for i := range len(c.list) + 1 {
-		data, d := entryOf(fmt.Sprint(i)), decoded{}
-		d = decode(data)
+		data := entryOf(fmt.Sprint(i))
+		d := decode(data)
 		c.add(data, &d)
 		all = append(all, data)
 	}

@@ -278,30 +278,19 @@ func (s *Service) compareStates() {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, checkInterval)
 	defer cancel()
-	var mu sync.Mutex
 	votes := make(map[uint64]map[string]int) // boundary → value → voters
-	var wg sync.WaitGroup
 	all := voters(s.fsm.members.Load().config)
-	for _, m := range all {
-		if string(m.ID) == s.ident.id {
-			continue
+	s.askOthers(ctx, all, func(_ int, a statusAnswer, err error) {
+		if err != nil {
+			return
 		}
-		wg.Go(func() {
-			a, err := s.peer.status(ctx, baseURL(s.addressOf(m), s.conf.TLS))
-			if err != nil || a.ID != string(m.ID) || a.Cluster != s.ident.cluster {
-				return
+		for _, k := range a.Marks {
+			if votes[k.Boundary] == nil {
+				votes[k.Boundary] = make(map[string]int)
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			for _, k := range a.Marks {
-				if votes[k.Boundary] == nil {
-					votes[k.Boundary] = make(map[string]int)
-				}
-				votes[k.Boundary][k.value()]++
-			}
-		})
-	}
-	wg.Wait()
+			votes[k.Boundary][k.value()]++
+		}
+	})
 	_, _, voter := s.server(s.ident.id)
 	s.judge(own, votes, len(all), voter)
 }

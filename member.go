@@ -275,12 +275,9 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 	if r.State() != raft.Leader {
 		return nil
 	}
-	large := len(data) >= decodeFrom
-	if known, _ := s.fsm.ahead.knows(data); large && !known {
-		s.fsm.ahead.add(data, nil)
-	}
+	early := s.fsm.ahead.expect(data)
 	future := r.Apply(data, patience)
-	if large {
+	if early {
 		runtime.Gosched() // raft goes first
 		s.fsm.ahead.decode(data)
 	}
@@ -520,21 +517,12 @@ func (s *Service) allRead(format uint64, up *raising) bool {
 	defer cancel()
 	list := s.raft.Load().GetConfiguration().Configuration().Servers
 	errs := make([]error, len(list))
-	var wg sync.WaitGroup
-	for i, m := range list {
-		if string(m.ID) == s.ident.id {
-			continue
+	s.askOthers(ctx, list, func(i int, a statusAnswer, err error) {
+		if err == nil && a.Format < format {
+			err = fmt.Errorf("it reads up to format %d", a.Format)
 		}
-		wg.Go(func() {
-			base := baseURL(s.addressOf(m), s.conf.TLS)
-			a, err := s.askStatus(ctx, m.ID, base)
-			if err == nil && a.Format < format {
-				err = fmt.Errorf("it reads up to format %d", a.Format)
-			}
-			errs[i] = err
-		})
-	}
-	wg.Wait()
+		errs[i] = err
+	})
 	for i, err := range errs {
 		if err == nil {
 			continue
@@ -736,6 +724,24 @@ func (s *Service) probe(ctx context.Context, list []raft.Server, configIndex uin
 	}
 	wg.Wait()
 	return errs
+}
+
+// askOthers asks all of the list but this member for their status, at once, and calls f with each answer, one at a time.
+func (s *Service) askOthers(ctx context.Context, list []raft.Server, f func(i int, a statusAnswer, err error)) {
+	var mu sync.Mutex // held by f
+	var wg sync.WaitGroup
+	for i, m := range list {
+		if string(m.ID) == s.ident.id {
+			continue
+		}
+		wg.Go(func() {
+			a, err := s.askStatus(ctx, m.ID, baseURL(s.addressOf(m), s.conf.TLS))
+			mu.Lock()
+			defer mu.Unlock()
+			f(i, a, err)
+		})
+	}
+	wg.Wait()
 }
 
 // askStatus is what this member of this cluster says of itself, if it is the one that answers there.

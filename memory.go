@@ -24,7 +24,7 @@ import (
 const itemOverhead = 144
 
 const (
-	lateMany  = 1 << 13 // keys that the tree is behind by when it begins to follow: a list that comes just before waits some ms. A tree of no more is grown at once
+	lateMany  = 1 << 13 // keys that the tree is behind by when it begins to follow, or is grown from at once: a list waits some ms
 	lateLimit = 1 << 17 // if nothing makes it follow, then a commit does
 	lateChunk = 64      // keys that it takes over in one go, while readers and commits wait
 	seedChunk = 1 << 12 // keys that are gathered in one go for a new tree, while commits wait
@@ -71,8 +71,7 @@ type memory struct {
 	mu      sync.RWMutex              // guards the fields below; never held across I/O
 	byKey   map[string]*item          // every row
 	tree    *btree.Map[string, *item] // the same, but for what has changed under the keys in late and coming; nil before somebody lists
-	wanted  bool                      // somebody has
-	late    map[string]struct{}       // nil: nobody needs to know
+	late    map[string]struct{}       // nil: no tree, and nobody wants one
 	coming  map[string]struct{}       // what was late when order began
 	spare   map[string]struct{}       // an empty one, for late
 	size    int64                     // of both, with overhead
@@ -110,7 +109,7 @@ func (m *memory) reset(estimate int64) {
 }
 
 func (m *memory) forgetLocked() {
-	m.byKey, m.tree, m.wanted, m.late, m.coming = nil, nil, false, nil, nil
+	m.byKey, m.tree, m.late, m.coming = nil, nil, nil, nil
 }
 
 // empty makes the copy whole without a scan: there are no rows.
@@ -140,9 +139,9 @@ func (m *memory) item(key string) (it *item, whole bool) {
 	return m.byKey[key], true
 }
 
-// list takes the first page of a range as of one moment, and its revision, if there is a tree (ok). If there is more, snapshot is where
-// it is read from. A page is a few pointers, taken beside other readers; a snapshot needs the write lock for an instant, and from then on every
-// commit copies the nodes that it changes, so it is not taken for a short list.
+// list takes the first page of a range as of one moment, and its revision, if there is a tree (ok). If there is more, snapshot is
+// where it is read from. A page is a few pointers, taken beside other readers; a snapshot needs the write lock for an instant, and
+// from then on every commit copies the nodes that it changes, so it is not taken for a short list.
 func (m *memory) list(r keyRange) (p page, snapshot *btree.Map[string, *item], revision uint64, ok bool) {
 	if !m.whole() {
 		return page{}, nil, 0, false
@@ -188,27 +187,35 @@ func (m *memory) orderedLocked() bool {
 		m.orderLocked()
 	case len(m.byKey) <= lateMany:
 		m.tree, m.late = btree.NewMap[string, *item](0), make(map[string]struct{})
-		for _, key := range slices.Sorted(maps.Keys(m.byKey)) {
-			m.tree.Load(key, m.byKey[key])
-		}
+		loadTree(m.tree, m.byKey, slices.Sorted(maps.Keys(m.byKey)))
 	default:
-		m.wanted = true
+		if m.late == nil {
+			m.late = make(map[string]struct{}) // what changes from now on the tree will have to follow
+		}
 		give(m.due)
 		return false
 	}
 	return true
 }
 
+// loadTree puts rows behind those that the tree has. The keys are in order.
+func loadTree(tree *btree.Map[string, *item], rows map[string]*item, keys []string) {
+	for _, key := range keys {
+		if it := rows[key]; it != nil {
+			tree.Load(key, it)
+		}
+	}
+}
+
 // grow makes the tree that is wanted, a few keys at a time.
 func (m *memory) grow() {
 	m.mu.Lock()
-	if !m.wanted || m.tree != nil {
-		m.mu.Unlock()
-		return
-	}
-	m.wanted, m.late = false, make(map[string]struct{}) // what changes from now on the tree has to follow
+	wanted := m.late != nil && m.tree == nil
 	load, byKey := m.load, m.byKey
 	m.mu.Unlock()
+	if !wanted {
+		return
+	}
 
 	// The map may change between two chunks, and only there.
 	m.mu.RLock()
@@ -224,11 +231,7 @@ func (m *memory) grow() {
 	tree := btree.NewMap[string, *item](0)
 	for chunk := range slices.Chunk(keys, seedChunk) {
 		m.mu.RLock()
-		for _, key := range chunk {
-			if it := byKey[key]; it != nil {
-				tree.Load(key, it)
-			}
-		}
+		loadTree(tree, byKey, chunk)
 		m.mu.RUnlock()
 	}
 

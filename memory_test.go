@@ -331,17 +331,14 @@ func testOrderFollows(t *testing.T, keys int) {
 func TestTreeOnDemand(t *testing.T) {
 	s := newTestStore(t, 1<<30)
 	const keys = 2 * lateMany
-	set := func(i int) {
-		tx, err := s.begin()
-		must(t, err)
-		tx.meta.applied++
-		tx.meta.revision++
-		must(t, tx.set(fmt.Sprintf("%06d", i), row{[]byte("v"), tx.meta.revision, tx.meta.revision}))
-		tx.commit()
+	set := func(from, to int) {
+		apply(t, s, func(tx *storeTx) {
+			for i := from; i < to; i++ {
+				setTx(t, tx, fmt.Sprintf("%06d", i), []byte("v"))
+			}
+		})
 	}
-	for i := range keys {
-		set(i)
-	}
+	set(0, keys)
 	tree := func() bool {
 		s.memory.mu.RLock()
 		defer s.memory.mu.RUnlock()
@@ -359,20 +356,8 @@ func TestTreeOnDemand(t *testing.T) {
 		if i == 1000 {
 			t.Fatal("no tree")
 		}
-		set(keys + i)
-		l, err := s.list(t.Context(), span{limit: -1})
-		must(t, err)
-		n := 0
-		for {
-			_, more, err := l.next()
-			must(t, err)
-			if !more {
-				break
-			}
-			n++
-		}
-		l.close()
-		if n != keys+i+1 {
+		set(keys+i, keys+i+1)
+		if n := len(rest(t, beginListing(t, s, span{limit: -1}))); n != keys+i+1 {
 			t.Fatalf("%d entries of %d", n, keys+i+1)
 		}
 	}

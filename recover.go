@@ -485,8 +485,7 @@ func (s *Service) startRaftLocked(ctx context.Context) error {
 	s.ended = nil
 	if v := voters(r.GetConfiguration().Configuration()); len(v) == 1 && string(v[0].ID) == s.ident.id {
 		// The only voter needs no election timeout: it would wait for nobody.
-		err := trans.TimeoutNow(v[0].ID, "", &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}}, &raft.TimeoutNowResponse{})
-		if err != nil {
+		if err := trans.stand(); err != nil {
 			s.log.Warn("this only voter stands for election a little later", "error", err)
 		}
 	}

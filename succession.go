@@ -15,7 +15,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"sync"
 	"syscall"
 	"time"
 
@@ -68,24 +67,12 @@ func (s *Service) succeed(leader string) {
 	}
 	own := s.statusAnswer()
 	all := voters(s.fsm.members.Load().config)
-	var mu sync.Mutex
 	var answers []statusAnswer
-	var wg sync.WaitGroup
-	for _, m := range all {
-		if string(m.ID) == own.ID {
-			continue
-		}
-		wg.Go(func() {
-			a, err := s.askStatus(ctx, m.ID, baseURL(s.addressOf(m), s.conf.TLS))
-			if err != nil {
-				return
-			}
-			mu.Lock()
-			defer mu.Unlock()
+	s.askOthers(ctx, all, func(_ int, a statusAnswer, err error) {
+		if err == nil {
 			answers = append(answers, a)
-		})
-	}
-	wg.Wait()
+		}
+	})
 	// Meanwhile it may have spoken, or another one may have been elected.
 	if !isHeir(own, answers, len(all)) || s.follows() != leader || s.leaderSilence() < leaderSilent || s.raft.Load().CurrentTerm() != own.Term {
 		return
@@ -138,6 +125,10 @@ func (p *peer) stand() error {
 	if err != nil {
 		return err
 	}
-	id, _, addr := p.host.self()
-	return t.TimeoutNow(raft.ServerID(id), raft.ServerAddress(addr), &raft.TimeoutNowRequest{RPCHeader: p.header(t)}, new(raft.TimeoutNowResponse))
+	return t.stand()
+}
+
+func (t *transport) stand() error {
+	id, _, _ := t.p.host.self()
+	return t.TimeoutNow(raft.ServerID(id), t.LocalAddr(), &raft.TimeoutNowRequest{RPCHeader: t.p.header(t)}, new(raft.TimeoutNowResponse))
 }
