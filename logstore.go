@@ -764,7 +764,7 @@ func diskFull(err error) bool {
 func (l *logStore) openWAL() (*wal.WAL, error) {
 	l.sink.forget()
 	l.removal.Wait() // raft-wal would find these files and remove them as well
-	f := &filer{Filer: segment.NewFiler(l.dir, l.vfs), dir: l.dir, vfs: l.vfs, removal: &l.removal, log: l.log}
+	f := &filer{Filer: segment.NewFiler(l.dir, zeroedFS{l.vfs, int64(l.segmentSize)}), dir: l.dir, vfs: l.vfs, removal: &l.removal, log: l.log}
 	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Level: hclog.Off, Output: io.Discard})
 	logger.RegisterSink(l.sink)
 	var w *wal.WAL
@@ -901,6 +901,48 @@ func (f *filer) writeIndex(info types.SegmentInfo, w types.SegmentWriter, indexS
 		return err
 	}
 	return file.Sync()
+}
+
+// A zeroedFS writes zeros where the log will be, a part at a time, together with what is written before them. The blocks of a new
+// segment are only promised to it: the first write of each would change the file system's own records, which a sync then has to
+// wait for as well. Of 8 KiB that took 0.39 ms in the mean of three files on one disk, and 0.21 ms where zeros had been written.
+type zeroedFS struct {
+	types.VFS
+	size int64 // of a segment; beyond it no zeros are written
+}
+
+const zeroAhead = 256 << 10
+
+var zeros [zeroAhead]byte
+
+func (z zeroedFS) Create(dir, name string, size uint64) (types.WritableFile, error) {
+	return z.zeroed(z.VFS.Create(dir, name, size))
+}
+
+func (z zeroedFS) OpenWriter(dir, name string) (types.WritableFile, error) {
+	return z.zeroed(z.VFS.OpenWriter(dir, name))
+}
+
+func (z zeroedFS) zeroed(file types.WritableFile, err error) (types.WritableFile, error) {
+	if err != nil {
+		return nil, err
+	}
+	return &zeroedFile{WritableFile: file, size: z.size}, nil
+}
+
+// A zeroedFile has one writer, which only appends: nothing after its last write is wanted.
+type zeroedFile struct {
+	types.WritableFile
+	size, until int64 // there are zeros from the last write until here
+}
+
+func (f *zeroedFile) WriteAt(b []byte, at int64) (int, error) {
+	n, err := f.WritableFile.WriteAt(b, at)
+	if end := at + int64(n); err == nil && end > f.until && end < f.size {
+		f.until = min(end+zeroAhead, f.size)
+		f.WritableFile.WriteAt(zeros[:f.until-end], end) // they are there for speed alone: without them the next write takes longer
+	}
+	return n, err
 }
 
 func (f *filer) closeAll() {
