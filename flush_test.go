@@ -144,6 +144,43 @@ func TestTailKeepsTheNewestOnly(t *testing.T) {
 }
 
 // A shell that keeps the file delays it and no write; and when the tail is full, writes too.
+// New rows go to the file several in one statement. Among them are some that only look new: the file has them from before they were
+// deleted and set again.
+func TestNewRowsTogether(t *testing.T) {
+	s := newHistoryStore(t, 1000)
+	want := make(map[string]string)
+	change := func(from, to int, value string) {
+		t.Helper()
+		tx, err := s.begin()
+		must(t, err)
+		for i := from; i < to; i++ {
+			key := fmt.Sprintf("key %03d", i)
+			if value == "" {
+				delete(want, key)
+				tx.meta.revision++
+				must(t, tx.delete(key, tx.meta.revision))
+				continue
+			}
+			want[key] = value + key
+			setTx(t, tx, key, []byte(want[key]))
+		}
+		tx.endChanges()
+		tx.commit()
+	}
+	for _, step := range []func(){
+		func() { change(0, 3*rowsAtOnce+1, "first") },
+		func() { change(rowsAtOnce, 2*rowsAtOnce+2, ""); change(rowsAtOnce, 4*rowsAtOnce, "again") },
+		func() { change(0, 5*rowsAtOnce, "changed"); change(2, 3, "") },
+		func() { change(100, 100+2*rowsAtOnce, "new"); change(100+rowsAtOnce, 101+rowsAtOnce, "") },
+	} {
+		step()
+		must(t, s.flush())
+		if _, rows := fileState(t, s); !maps.Equal(rows, want) {
+			t.Fatalf("the file holds %v, want %v", rows, want)
+		}
+	}
+}
+
 func TestShellHoldsTheFile(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	put(t, s, "k", "0")
@@ -403,6 +440,22 @@ func TestCloseWhileAShellHoldsTheFile(t *testing.T) {
 // BenchmarkFlush is what a changed row costs when it gets into the file, with the change in the history, by how many of how many
 // keys fall together.
 func BenchmarkFlush(b *testing.B) {
+	measure := func(b *testing.B, s *store, rows int, key func() string) {
+		b.ResetTimer()
+		for range b.N {
+			b.StopTimer()
+			tx, err := s.begin()
+			must(b, err)
+			for range rows {
+				setTx(b, tx, key(), []byte(strings.Repeat("w", 256)))
+			}
+			tx.endChanges()
+			tx.commit()
+			b.StartTimer()
+			must(b, s.flush())
+		}
+		b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*rows), "µs/row")
+	}
 	for _, keys := range []int{1_000, 10_000, 100_000} {
 		for _, rows := range []int{1, 64, 1_000, 10_000} {
 			if rows > keys {
@@ -423,21 +476,12 @@ func BenchmarkFlush(b *testing.B) {
 					must(b, s.flush())
 				}
 				change(keys, key)
-				b.ResetTimer()
-				for range b.N {
-					b.StopTimer()
-					tx, err := s.begin()
-					must(b, err)
-					for range rows {
-						setTx(b, tx, key(rand.IntN(keys)), []byte(strings.Repeat("w", 256)))
-					}
-					tx.endChanges()
-					tx.commit()
-					b.StartTimer()
-					must(b, s.flush())
-				}
-				b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*rows), "µs/row")
+				measure(b, s, rows, func() string { return key(rand.IntN(keys)) })
 			})
 		}
 	}
+	b.Run("new/rows=10000", func(b *testing.B) {
+		n := 0
+		measure(b, newHistoryStore(b, 10_000), 10_000, func() string { n++; return fmt.Sprintf("bench/key/%014d", n) })
+	})
 }

@@ -138,6 +138,7 @@ const (
 	qTruncate
 	qGet
 	qPut
+	qPutMany
 	qDelete
 	qScan
 	qScanAfter
@@ -193,9 +194,9 @@ var queryText = [queries]string{
 	qRestart:       `PRAGMA wal_checkpoint(RESTART)`,
 	qTruncate:      `PRAGMA wal_checkpoint(TRUNCATE)`,
 
-	qGet: `SELECT value, version, created, sum FROM kv WHERE key = ?`,
-	qPut: `INSERT INTO kv(key, value, version, created, sum) VALUES(?, ?, ?, ?, ?) ON CONFLICT(key) DO UPDATE SET ` +
-		`value = excluded.value, version = excluded.version, created = excluded.created, sum = excluded.sum`,
+	qGet:         `SELECT value, version, created, sum FROM kv WHERE key = ?`,
+	qPut:         putRows(1),
+	qPutMany:     putRows(rowsAtOnce),
 	qDelete:      `DELETE FROM kv WHERE key = ?`,
 	qScan:        `SELECT key, value, version, created, sum FROM kv ORDER BY key`,
 	qScanAfter:   `SELECT key, value, version, created, sum FROM kv WHERE key > ? ORDER BY key`,
@@ -338,7 +339,7 @@ type store struct {
 	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
 	tail     tail          // what was committed since the last flush began
 	flushing tail          // what the flush under way is writing
-	usedPast []past        // empty, with the room of the last flush's, for the next tail
+	used     tail          // empty, with the room that the last flush's rows and changes took, for the next one's
 	commits  uint64        // number of commits, so that a reader of the file can wait for what it must see
 	filed    uint64        // as many of them are in the file
 	stuck    error         // of the last flush, if it failed: apply must not go on
