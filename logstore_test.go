@@ -780,6 +780,88 @@ func TestLogRemovesInTheBackground(t *testing.T) {
 	}
 }
 
+// A zeroFS counts the zeros that are written ahead, and knows where the log ends in each file.
+type zeroFS struct {
+	types.VFS
+	t      *testing.T
+	refuse bool
+	size   int64
+	made   int // files
+	writes int // of zeros
+}
+
+type zeroesOf struct {
+	types.WritableFile
+	fs         *zeroFS
+	end, zeros int64 // of the log, and of what is written ahead
+}
+
+func (f *zeroFS) watch(w types.WritableFile, err error) (types.WritableFile, error) {
+	if err != nil {
+		return nil, err
+	}
+	return &zeroesOf{WritableFile: w, fs: f}, nil
+}
+
+func (f *zeroFS) Create(dir, name string, size uint64) (types.WritableFile, error) {
+	f.made++
+	return f.watch(f.VFS.Create(dir, name, size))
+}
+
+func (f *zeroFS) OpenWriter(dir, name string) (types.WritableFile, error) {
+	return f.watch(f.VFS.OpenWriter(dir, name))
+}
+
+func (z *zeroesOf) WriteAt(b []byte, at int64) (int, error) {
+	end := at + int64(len(b))
+	if len(bytes.Trim(b, "\x00")) > 0 {
+		z.end = end
+		return z.WritableFile.WriteAt(b, at)
+	}
+	z.fs.writes++
+	if at != z.end || end > z.fs.size || len(b) > zeroAhead {
+		z.fs.t.Errorf("zeros from %d to %d of %d, and the log ends at %d", at, end, z.fs.size, z.end)
+	}
+	if z.fs.refuse {
+		return 0, syscall.ENOSPC
+	}
+	z.zeros = end
+	return z.WritableFile.WriteAt(b, at)
+}
+
+func (z *zeroesOf) Sync() error {
+	if z.zeros < z.end && z.end < z.fs.size && !z.fs.refuse {
+		z.fs.t.Errorf("the log ends at %d, the zeros at %d", z.end, z.zeros)
+	}
+	return z.WritableFile.Sync()
+}
+
+// Each sync finds zeros where the next writes will be, they are not written anew for each of them, and a log does without them.
+func TestLogWritesZerosAhead(t *testing.T) {
+	for _, refuse := range []bool{false, true} {
+		o := logOptionsIn(t)
+		o.segmentSize = 3*zeroAhead + 1000
+		disk := &zeroFS{VFS: walfs.New(), t: t, refuse: refuse, size: int64(o.segmentSize)}
+		o.vfs = disk
+		l := reopenLog(t, nil, o)
+		last, opened := uint64(0), 1
+		for ; disk.made < 4; last += 300 {
+			must(t, storeBatch(l, last+1, 300))
+			if last%6000 == 0 {
+				l = reopenLog(t, l, o)
+				opened++
+			}
+		}
+		if disk.writes < 3*3 || disk.writes > 4*4+opened {
+			t.Errorf("zeros were written %d times in %d files, of a log that was opened %d times", disk.writes, disk.made, opened)
+		}
+		wantLog(t, l, 1, last)
+		l = reopenLog(t, l, o)
+		wantLog(t, l, 1, last)
+		closeLog(t, l)
+	}
+}
+
 // TestCampaignLogPowerCuts: the power fails during an append: of the sectors not synced some are written, some are not.
 func TestCampaignLogPowerCuts(t *testing.T) {
 	o, disk := faultyOptions(t)
