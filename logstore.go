@@ -911,7 +911,10 @@ type zeroedFS struct {
 	size int64 // of a segment; beyond it no zeros are written
 }
 
-const zeroAhead = 256 << 10
+const (
+	zeroAhead = 256 << 10
+	zeroPage  = 4 << 10
+)
 
 var zeros [zeroAhead]byte
 
@@ -940,9 +943,20 @@ func (f *zeroedFile) WriteAt(b []byte, at int64) (int, error) {
 	n, err := f.WritableFile.WriteAt(b, at)
 	if end := at + int64(n); err == nil && end > f.until && end < f.size {
 		f.until = min(end+zeroAhead, f.size)
-		f.WritableFile.WriteAt(zeros[:f.until-end], end) // they are there for speed alone: without them the next write takes longer
+		f.writeZeros(end, (int64(n)+zeroPage-1)/zeroPage*zeroPage)
 	}
 	return n, err
+}
+
+// writeZeros writes them in pieces of about the size of the write before. Linux keeps in one piece what was written in one, and where
+// a byte of it changes, /proc/PID/io counts the whole piece. Zeros are there for speed alone: without them a write takes longer.
+func (f *zeroedFile) writeZeros(from, piece int64) {
+	piece = min(piece, zeroAhead)
+	for ; from < f.until; from += piece {
+		if _, err := f.WritableFile.WriteAt(zeros[:min(piece, f.until-from)], from); err != nil {
+			return
+		}
+	}
 }
 
 func (f *filer) closeAll() {

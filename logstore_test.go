@@ -818,8 +818,10 @@ func (z *zeroesOf) WriteAt(b []byte, at int64) (int, error) {
 		z.end = end
 		return z.WritableFile.WriteAt(b, at)
 	}
-	z.fs.writes++
-	if at != z.end || end > z.fs.size || len(b) > zeroAhead {
+	if at == z.end {
+		z.fs.writes++
+	}
+	if at != z.end && at != z.zeros || end > z.fs.size || end > z.end+zeroAhead {
 		z.fs.t.Errorf("zeros from %d to %d of %d, and the log ends at %d", at, end, z.fs.size, z.end)
 	}
 	if z.fs.refuse {
