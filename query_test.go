@@ -520,8 +520,14 @@ func TestQueryInALongFunction(t *testing.T) {
 
 // tendsBesideFunction: false if a function that takes a time of size squared had ended first, on a machine that is busy perhaps.
 func tendsBesideFunction(t *testing.T, s *Service, size int) bool {
-	rows, err := s.Query(t.Context(), "WITH n(i) AS (VALUES(1), (2)) "+
-		"SELECT CASE i WHEN 2 THEN instr(hex(zeroblob(?1 * 2)), hex(zeroblob(?1)) || '1') END FROM n", size)
+	query := func() (*sql.Rows, error) {
+		return s.Query(t.Context(), "WITH n(i) AS (VALUES(1), (2)) "+
+			"SELECT CASE i WHEN 2 THEN instr(hex(zeroblob(?1 * 2)), hex(zeroblob(?1)) || '1') END FROM n", size)
+	}
+	rows, err := query()
+	for errors.Is(err, ErrSlow) { // the start's own entries have got into the file meanwhile
+		rows, err = query()
+	}
 	must(t, err)
 	defer rows.Close()
 	h := s.store.openHolds()[0].(*running)
