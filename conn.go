@@ -486,6 +486,9 @@ func hash64(b []byte) uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
+// valueRows is a row of parameters so many times.
+func valueRows(row string, rows int) string { return row + strings.Repeat(`, `+row, rows-1) }
+
 // sqlValue: people and their tools see text as text.
 func sqlValue(value []byte) driver.Value {
 	if utf8.Valid(value) && bytes.IndexByte(value, 0) < 0 {

@@ -294,11 +294,7 @@ func (s *store) writeTail(f func(t *tail) error) error {
 	s.tail, s.flushing = tail{}, t
 	s.tailMu.Unlock()
 	err := s.note(f(&t))
-	if err == nil && t.meta != nil { // commits go on meanwhile
-		defer s.keepRoom(t)
-	}
 	s.tailMu.Lock()
-	defer s.tailMu.Unlock()
 	switch {
 	case err != nil && t.meta != nil:
 		s.tail = t.before(s.tail)
@@ -312,6 +308,10 @@ func (s *store) writeTail(f func(t *tail) error) error {
 	}
 	close(s.turned)
 	s.turned = make(chan struct{})
+	s.tailMu.Unlock()
+	if err == nil && t.meta != nil {
+		s.keepRoom(t)
+	}
 	return err
 }
 
@@ -451,14 +451,13 @@ func together(list []keyed, filed uint64) int {
 
 // putRows is the statement for so many rows. A new row may be in the file all the same, if it was deleted and set again.
 func putRows(rows int) string {
-	const row = `(?, ?, ?, ?, ?)`
-	return `INSERT INTO kv(key, value, version, created, sum) VALUES` + row + strings.Repeat(`, `+row, rows-1) + ` ON CONFLICT(key) ` +
+	return `INSERT INTO kv(key, value, version, created, sum) VALUES` + valueRows(`(?, ?, ?, ?, ?)`, rows) + ` ON CONFLICT(key) ` +
 		`DO UPDATE SET value = excluded.value, version = excluded.version, created = excluded.created, sum = excluded.sum`
 }
 
 // putRows writes one row, present or absent, or rowsAtOnce that are present.
 func (c *conn) putRows(list []keyed) error {
-	q, args := qPut, make([]driver.Value, 0, 5*rowsAtOnce)
+	q, args := qPut, make([]driver.Value, 0, 5*len(list))
 	for _, r := range list {
 		if r.item == nil {
 			return c.exec(qDelete, r.key)

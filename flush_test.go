@@ -143,7 +143,6 @@ func TestTailKeepsTheNewestOnly(t *testing.T) {
 	}
 }
 
-// A shell that keeps the file delays it and no write; and when the tail is full, writes too.
 // New rows go to the file several in one statement. Among them are some that only look new: the file has them from before they were
 // deleted and set again.
 func TestNewRowsTogether(t *testing.T) {
@@ -181,6 +180,7 @@ func TestNewRowsTogether(t *testing.T) {
 	}
 }
 
+// A shell that keeps the file delays it and no write; and when the tail is full, writes too.
 func TestShellHoldsTheFile(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	put(t, s, "k", "0")
@@ -440,17 +440,21 @@ func TestCloseWhileAShellHoldsTheFile(t *testing.T) {
 // BenchmarkFlush is what a changed row costs when it gets into the file, with the change in the history, by how many of how many
 // keys fall together.
 func BenchmarkFlush(b *testing.B) {
-	measure := func(b *testing.B, s *store, rows int, key func() string) {
+	key := func(i int) string { return fmt.Sprintf("bench/key/%014d", i) }
+	change := func(b *testing.B, s *store, rows int, value string, next func(i int) string) {
+		tx, err := s.begin()
+		must(b, err)
+		for i := range rows {
+			setTx(b, tx, next(i), []byte(strings.Repeat(value, 256)))
+		}
+		tx.endChanges()
+		tx.commit()
+	}
+	measure := func(b *testing.B, s *store, rows int, next func(i int) string) {
 		b.ResetTimer()
 		for range b.N {
 			b.StopTimer()
-			tx, err := s.begin()
-			must(b, err)
-			for range rows {
-				setTx(b, tx, key(), []byte(strings.Repeat("w", 256)))
-			}
-			tx.endChanges()
-			tx.commit()
+			change(b, s, rows, "w", next)
 			b.StartTimer()
 			must(b, s.flush())
 		}
@@ -463,25 +467,14 @@ func BenchmarkFlush(b *testing.B) {
 			}
 			b.Run(fmt.Sprintf("keys=%d/rows=%d", keys, rows), func(b *testing.B) {
 				s := newHistoryStore(b, 10_000)
-				key := func(i int) string { return fmt.Sprintf("bench/key/%014d", i) }
-				change := func(n int, key func(i int) string) {
-					tx, err := s.begin()
-					must(b, err)
-					value := []byte(strings.Repeat("v", 256))
-					for i := range n {
-						setTx(b, tx, key(i), value)
-					}
-					tx.endChanges()
-					tx.commit()
-					must(b, s.flush())
-				}
-				change(keys, key)
-				measure(b, s, rows, func() string { return key(rand.IntN(keys)) })
+				change(b, s, keys, "v", key)
+				must(b, s.flush())
+				measure(b, s, rows, func(int) string { return key(rand.IntN(keys)) })
 			})
 		}
 	}
 	b.Run("new/rows=10000", func(b *testing.B) {
 		n := 0
-		measure(b, newHistoryStore(b, 10_000), 10_000, func() string { n++; return fmt.Sprintf("bench/key/%014d", n) })
+		measure(b, newHistoryStore(b, 10_000), 10_000, func(int) string { n++; return key(n) })
 	})
 }

@@ -791,7 +791,7 @@ type zeroFS struct {
 	writes atomic.Int32 // of zeros
 }
 
-type zeroesOf struct {
+type zeroFile struct {
 	types.WritableFile
 	fs         *zeroFS
 	end, zeros int64 // of the log, and of what is written ahead
@@ -801,7 +801,7 @@ func (f *zeroFS) watch(w types.WritableFile, err error) (types.WritableFile, err
 	if err != nil {
 		return nil, err
 	}
-	return &zeroesOf{WritableFile: w, fs: f}, nil
+	return &zeroFile{WritableFile: w, fs: f}, nil
 }
 
 func (f *zeroFS) Create(dir, name string, size uint64) (types.WritableFile, error) {
@@ -813,7 +813,7 @@ func (f *zeroFS) OpenWriter(dir, name string) (types.WritableFile, error) {
 	return f.watch(f.VFS.OpenWriter(dir, name))
 }
 
-func (z *zeroesOf) WriteAt(b []byte, at int64) (int, error) {
+func (z *zeroFile) WriteAt(b []byte, at int64) (int, error) {
 	end := at + int64(len(b))
 	if len(bytes.Trim(b, "\x00")) > 0 {
 		z.end = end
@@ -832,7 +832,7 @@ func (z *zeroesOf) WriteAt(b []byte, at int64) (int, error) {
 	return z.WritableFile.WriteAt(b, at)
 }
 
-func (z *zeroesOf) Sync() error {
+func (z *zeroFile) Sync() error {
 	if z.zeros < z.end && z.end < z.fs.size && !z.fs.refuse {
 		z.fs.t.Errorf("the log ends at %d, the zeros at %d", z.end, z.zeros)
 	}
