@@ -24,11 +24,12 @@ import (
 const campaignEnv = "QUORATE_CAMPAIGN"
 
 // ownEnvs are what tests set for the processes that they start, which run this binary and have no campaign of their own.
-var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, ioEnv, followerEnv}
+var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, logEnv, ioEnv, followerEnv}
 
-// powerEnv, ioEnv and followerEnv are the directories of members whose calls are traced.
+// powerEnv, logEnv, ioEnv and followerEnv are the directories of what is traced: members, and a log alone.
 const (
 	powerEnv    = "QUORATE_TEST_POWER"
+	logEnv      = "QUORATE_TEST_LOG"
 	ioEnv       = "QUORATE_TEST_IO"
 	followerEnv = "QUORATE_TEST_FOLLOWER"
 )

@@ -784,6 +784,12 @@ func (l *logStore) openWAL() (*wal.WAL, error) {
 			return nil, l.explain("change to a new segment", err)
 		}
 	}
+	// raft-wal v0.4.1 syncs the directory with the first sync of a segment that it has made itself, and never for one that it finds.
+	// A tail that was made just before the end of the last process would lose its name in a power cut, with all that is synced in it.
+	if err := syncDir(l.dir); err != nil {
+		w.Close()
+		return nil, l.explain("open", err)
+	}
 	f.relaxed.Store(true)
 	return w, nil
 }

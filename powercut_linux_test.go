@@ -24,7 +24,8 @@ import (
 // powerScript is what the member does: words on standard output, which are in the trace, say what was tried and acknowledged.
 func powerScript(t *testing.T, dir string) {
 	say := sayer()
-	conf := Config{Dir: dir, History: 32, segment: 16 << 10}
+	conf := Config{Dir: memberIn(dir), History: 32, segment: 16 << 10}
+	must(t, os.MkdirAll(conf.Dir, 0o700)) // as the operator makes it, or a start that was killed: nothing is synced
 	for life := range 3 {
 		s, err := Open(t.Context(), conf)
 		must(t, err)
@@ -59,6 +60,8 @@ func powerScript(t *testing.T, dir string) {
 		must(t, s.Close())
 	}
 }
+
+func memberIn(dir string) string { return filepath.Join(dir, "member") }
 
 // sayer is for the words of a script, which are in its trace.
 func sayer() func(word, key, value string) {
@@ -403,6 +406,58 @@ func TestCampaignPowerCuts(t *testing.T) {
 	})
 }
 
+// TestLogPowerCutAfterRestart cuts the power of a log that was closed when its tail had just been made: what is then acknowledged is in
+// a file that this process has not made.
+func TestLogPowerCutAfterRestart(t *testing.T) {
+	if dir := os.Getenv(logEnv); dir != "" {
+		logScript(t, dir)
+		return
+	}
+	t.Parallel()
+	cutPower(t, "TestLogPowerCutAfterRestart", logEnv, dose(100, 1000), func(p *powerTrace, t *testing.T, dir, what string) {
+		l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), segmentSize: tinySegment, log: testLogger(t)})
+		if err != nil {
+			violated(t, "%s: %v", what, err)
+			return
+		}
+		defer l.close()
+		first, last := l.bounds()
+		if acked, tried := uint64(p.acked["log"]), uint64(p.tried["log"]); last < acked || last > tried {
+			violated(t, "%s: it ends at %d; entry %d was acknowledged and %d tried", what, last, acked, tried)
+			return
+		}
+		if last > 0 {
+			wantLog(t, l, first, last)
+		}
+	})
+}
+
+// logScript ends each life of a log when a new segment is there and nothing is in it.
+func logScript(t *testing.T, dir string) {
+	say := sayer()
+	must(t, os.Mkdir(dir, 0o700))
+	o := logOptions{dir: filepath.Join(dir, "wal"), segmentSize: tinySegment, log: testLogger(t)}
+	for range 6 {
+		l, err := openLog(o)
+		must(t, err)
+		_, index := l.bounds()
+		segments := func() int {
+			names, err := filepath.Glob(filepath.Join(o.dir, "*.wal"))
+			must(t, err)
+			return len(names)
+		}
+		for full, before := false, segments(); !full; {
+			index++
+			say("try", "log", strconv.FormatUint(index, 10))
+			must(t, l.StoreLog(testEntry(index, 1)))
+			say("ack", "log", strconv.FormatUint(index, 10))
+			must(t, l.wal.DeleteRange(index+1, index+1)) // of nothing: it waits for a segment that is being made
+			full = segments() > before
+		}
+		closeLog(t, l)
+	}
+}
+
 func cutPower(t *testing.T, script, env string, n int, judge func(p *powerTrace, t *testing.T, dir, what string)) {
 	root := filepath.Join(quickDir(t), "data")
 	trace := filepath.Join(t.TempDir(), "trace")
@@ -472,7 +527,7 @@ func (p *powerTrace) judge(t *testing.T, dir, what string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	s, err := Open(ctx, Config{Dir: dir, History: 32, segment: 16 << 10, Logger: testLogger(t)})
+	s, err := Open(ctx, Config{Dir: memberIn(dir), History: 32, segment: 16 << 10, Logger: testLogger(t)})
 	if err != nil {
 		violated(t, "%s: %v", what, err)
 		return
