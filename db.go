@@ -169,6 +169,7 @@ type Service struct {
 	panel    panel         // whom this leader's read rounds ask
 	telling  sync.Mutex    // held by the one caller that tells raft of a commit (awaitApplied)
 	changing chan struct{} // one change of the configuration at a time on this leader: see changeMembers
+	joined   chan struct{} // has room for one: a non-voter is new, and the leader looks at once whether it can be a voter
 
 	ctx       context.Context // of everything that runs in the background; ends in Close
 	cancel    context.CancelFunc
@@ -197,7 +198,10 @@ func Open(ctx context.Context, c Config) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("quorate: %w", err)
 	}
-	s := &Service{conf: c, log: c.Logger, closed: make(chan struct{}), changing: make(chan struct{}, 1), rebuildCh: make(chan struct{}, 1)}
+	s := &Service{
+		conf: c, log: c.Logger, closed: make(chan struct{}), changing: make(chan struct{}, 1), joined: make(chan struct{}, 1),
+		rebuildCh: make(chan struct{}, 1),
+	}
 	s.asOf.begin = time.Now()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.faults.log = c.Logger

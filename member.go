@@ -25,6 +25,7 @@ import (
 )
 
 const (
+	promoteSoon     = 5 * time.Millisecond // after a member has joined or become a voter, and then twice as long each time, up to
 	promoteInterval = 100 * time.Millisecond
 	promoteLag      = 64              // entries that a voter, or who is to become one, may be behind: one append
 	raftPatience    = 2 * time.Second // for raft's main loop to take an entry: it may be waiting for the disk
@@ -431,16 +432,20 @@ func (s *Service) lead() {
 func (s *Service) leadTerm(term uint64) {
 	s.beginTerm(term)
 	up := raising{told: make(map[raft.ServerID]bool)}
-	tick := time.NewTicker(promoteInterval)
-	defer tick.Stop()
-	for s.leading(term) {
+	for pause := promoteSoon; s.leading(term); pause = min(2*pause, promoteInterval) {
 		s.raise(&up)
-		if err := s.promote(); err != nil {
+		promoted, err := s.promote()
+		if err != nil {
 			s.log.Debug("no promotion yet", "error", err)
+		}
+		if promoted {
+			pause = promoteSoon
 		}
 		s.ownAddress()
 		select {
-		case <-tick.C:
+		case <-time.After(pause):
+		case <-s.joined:
+			pause = promoteSoon
 		case <-s.ctx.Done():
 			return
 		}
@@ -651,11 +656,11 @@ func (s *Service) setServer(ctx context.Context, id, addr string) error {
 }
 
 // promote makes the first non-voter that is ready a voter. One that is not holds up no other.
-func (s *Service) promote() error {
+func (s *Service) promote() (promoted bool, err error) {
 	r := s.raft.Load()
 	c, err := s.settled()
 	if err != nil {
-		return err
+		return false, err
 	}
 	var waiting []error
 	for _, m := range c.Servers {
@@ -673,16 +678,16 @@ func (s *Service) promote() error {
 		defer cancel()
 		end, err := s.changeMembers(ctx)
 		if err != nil {
-			return err
+			return false, err
 		}
 		defer end()
-		err = await(ctx, r.AddVoter(m.ID, m.Address, c.index, 0))
-		if err == nil {
-			s.log.Info("a member is a voter now", "id", m.ID, "address", m.Address)
+		if err := await(ctx, r.AddVoter(m.ID, m.Address, c.index, 0)); err != nil {
+			return false, err
 		}
-		return err
+		s.log.Info("a member is a voter now", "id", m.ID, "address", m.Address)
+		return true, nil
 	}
-	return errors.Join(waiting...)
+	return false, errors.Join(waiting...)
 }
 
 // mayPromote: the candidate and every voter answer, at their addresses, in this term, with the whole log.
@@ -811,6 +816,10 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 			return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "change of the configuration: %v", err)
 		}
 		s.log.Info("a member joined or moved", "id", req.ID, "address", addr)
+		select {
+		case s.joined <- struct{}{}:
+		default:
+		}
 	}
 	a := joinAnswer{Cluster: s.ident.cluster, LeaderID: s.ident.id, LeaderAddr: s.conf.Addr}
 	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {

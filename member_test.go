@@ -694,7 +694,7 @@ func TestChangesOfMembersWaitForTheLast(t *testing.T) {
 		t.Error("a change of what is not the newest configuration is made")
 	}
 	eventually(t, patience, "the log is what is missing", func() error {
-		if err := l.s.promote(); err == nil || !strings.Contains(err.Error(), "the log of http://"+third.conf.Addr+" ends at 0") {
+		if _, err := l.s.promote(); err == nil || !strings.Contains(err.Error(), "the log of http://"+third.conf.Addr+" ends at 0") {
 			return fmt.Errorf("promotion says %v", err)
 		}
 		return nil

@@ -369,7 +369,7 @@ func (s *Service) join(ctx context.Context) error {
 	defer cancel()
 	req := joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: s.conf.format}
 	tried := map[string]error{} // by base URL: the last answer
-	for backoff := 50 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
+	for backoff := 10 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
 		a, base, err := s.askToJoin(ctx, req)
 		if err == nil {
 			s.ident.cluster = a.Cluster

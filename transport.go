@@ -26,6 +26,7 @@ import (
 const (
 	voteTimeout   = 500 * time.Millisecond // heartbeats, votes, pre-votes, timeoutnow and probes
 	appendTimeout = 5 * time.Second        // and a second for each MiB
+	holdSoon      = 5 * time.Millisecond   // after a first failure, and then twice as long each time, up to
 	holdInterval  = 100 * time.Millisecond
 	receiveRate   = 256 << 10 // bytes a second that a snapshot must come in with
 	installRate   = 4 << 20   // bytes a second that a receiver is given to install what it has received
@@ -171,7 +172,8 @@ func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []b
 // hold tries until it works, or until nobody wants it any more. The conditions are looked at after a try: raft sends a last
 // append to a member that it has just removed.
 func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddress, term uint64, try func() error) error {
-	for held := false; ; held = true {
+	held := false
+	for pause := holdSoon; ; pause, held = min(2*pause, holdInterval), true {
 		told := t.p.host.announced(string(id))
 		silent := t.p.host.silent()
 		err := silent
@@ -201,7 +203,7 @@ func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddres
 			t.p.log.Warn("member does not answer, trying on", "what", what, "id", id, "err", explain(err, t.p.base(t.address(id, target))))
 		}
 		select {
-		case <-time.After(holdInterval):
+		case <-time.After(pause):
 		case <-t.ctx.Done():
 			return errTransportClosed
 		}
