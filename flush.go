@@ -46,12 +46,22 @@ const (
 
 // A tail is what some commits have changed, the newest state of each row only.
 type tail struct {
-	rows map[string]*item // of kv; nil = deleted
+	rows []tailRow // of kv, each key once
+	gone places    // of the keys that were deleted here
+	all  places    // nil = nobody has asked for it
 	own  map[ownKey]ownPut
 	past []past
 	size int64 // bytes, about
 	meta *meta // as of its last commit; nil = there was none
 }
+
+type tailRow struct {
+	keyed      // nil = deleted
+	fresh bool // there was no such row before the tail: the file has none
+}
+
+// places are indexes of a tail's rows.
+type places map[string]int
 
 // append adds a transaction that is being committed.
 func (s *store) append(t *storeTx) {
@@ -60,12 +70,9 @@ func (s *store) append(t *storeTx) {
 	w := &s.tail
 	if w.own == nil {
 		w.rows, w.own, s.used.rows = s.used.rows, make(map[ownKey]ownPut), nil
-		if w.rows == nil {
-			w.rows = make(map[string]*item)
-		}
 	}
 	for _, c := range t.changes {
-		w.put(c.key, c.now)
+		w.put(c.key, c.was, c.now)
 	}
 	maps.Copy(w.own, t.own)
 	if t.meta.keep > 0 {
@@ -95,12 +102,46 @@ func give(c chan struct{}) {
 	}
 }
 
-func (w *tail) put(key string, now *item) {
-	if was, ok := w.rows[key]; ok {
-		w.size -= tailSize(key, was)
+// put replaces the state of a row. was is the one before, as it was committed.
+func (w *tail) put(key string, was, now *item) {
+	place, here := w.gone[key]
+	if was != nil && int(was.at) < len(w.rows) && w.rows[was.at].item == was {
+		place, here = int(was.at), true
 	}
-	w.rows[key] = now
+	if !here {
+		place = len(w.rows)
+		w.rows = append(w.rows, tailRow{keyed{key: key}, was == nil})
+		if w.all != nil {
+			w.all[key] = place
+		}
+	} else {
+		w.size -= tailSize(key, w.rows[place].item)
+	}
+	w.rows[place].item = now
 	w.size += tailSize(key, now)
+	if now != nil {
+		now.at = int32(place)
+		return
+	}
+	if w.gone == nil {
+		w.gone = make(places)
+	}
+	w.gone[key] = place
+}
+
+// find returns the row under key, if it is here; nil if it was deleted. Commits need no such look, only where memory is not whole.
+func (w *tail) find(key string) (it *item, ok bool) {
+	if w.all == nil {
+		w.all = make(places, len(w.rows))
+		for i, r := range w.rows {
+			w.all[r.key] = i
+		}
+	}
+	place, ok := w.all[key]
+	if !ok {
+		return nil, false
+	}
+	return w.rows[place].item, true
 }
 
 func tailSize(key string, it *item) int64 {
@@ -132,8 +173,12 @@ func (w *tail) before(newer tail) tail {
 	if newer.meta == nil {
 		return *w
 	}
-	for key, it := range newer.rows {
-		w.put(key, it)
+	for _, r := range newer.rows {
+		was, here := w.find(r.key)
+		w.put(r.key, was, r.item)
+		if !here {
+			w.rows[len(w.rows)-1].fresh = r.fresh
+		}
 	}
 	maps.Copy(w.own, newer.own)
 	w.remember(newer.past, *newer.meta)
@@ -143,10 +188,10 @@ func (w *tail) before(newer tail) tail {
 
 // unwritten returns the row under key as of the last commit, if the file may not have it yet; nil if it was deleted.
 func (s *store) unwritten(key string) (it *item, ok bool) {
-	s.tailMu.RLock()
-	defer s.tailMu.RUnlock()
-	if it, ok = s.tail.rows[key]; !ok {
-		it, ok = s.flushing.rows[key]
+	s.tailMu.Lock()
+	defer s.tailMu.Unlock()
+	if it, ok = s.tail.find(key); !ok {
+		it, ok = s.flushing.find(key)
 	}
 	return it, ok
 }
@@ -315,12 +360,12 @@ func (s *store) writeTail(f func(t *tail) error) error {
 	return err
 }
 
-// keepRoom empties a tail that is in the file, for the next one: its maps and slices would grow again while commits wait for it.
+// keepRoom empties a tail that is in the file, for the next one: its slices would grow again while commits wait for it.
 func (s *store) keepRoom(t tail) {
 	var used tail
-	if len(t.rows) <= keptRoom {
+	if cap(t.rows) <= keptRoom {
 		clear(t.rows)
-		used.rows = t.rows
+		used.rows = t.rows[:0]
 	}
 	if cap(t.past) <= keptRoom {
 		clear(t.past)
@@ -407,7 +452,7 @@ func (s *store) putTail(t *tail, m *meta, own map[ownKey]uint64) error {
 	}
 	// In the order of the tree, so that each of its pages is found and changed once.
 	for list := t.sorted(); len(list) > 0; s.pace.step() {
-		n := together(list, was.revision)
+		n := together(list)
 		if err := c.putRows(list[:n]); err != nil {
 			return err
 		}
@@ -425,38 +470,38 @@ func (s *store) putTail(t *tail, m *meta, own map[ownKey]uint64) error {
 }
 
 // sorted is its rows by key.
-func (w *tail) sorted() []keyed {
-	list := make([]keyed, 0, len(w.rows))
-	for key, it := range w.rows {
-		list = append(list, keyed{key, it})
-	}
-	slices.SortFunc(list, func(a, b keyed) int { return strings.Compare(a.key, b.key) })
+func (w *tail) sorted() []tailRow {
+	list := slices.Clone(w.rows)
+	slices.SortFunc(list, func(a, b tailRow) int { return strings.Compare(a.key, b.key) })
 	return list
 }
 
-// together is how many of the first rows go in one statement. Those that are new since the file's revision are often neighbours,
-// and then 16 at once take 80 % of the time of 16 statements. A statement with several rows copies each page before it changes it,
-// so that it could be taken back, and of rows that are spread over the file it would take longer.
-func together(list []keyed, filed uint64) int {
+// together is how many of the first rows go in one statement: one, or rowsAtOnce that the file does not have, which take two thirds of
+// the time of as many statements.
+func together(list []tailRow) int {
 	if len(list) < rowsAtOnce {
 		return 1
 	}
 	for _, r := range list[:rowsAtOnce] {
-		if r.item == nil || r.created <= filed {
+		if r.item == nil || !r.fresh {
 			return 1
 		}
 	}
 	return rowsAtOnce
 }
 
-// putRows is the statement for so many rows. A new row may be in the file all the same, if it was deleted and set again.
-func putRows(rows int) string {
-	return `INSERT INTO kv(key, value, version, created, sum) VALUES` + valueRows(`(?, ?, ?, ?, ?)`, rows) + ` ON CONFLICT(key) ` +
-		`DO UPDATE SET value = excluded.value, version = excluded.version, created = excluded.created, sum = excluded.sum`
+// putRow is the statement for a row, present or absent.
+const putRow = `INSERT INTO kv(key, value, version, created, sum) VALUES(?, ?, ?, ?, ?) ON CONFLICT(key) ` +
+	`DO UPDATE SET value = excluded.value, version = excluded.version, created = excluded.created, sum = excluded.sum`
+
+// newRows is the statement for so many rows that are absent. To take back such a statement alone SQLite would copy each page before it
+// changes it. OR FAIL spares that: after any error the whole transaction is rolled back.
+func newRows(rows int) string {
+	return `INSERT OR FAIL INTO kv(key, value, version, created, sum) VALUES` + valueRows(`(?, ?, ?, ?, ?)`, rows)
 }
 
-// putRows writes one row, present or absent, or rowsAtOnce that are present.
-func (c *conn) putRows(list []keyed) error {
+// putRows writes one row, which may be nil, or rowsAtOnce that are absent.
+func (c *conn) putRows(list []tailRow) error {
 	q, args := qPut, make([]driver.Value, 0, 5*len(list))
 	for _, r := range list {
 		if r.item == nil {
@@ -737,7 +782,7 @@ func (s *store) forgiveRows(m *meta, own map[ownKey]uint64) error {
 		var h uint64
 		c.buf, h = rowHash(c.buf, key, r.value, r.version, r.created)
 		if !plain || h != columnUint(v[4]) {
-			wrong = append(wrong, keyed{key, &item{r, h}})
+			wrong = append(wrong, keyed{key, &item{row: r, hash: h}})
 		}
 		m.kvSum, m.keys, m.bytes = m.kvSum+h, m.keys+1, m.bytes+uint64(len(key)+len(value))
 		m.revision = max(m.revision, r.version) // no later write may get a version that someone has made up

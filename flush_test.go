@@ -40,6 +40,10 @@ func fileState(t testing.TB, s *store) (m meta, rows map[string]string) {
 // file the state of some commit, the newest one after a flush that worked.
 func TestFileFollowsTheCommits(t *testing.T) {
 	dir, n := t.TempDir(), 0
+	var keys []string // some more than go in one statement
+	for i := range rowsAtOnce + 4 {
+		keys = append(keys, string(rune('a'+i)))
+	}
 	rapid.Check(t, func(rt *rapid.T) {
 		n++
 		budget := rapid.SampledFrom([]int64{1 << 20, -1, 300}).Draw(rt, "budget")
@@ -49,40 +53,45 @@ func TestFileFollowsTheCommits(t *testing.T) {
 		states := []map[string]string{{}} // by applied index
 		newest := func() map[string]string { return states[len(states)-1] }
 		flushed := 0
-		rt.Repeat(map[string]func(*rapid.T){
-			"commit": func(rt *rapid.T) {
-				if s.stuck != nil { // begin tries again
-					flushed = len(states) - 1
-				}
-				tx, err := s.begin()
-				must(t, err)
-				defer tx.rollback()
-				now := maps.Clone(newest())
-				if len(states) == 3 {
-					tx.raise(historyFormat, 5)
-				}
-				for range rapid.IntRange(0, 4).Draw(rt, "changes") {
-					key := rapid.SampledFrom([]string{"a", "b", "c", "d"}).Draw(rt, "key")
-					if rapid.Bool().Draw(rt, "delete") {
-						if _, ok := now[key]; ok {
-							tx.meta.revision++
-							must(t, tx.delete(key, tx.meta.revision))
-							delete(now, key)
-						}
-						continue
+		commit := func(rt *rapid.T) {
+			if s.stuck != nil { // begin tries again
+				flushed = len(states) - 1
+			}
+			tx, err := s.begin()
+			must(t, err)
+			defer tx.rollback()
+			now := maps.Clone(newest())
+			if len(states) == 3 {
+				tx.raise(historyFormat, 5)
+			}
+			changed := rapid.SliceOfN(rapid.SampledFrom(keys), 0, 4).Draw(rt, "keys")
+			if rapid.Bool().Draw(rt, "all") {
+				changed = append(changed, keys...)
+			}
+			deletes := rapid.SampledFrom([]int{0, 4, 8}).Draw(rt, "deletes, of 8")
+			for _, key := range changed {
+				if rapid.IntRange(1, 8).Draw(rt, "delete") <= deletes {
+					if _, ok := now[key]; ok {
+						tx.meta.revision++
+						must(t, tx.delete(key, tx.meta.revision))
+						delete(now, key)
 					}
-					tx.meta.revision++
-					now[key] = fmt.Sprint(tx.meta.revision)
-					must(t, tx.set(key, row{[]byte(now[key]), tx.meta.revision, 1}))
+					continue
 				}
-				tx.endChanges()
-				tx.meta.applied++
-				if rapid.IntRange(0, 3).Draw(rt, "end") == 0 {
-					return
-				}
-				tx.commit()
-				states = append(states, now)
-			},
+				tx.meta.revision++
+				now[key] = fmt.Sprint(tx.meta.revision)
+				must(t, tx.set(key, row{value: []byte(now[key]), version: tx.meta.revision}))
+			}
+			tx.endChanges()
+			tx.meta.applied++
+			if rapid.IntRange(0, 3).Draw(rt, "end") == 0 {
+				return
+			}
+			tx.commit()
+			states = append(states, now)
+		}
+		rt.Repeat(map[string]func(*rapid.T){
+			"commit": commit,
 			"flush": func(rt *rapid.T) {
 				must(t, s.flush())
 				flushed = len(states) - 1
@@ -98,12 +107,23 @@ func TestFileFollowsTheCommits(t *testing.T) {
 				}
 				must(t, s.writer.exec(qRollback))
 			},
+			"flush that fails after some commits": func(rt *rapid.T) {
+				if s.stuck != nil {
+					return
+				}
+				_ = s.writeTail(func(*tail) error {
+					for range rapid.IntRange(1, 3).Draw(rt, "commits") {
+						commit(rt)
+					}
+					return errors.New("fails")
+				})
+			},
 			"": func(rt *rapid.T) {
 				m, rows := fileState(t, s)
 				if m.applied != uint64(flushed) || !maps.Equal(rows, states[m.applied]) {
 					rt.Fatalf("the file holds %v at %d, want %v at %d", rows, m.applied, states[flushed], flushed)
 				}
-				for _, key := range []string{"a", "b", "c", "d"} {
+				for _, key := range keys {
 					want, has := newest()[key]
 					if r, ok, err := s.get(key); err != nil || ok != has || string(r.value) != want {
 						rt.Fatalf("%s = %q, %v, %v; want %q, %v", key, r.value, ok, err, want, has)
@@ -143,8 +163,8 @@ func TestTailKeepsTheNewestOnly(t *testing.T) {
 	}
 }
 
-// New rows go to the file several in one statement. Among them are some that only look new: the file has them from before they were
-// deleted and set again.
+// New rows go to the file several in one statement. Not among them are some that only look new: the file has them from before they
+// were deleted and set again.
 func TestNewRowsTogether(t *testing.T) {
 	s := newHistoryStore(t, 1000)
 	want := make(map[string]string)
@@ -167,10 +187,36 @@ func TestNewRowsTogether(t *testing.T) {
 		tx.commit()
 	}
 	for _, step := range []func(){
-		func() { change(0, 3*rowsAtOnce+1, "first") },
+		func() {
+			change(0, 3*rowsAtOnce+1, "first")
+			if n := together(s.tail.sorted()); n != rowsAtOnce {
+				t.Errorf("%d new rows in a statement", n)
+			}
+		},
 		func() { change(rowsAtOnce, 2*rowsAtOnce+2, ""); change(rowsAtOnce, 4*rowsAtOnce, "again") },
 		func() { change(0, 5*rowsAtOnce, "changed"); change(2, 3, "") },
 		func() { change(100, 100+2*rowsAtOnce, "new"); change(100+rowsAtOnce, 101+rowsAtOnce, "") },
+		func() { // in one commit
+			tx, err := s.begin()
+			must(t, err)
+			for i := range rowsAtOnce {
+				key := fmt.Sprintf("key %03d", 100+i)
+				tx.meta.revision++
+				must(t, tx.delete(key, tx.meta.revision))
+				want[key] = "back"
+				setTx(t, tx, key, []byte(want[key]))
+			}
+			tx.endChanges()
+			tx.commit()
+		},
+		func() { // while a flush fails
+			change(50, 51, "another")
+			_ = s.writeTail(func(*tail) error {
+				change(100, 100+rowsAtOnce, "")
+				change(100, 100+rowsAtOnce, "once more")
+				return errors.New("fails")
+			})
+		},
 	} {
 		step()
 		must(t, s.flush())

@@ -233,9 +233,9 @@ func (c *conn) checkHistory(m meta) error {
 	return err
 }
 
-// putChanges is the statement for so many rows: 16 at once take 60 % of the time of 16 statements.
+// putChanges is the statement for so many rows: 16 at once take 60 % of the time of 16 statements. OR FAIL is for the same as in newRows.
 func putChanges(rows int) string {
-	return `INSERT INTO history(revision, key, value, deleted, created, previous, last, sum) VALUES` + valueRows(`(?, ?, ?, ?, ?, ?, ?, ?)`, rows)
+	return `INSERT OR FAIL INTO history(revision, key, value, deleted, created, previous, last, sum) VALUES` + valueRows(`(?, ?, ?, ?, ?, ?, ?, ?)`, rows)
 }
 
 func (c *conn) putChanges(q query, list []past) error {

@@ -34,6 +34,7 @@ const (
 type item struct {
 	row
 	hash uint64 // of the row, so that replacing it needs no read
+	at   int32  // its place in a tail, which is the tail's business alone
 }
 
 func (i *item) hashOrZero() uint64 {

@@ -273,20 +273,21 @@ func (r *reader) batch() batch {
 		return b
 	}
 	b.txs = make([]transaction, 0, n)
+	ops := make(transaction, 0, n) // of all of them; most have one
 	for range n {
-		tx := r.transaction()
+		before := len(ops)
+		ops = r.transaction(ops)
 		if r.bad {
 			return b
 		}
-		b.txs = append(b.txs, tx)
+		b.txs = append(b.txs, ops[before:len(ops):len(ops)])
 	}
 	return b
 }
 
-func (r *reader) transaction() transaction {
-	n := r.count(maxOps)
-	tx := make(transaction, 0, n)
-	for range n {
+// transaction adds the next one to ops.
+func (r *reader) transaction(ops transaction) transaction {
+	for range r.count(maxOps) {
 		o := op{kind: opKind(r.byte())}
 		o.key = string(r.bytes(maxKey))
 		switch {
@@ -301,9 +302,9 @@ func (r *reader) transaction() transaction {
 			r.bad = true
 			return nil
 		}
-		tx = append(tx, o)
+		ops = append(ops, o)
 	}
-	return tx
+	return ops
 }
 
 // validKey: not empty, valid UTF-8 without NUL, so that SQLite's tools compare and print it, and at most maxKey bytes.

@@ -195,8 +195,8 @@ var queryText = [queries]string{
 	qTruncate:      `PRAGMA wal_checkpoint(TRUNCATE)`,
 
 	qGet:         `SELECT value, version, created, sum FROM kv WHERE key = ?`,
-	qPut:         putRows(1),
-	qPutMany:     putRows(rowsAtOnce),
+	qPut:         putRow,
+	qPutMany:     newRows(rowsAtOnce),
 	qDelete:      `DELETE FROM kv WHERE key = ?`,
 	qScan:        `SELECT key, value, version, created, sum FROM kv ORDER BY key`,
 	qScanAfter:   `SELECT key, value, version, created, sum FROM kv WHERE key > ? ORDER BY key`,
