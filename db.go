@@ -169,7 +169,7 @@ type Service struct {
 	panel    panel         // whom this leader's read rounds ask
 	telling  sync.Mutex    // held by the one caller that tells raft of a commit (awaitApplied)
 	changing chan struct{} // one change of the configuration at a time on this leader: see changeMembers
-	joined   chan struct{} // has room for one: a non-voter is new, and the leader looks at once whether it can be a voter
+	joined   chan struct{} // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
 
 	ctx       context.Context // of everything that runs in the background; ends in Close
 	cancel    context.CancelFunc

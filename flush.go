@@ -47,7 +47,7 @@ const (
 // A tail is what some commits have changed, the newest state of each row only.
 type tail struct {
 	rows []tailRow // of kv, each key once
-	gone places    // of the keys that were deleted here
+	gone places    // of the keys that were deleted here, also of those that are back
 	all  places    // nil = nobody has asked for it
 	own  map[ownKey]ownPut
 	past []past
@@ -287,7 +287,7 @@ type pacer struct {
 	rests   bool            // the flush is nobody's who waits for it
 	began   time.Time       // of this shift
 	until   time.Time       // no rest after this
-	steps   int
+	steps   int             // since the last look at the clock
 }
 
 // rested begins a flush that may rest.
@@ -298,11 +298,12 @@ func (p *pacer) rested() {
 
 func (p *pacer) hurry() { p.rests = false }
 
-// step comes after each bit of work.
-func (p *pacer) step() {
-	if p.steps++; !p.rests || p.steps%8 != 0 {
+// step comes after each bit of work, of so many rows.
+func (p *pacer) step(rows int) {
+	if p.steps += rows; !p.rests || p.steps < 8 {
 		return
 	}
+	p.steps = 0
 	worked := time.Since(p.began)
 	if worked < flushShift {
 		return
@@ -451,12 +452,13 @@ func (s *store) putTail(t *tail, m *meta, own map[ownKey]uint64) error {
 		}
 	}
 	// In the order of the tree, so that each of its pages is found and changed once.
-	for list := t.sorted(); len(list) > 0; s.pace.step() {
+	for list := t.sorted(); len(list) > 0; {
 		n := together(list)
 		if err := c.putRows(list[:n]); err != nil {
 			return err
 		}
 		list = list[n:]
+		s.pace.step(n)
 	}
 	if err := c.putPast(t.past, &was, m, own, s.pace.step); err != nil {
 		return err
@@ -737,7 +739,10 @@ func (s *store) forgive() error {
 		}
 		return s.transact(func(m *meta, own map[ownKey]uint64) error {
 			kept := *t
-			kept.past = nil // the history begins anew
+			kept.past, kept.rows = nil, slices.Clone(t.rows) // the history begins anew
+			for i := range kept.rows {
+				kept.rows[i].fresh = false // somebody else may have made it
+			}
 			if err := s.putTail(&kept, m, own); err != nil {
 				return err
 			}

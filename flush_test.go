@@ -434,6 +434,25 @@ func TestForeignFileIsNoAnswer(t *testing.T) {
 	l.close()
 }
 
+// A shell has made one of the rows that are new to us: what was committed takes its place.
+func TestForgiveAndNewRows(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	put(t, s, "a", "1")
+	shell(t, s.path, "INSERT INTO kv VALUES('key/0000003', 'evil', 2, 2, 0)")
+	tx, err := s.begin()
+	must(t, err)
+	for i := range 2 * rowsAtOnce {
+		setTx(t, tx, fmt.Sprintf("key/%07d", i), []byte("ours"))
+	}
+	tx.commit()
+	wantIs(t, "flush", s.flush(), errForeign)
+	must(t, s.forgive())
+	must(t, s.flush())
+	if _, rows := fileState(t, s); len(rows) != 1+2*rowsAtOnce || rows["key/0000003"] != "ours" {
+		t.Errorf("the file holds %v", rows)
+	}
+}
+
 // A shell that keeps the file delays neither the marks, which the watch over health asks for, nor a close; and what the file did
 // not get leads nobody to the connection that is closed, nor does who wants the file keep the close from ending.
 func TestCloseWhileAShellHoldsTheFile(t *testing.T) {

@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/gofrs/flock"
 )
@@ -219,12 +220,33 @@ func lockDir(dir, addr string) (*dirLock, error) {
 	if !free {
 		return nil, fmt.Errorf("%w: %s is held by %s", ErrLocked, dir, readHolder(l.holder))
 	}
-	if err := l.settle(dir, addr); err != nil {
+	if err = l.settle(dir, addr); err == nil {
+		err = syncName(dir)
+	}
+	if err != nil {
 		err = errors.Join(err, l.unlock())
 		removeDirs(made)
 		return nil, fmt.Errorf("data directory: %w", err)
 	}
 	return l, nil
+}
+
+// syncName makes the name of a directory durable that is not a member's yet: the operator has made it, or a start that was killed, and
+// nobody has synced its parent. Where the parent can't be read, or can't be synced (another file system may begin here), the name is
+// not of our making, and stays as durable as it is.
+func syncName(dir string) error {
+	if _, err := os.Lstat(filepath.Join(dir, "id")); err == nil {
+		return nil
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	err = syncDir(filepath.Dir(dir))
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	return err
 }
 
 // settle writes to both directories: it leaves the holder's name, removes what a killed writeIdentity left, and finds out

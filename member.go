@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	promoteSoon     = 5 * time.Millisecond // after a member has joined or become a voter, and then twice as long each time, up to
+	promoteSoon     = 5 * time.Millisecond // when a member has joined or become a voter, and then twice as long each time, up to
 	promoteInterval = 100 * time.Millisecond
 	promoteLag      = 64              // entries that a voter, or who is to become one, may be behind: one append
 	raftPatience    = 2 * time.Second // for raft's main loop to take an entry: it may be waiting for the disk

@@ -229,7 +229,7 @@ func (r *reader) count(limit int) int {
 	return int(n)
 }
 
-// decodeEntry never panics and never allocates more than a small multiple of len(data). Keys and the values
+// decodeEntry never panics and never allocates more than a multiple of len(data). Keys and the values
 // of effects are copied, as they live on with the row; what a condition compares with aliases data.
 func decodeEntry(data []byte) (entry, error) {
 	r := reader{b: data}

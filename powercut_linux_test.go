@@ -24,8 +24,8 @@ import (
 // powerScript is what the member does: words on standard output, which are in the trace, say what was tried and acknowledged.
 func powerScript(t *testing.T, dir string) {
 	say := sayer()
-	conf := Config{Dir: memberIn(dir), History: 32, segment: 16 << 10}
-	must(t, os.MkdirAll(conf.Dir, 0o700)) // as the operator makes it, or a start that was killed: nothing is synced
+	conf := Config{Dir: memberIn(dir) + "/", History: 32, segment: 16 << 10}
+	must(t, os.MkdirAll(memberIn(dir), 0o700)) // as the operator makes it, or a start that was killed: nothing is synced
 	for life := range 3 {
 		s, err := Open(t.Context(), conf)
 		must(t, err)

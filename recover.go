@@ -49,10 +49,6 @@ func (s *Service) identify() error {
 		if s.conf.Join == "" {
 			ident.intent, ident.cluster = intentBootstrap, newID()
 		}
-		// The operator, or a start that was killed, has made the directory and not synced its parent; one that can't be read stays so.
-		if err := syncDir(filepath.Dir(s.conf.Dir)); err != nil && !errors.Is(err, os.ErrPermission) {
-			return err
-		}
 		if err := writeIdentity(s.conf.Dir, ident); err != nil {
 			return err
 		}
