@@ -186,30 +186,42 @@ func (s *Service) currentTerm(ctx context.Context) (uint64, error) {
 	return besideRaft(ctx, s.wal, func() (uint64, error) { return s.wal.GetUint64([]byte("CurrentTerm")) })
 }
 
-// fetchFile asks every address that the log or the caller knows for the state.
+// fetchFile asks every address that the log or the caller knows for the state, again while the others have no leader.
 func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
-	var last error
-	members, err := besideRaft(ctx, s.wal, s.loggedMembers)
+	bases, err := besideRaft(ctx, s.wal, s.loggedBases)
 	if err != nil {
 		return err
 	}
-	for _, m := range members {
-		last = s.fetchFrom(ctx, m, first)
-		if last == nil {
-			return nil
-		}
-		s.log.Warn("no state from a member", "address", m.Addr, "error", last)
+	if s.conf.Join != "" && !slices.Contains(bases, s.conf.Join) {
+		bases = append(bases, s.conf.Join)
 	}
-	return fmt.Errorf("%w: snap is missing, wal begins at entry %d, and no other member gave the state: put snap back, or start when "+
-		"the others are up, or move the directory away and start empty with a bootURL (%v)", ErrCorrupt, first, last)
+	err = errors.New("nothing in wal or in the bootURL names one: give the address of one as bootURL")
+	for backoff := resendMin; ; backoff = min(2*backoff, resendMax) {
+		electing := false
+		for _, base := range bases {
+			if err = s.fetchFrom(ctx, base, first); err == nil {
+				return nil
+			}
+			electing = electing || errors.Is(err, ErrNoLeader)
+			s.log.Warn("no state from a member", "address", base, "error", err)
+		}
+		if electing {
+			select {
+			case <-time.After(backoff):
+				continue
+			case <-ctx.Done():
+			}
+		}
+		return fmt.Errorf("%w: snap is missing, wal begins at entry %d, and no other member gave the state: put snap back, or start when "+
+			"the others are up, or move the directory away and start empty with a bootURL (%v)", ErrCorrupt, first, err)
+	}
 }
 
-// loggedMembers are the others in the newest configurations of the log, then whoever leads behind the boot address.
-func (s *Service) loggedMembers() ([]memberAddr, error) {
+// loggedBases are the base URLs of the others in the configurations of the log, the newest first.
+func (s *Service) loggedBases() (list []string, err error) {
 	seen := map[string]bool{s.ident.id: true}
-	var list []memberAddr
 	first, last := s.wal.bounds()
 	for i := last; i >= first && i > 0; i-- {
 		var l raft.Log
@@ -222,25 +234,20 @@ func (s *Service) loggedMembers() ([]memberAddr, error) {
 		for _, m := range raft.DecodeConfiguration(l.Data).Servers {
 			if !seen[string(m.ID)] {
 				seen[string(m.ID)] = true
-				list = append(list, memberAddr{ID: string(m.ID), Addr: string(m.Address)})
+				list = append(list, baseURL(string(m.Address), s.conf.TLS))
 			}
-		}
-	}
-	if s.conf.Join != "" {
-		if a, err := s.peer.status(s.ctx, s.conf.Join); err == nil && !seen[a.LeaderID] && a.LeaderID != "" {
-			list = append(list, memberAddr{ID: a.LeaderID, Addr: a.LeaderAddr})
 		}
 	}
 	return list, nil
 }
 
 // fetchFrom takes the state from the leader that a member names. It must reach at least to where the log begins.
-func (s *Service) fetchFrom(ctx context.Context, m memberAddr, first uint64) error {
-	a, err := s.peer.status(ctx, baseURL(m.Addr, s.conf.TLS))
+func (s *Service) fetchFrom(ctx context.Context, base string, first uint64) error {
+	a, err := s.peer.status(ctx, base)
 	if err != nil {
-		return err
+		return explain(err, base)
 	}
-	if a.LeaderID == "" {
+	if a.LeaderID == "" || a.LeaderID == s.ident.id {
 		return ErrNoLeader
 	}
 	in, err := s.receiveState(ctx, a.LeaderID, a.LeaderAddr, s.path("snap.rebuild"))

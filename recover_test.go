@@ -366,6 +366,12 @@ func TestMemberComesBack(t *testing.T) {
 		away.stop()
 		must(t, os.Remove(filepath.Join(away.conf.Dir, "snap")))
 		c.fill(t, "again", 20)
+		away.conf.Join = ""
+		_, err := away.open() // no change of the members is in what is left of its log
+		if wantIs(t, "without the address of another member", err, ErrCorrupt); !strings.Contains(fmt.Sprint(err), "give the address of one as bootURL") {
+			t.Errorf("it says %v", err)
+		}
+		away.conf.Join = others().conf.Addr
 		back(t)
 	})
 	t.Run("with a tail that the snapshot does not reach", func(t *testing.T) {
