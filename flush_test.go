@@ -39,6 +39,7 @@ func fileState(t testing.TB, s *store) (m meta, rows map[string]string) {
 // Whatever is committed, rolled back and flushed, in whatever order, and when flushes fail: readers have the newest commit, and the
 // file the state of some commit, the newest one after a flush that worked.
 func TestFileFollowsTheCommits(t *testing.T) {
+	t.Parallel()
 	dir, n := t.TempDir(), 0
 	var keys []string // some more than go in one statement
 	for i := range rowsAtOnce + 4 {
