@@ -363,18 +363,19 @@ func (s *store) writeTail(f func(t *tail) error) error {
 
 // keepRoom empties a tail that is in the file, for the next one: its slices would grow again while commits wait for it.
 func (s *store) keepRoom(t tail) {
-	var used tail
-	if cap(t.rows) <= keptRoom {
-		clear(t.rows)
-		used.rows = t.rows[:0]
-	}
-	if cap(t.past) <= keptRoom {
-		clear(t.past)
-		used.past = t.past[:0]
-	}
+	used := tail{rows: roomOf(t.rows), past: roomOf(t.past)}
 	s.tailMu.Lock()
 	s.used = used
 	s.tailMu.Unlock()
+}
+
+// roomOf is the room of a list that is needed no more; nil if it is too large to be kept.
+func roomOf[T any](list []T) []T {
+	if cap(list) > keptRoom {
+		return nil
+	}
+	clear(list)
+	return list[:0]
 }
 
 // dropTail forgets what the file does not have: another state has taken its place.

@@ -816,10 +816,7 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 			return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "change of the configuration: %v", err)
 		}
 		s.log.Info("a member joined or moved", "id", req.ID, "address", addr)
-		select {
-		case s.joined <- struct{}{}:
-		default:
-		}
+		give(s.joined)
 	}
 	a := joinAnswer{Cluster: s.ident.cluster, LeaderID: s.ident.id, LeaderAddr: s.conf.Addr}
 	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {

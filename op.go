@@ -23,6 +23,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"slices"
 	"unicode/utf8"
 )
 
@@ -229,7 +230,7 @@ func (r *reader) count(limit int) int {
 	return int(n)
 }
 
-// decodeEntry never panics and never allocates more than a multiple of len(data). Keys and the values
+// decodeEntry never panics and never allocates a hundred times len(data). Keys and the values
 // of effects are copied, as they live on with the row; what a condition compares with aliases data.
 func decodeEntry(data []byte) (entry, error) {
 	r := reader{b: data}
@@ -287,7 +288,9 @@ func (r *reader) batch() batch {
 
 // transaction adds the next one to ops.
 func (r *reader) transaction(ops transaction) transaction {
-	for range r.count(maxOps) {
+	n := r.count(maxOps)
+	ops = slices.Grow(ops, n)
+	for range n {
 		o := op{kind: opKind(r.byte())}
 		o.key = string(r.bytes(maxKey))
 		switch {

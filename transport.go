@@ -172,8 +172,8 @@ func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []b
 // hold tries until it works, or until nobody wants it any more. The conditions are looked at after a try: raft sends a last
 // append to a member that it has just removed.
 func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddress, term uint64, try func() error) error {
-	held := false
-	for pause := holdSoon; ; pause, held = min(2*pause, holdInterval), true {
+	for pause := holdSoon; ; pause = min(2*pause, holdInterval) {
+		held := pause > holdSoon
 		told := t.p.host.announced(string(id))
 		silent := t.p.host.silent()
 		err := silent
