@@ -288,12 +288,12 @@ func (a *applying) entry(l *raft.Log) (outcome, error) {
 // nextChain covers everything that the entries have ever done, the answers included, so that two members whose history
 // differs anywhere differ here. data is the sum of the entry's bytes.
 func nextChain(chain [32]byte, l *raft.Log, data [sha256.Size]byte, o outcome) [32]byte {
-	b := make([]byte, 0, 128)
+	b := make([]byte, 0, 256+4*len(o.results))
 	b = append(b, chain[:]...)
 	b = binary.AppendUvarint(b, l.Index)
 	b = append(b, byte(l.Type))
 	b = append(b, data[:]...)
-	b = append(b, encodeOutcome(o)...)
+	b = appendOutcome(b, o)
 	return sha256.Sum256(b)
 }
 

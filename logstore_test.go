@@ -786,6 +786,7 @@ type zeroFS struct {
 	types.VFS
 	t      *testing.T
 	refuse bool
+	large  bool // writes, which get no zeros
 	size   int64
 	made   atomic.Int32 // files
 	writes atomic.Int32 // of zeros
@@ -833,29 +834,39 @@ func (z *zeroFile) WriteAt(b []byte, at int64) (int, error) {
 }
 
 func (z *zeroFile) Sync() error {
-	if z.zeros < z.end && z.end < z.fs.size && !z.fs.refuse {
+	if z.zeros < z.end && z.end < z.fs.size && !z.fs.refuse && !z.fs.large {
 		z.fs.t.Errorf("the log ends at %d, the zeros at %d", z.end, z.zeros)
 	}
 	return z.WritableFile.Sync()
 }
 
-// Each sync finds zeros where the next writes will be, they are not written anew for each of them, and a log does without them.
+// Each sync after a small write finds zeros where the next ones will be, they are not written anew for each of them, and a log does
+// without them.
 func TestLogWritesZerosAhead(t *testing.T) {
-	for _, refuse := range []bool{false, true} {
+	t.Parallel()
+	for _, c := range []struct {
+		batch         uint64 // entries of about 80 bytes
+		refuse, large bool
+	}{{batch: 150}, {batch: 150, refuse: true}, {batch: 600, large: true}} {
 		o := logOptionsIn(t)
 		o.segmentSize = 3*zeroAhead + 1000
-		disk := &zeroFS{VFS: walfs.New(), t: t, refuse: refuse, size: int64(o.segmentSize)}
+		disk := &zeroFS{VFS: walfs.New(), t: t, refuse: c.refuse, large: c.large, size: int64(o.segmentSize)}
 		o.vfs = disk
 		l := reopenLog(t, nil, o)
 		last, opened := uint64(0), int32(1)
-		for ; disk.made.Load() < 3; last += 300 {
-			must(t, storeBatch(l, last+1, 300))
+		for ; disk.made.Load() < 3; last += c.batch {
+			must(t, storeBatch(l, last+1, c.batch))
 			if last%6000 == 0 {
 				l = reopenLog(t, l, o)
 				opened++
 			}
 		}
-		if made, writes := disk.made.Load(), disk.writes.Load(); writes < 2*3 || writes > 3*4+opened {
+		made, writes := disk.made.Load(), disk.writes.Load()
+		if c.large {
+			if writes != 0 {
+				t.Errorf("zeros were written %d times after large writes", writes)
+			}
+		} else if writes < 2*3 || writes > 3*4+opened {
 			t.Errorf("zeros were written %d times in %d files, of a log that was opened %d times", writes, made, opened)
 		}
 		wantLog(t, l, 1, last)

@@ -385,7 +385,11 @@ type outcome struct {
 }
 
 func encodeOutcome(o outcome) []byte {
-	b := []byte{byte(o.kind)}
+	return appendOutcome(make([]byte, 0, 64+4*len(o.results)), o)
+}
+
+func appendOutcome(b []byte, o outcome) []byte {
+	b = append(b, byte(o.kind))
 	b = binary.AppendUvarint(b, o.index)
 	b = binary.AppendUvarint(b, o.term)
 	b = binary.AppendUvarint(b, o.session)

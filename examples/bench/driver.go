@@ -96,7 +96,9 @@ func number(run uint64, worker int, n uint64) uint64 {
 func makeValue(key string, number uint64) []byte {
 	val := make([]byte, 0, valueBytes)
 	val = append(val, key...)
-	val = fmt.Appendf(val, "%016x", number)
+	for shift := 60; shift >= 0; shift -= 4 {
+		val = append(val, "0123456789abcdef"[number>>shift&15])
+	}
 	for i := uint64(0); len(val) < valueBytes; i++ {
 		val = binary.LittleEndian.AppendUint64(val, filling(number, i))
 	}
@@ -201,9 +203,9 @@ type worker struct {
 	*run
 	id     int
 	rand   *rand.Rand
-	acked  map[int]uint64 // by key's place: the number of the last acknowledged set
-	doubt  map[int]bool   // a set of this key has failed and may still happen
-	fresh  []insertion    // some of those that were acknowledged, early and late ones alike
+	acked  []uint64     // by the key's place among its own: the number of the last acknowledged set, 0 = none
+	doubt  map[int]bool // a set of this key has failed and may still happen
+	fresh  []insertion  // some of those that were acknowledged, early and late ones alike
 	hist   histogram
 	result result
 }
@@ -220,8 +222,7 @@ func carryOut(ctx context.Context, s system, o order, halted *atomic.Bool) resul
 	}
 	workers := make([]*worker, o.Cell.Workers)
 	for i := range workers {
-		workers[i] = &worker{run: r, id: i, rand: rand.New(rand.NewPCG(o.Number, uint64(i))),
-			acked: map[int]uint64{}, doubt: map[int]bool{}}
+		workers[i] = &worker{run: r, id: i, rand: rand.New(rand.NewPCG(o.Number, uint64(i))), doubt: map[int]bool{}}
 	}
 	r.from = time.Now().Add(o.Warmup)
 	r.end = r.from.Add(o.For)
@@ -266,9 +267,10 @@ func gather(workers []*worker, clock time.Duration) result {
 
 // take takes one acknowledged write, about which there is no doubt, out of what the worker knows.
 func (w *worker) take() (key string, number uint64, ok bool) {
-	for i, n := range w.acked {
-		delete(w.acked, i)
-		if !w.doubt[i] {
+	for last := len(w.acked) - 1; last >= 0; last-- {
+		n := w.acked[last]
+		w.acked = w.acked[:last]
+		if i := w.own(last); n != 0 && !w.doubt[i] {
 			return w.key(i), n, true
 		}
 	}
@@ -337,15 +339,23 @@ func (w *worker) step(ctx context.Context, n uint64) error {
 	return w.get(ctx, w.system.get)
 }
 
+// own is the place of its n-th key among all.
+func (w *worker) own(n int) int { return n*w.Cell.Workers + w.id }
+
 func (w *worker) set(ctx context.Context, n uint64) error {
-	i := w.rand.IntN((w.Keys-w.id+w.Cell.Workers-1)/w.Cell.Workers)*w.Cell.Workers + w.id
+	keys := (w.Keys - w.id + w.Cell.Workers - 1) / w.Cell.Workers
+	if w.acked == nil {
+		w.acked = make([]uint64, keys)
+	}
+	mine := w.rand.IntN(keys)
+	i := w.own(mine)
 	num := number(w.Number, w.id, n)
 	key := w.key(i)
 	if err := w.system.set(ctx, key, makeValue(key, num)); err != nil {
 		w.doubt[i] = true
 		return err
 	}
-	w.acked[i] = num
+	w.acked[mine] = num
 	return nil
 }
 
@@ -371,7 +381,11 @@ func (w *worker) get(ctx context.Context, read func(context.Context, string) ([]
 		return err
 	}
 	num, bad := readValue(key, val)
-	if want, ok := w.acked[i]; bad == nil && ok && !w.doubt[i] && num != want {
+	want := uint64(0)
+	if mine := i / w.Cell.Workers; i == w.own(mine) && mine < len(w.acked) && !w.doubt[i] {
+		want = w.acked[mine]
+	}
+	if bad == nil && want != 0 && num != want {
 		bad = fmt.Errorf("%s: read %x after %x was acknowledged", key, num, want)
 	}
 	if bad != nil {
