@@ -4,7 +4,6 @@ package quorate
 // error codes. It holds no state of the store's and takes no lock of it; sqlstore.go and copy.go call it.
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"database/sql/driver"
@@ -278,7 +277,7 @@ func (c *conn) get(key string) (it *item, err error) {
 
 // item makes a row of value, version, created and sum, and checks it.
 func (c *conn) item(key string, v []driver.Value) (*item, error) {
-	value, ok := columnBytes(v[0])
+	value, ok := columnText(v[0])
 	it := &item{row: row{value, columnUint(v[1]), columnUint(v[2])}}
 	c.buf, it.hash = rowHash(c.buf, key, value, it.version, it.created)
 	if !ok || it.hash != columnUint(v[3]) {
@@ -446,7 +445,7 @@ func (c *conn) fixOwn(m meta) (map[ownKey]uint64, uint64, error) {
 }
 
 // rowHash hashes what a kv row holds; buf is for reuse.
-func rowHash(buf []byte, key string, value []byte, version, created uint64) ([]byte, uint64) {
+func rowHash(buf []byte, key, value string, version, created uint64) ([]byte, uint64) {
 	buf = binary.AppendUvarint(buf[:0], uint64(len(key)))
 	buf = append(buf, key...)
 	buf = binary.AppendUvarint(buf, uint64(len(value)))
@@ -490,11 +489,11 @@ func hash64(b []byte) uint64 {
 func valueRows(row string, rows int) string { return row + strings.Repeat(`, `+row, rows-1) }
 
 // sqlValue: people and their tools see text as text.
-func sqlValue(value []byte) driver.Value {
-	if utf8.Valid(value) && bytes.IndexByte(value, 0) < 0 {
-		return string(value)
+func sqlValue(value string) driver.Value {
+	if utf8.ValidString(value) && strings.IndexByte(value, 0) < 0 {
+		return value
 	}
-	return value
+	return []byte(value)
 }
 
 // blob never binds nil, which is what the driver reads an empty blob as.
@@ -521,6 +520,15 @@ func columnBytes(v driver.Value) (b []byte, ok bool) {
 		return nil, true
 	}
 	return nil, false
+}
+
+// columnText is columnBytes as a string, of any bytes.
+func columnText(v driver.Value) (text string, ok bool) {
+	if text, ok := v.(string); ok {
+		return text, true
+	}
+	b, ok := columnBytes(v)
+	return string(b), ok
 }
 
 // SQLite's primary result codes that we act on.

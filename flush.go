@@ -777,9 +777,9 @@ func (s *store) forgiveRows(m *meta, own map[ownKey]uint64) error {
 		if !ok || !validKey(key) {
 			return corrupt("kv has a row whose key is not text, or empty, or too long")
 		}
-		value, plain := columnBytes(v[1])
+		value, plain := columnText(v[1])
 		if !plain {
-			value = fmt.Append(nil, v[1]) // a number, as a shell writes it; the key's owner sees its digits
+			value = fmt.Sprint(v[1]) // a number, as a shell writes it; the key's owner sees its digits
 		}
 		r := row{value, columnUint(v[2]), columnUint(v[3])}
 		if r.version > math.MaxInt64 || r.created > math.MaxInt64 {

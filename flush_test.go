@@ -30,7 +30,7 @@ func fileState(t testing.TB, s *store) (m meta, rows map[string]string) {
 	list, _, err := c.chunk("")
 	must(t, err)
 	for _, r := range list {
-		rows[r.key] = string(r.value)
+		rows[r.key] = r.value
 	}
 	must(t, errors.Join(c.checkRows(m), c.checkHistory(m)))
 	return m, rows
@@ -81,7 +81,7 @@ func TestFileFollowsTheCommits(t *testing.T) {
 				}
 				tx.meta.revision++
 				now[key] = fmt.Sprint(tx.meta.revision)
-				must(t, tx.set(key, row{value: []byte(now[key]), version: tx.meta.revision}))
+				must(t, tx.set(key, row{value: now[key], version: tx.meta.revision}))
 			}
 			tx.endChanges()
 			tx.meta.applied++
@@ -126,7 +126,7 @@ func TestFileFollowsTheCommits(t *testing.T) {
 				}
 				for _, key := range keys {
 					want, has := newest()[key]
-					if r, ok, err := s.get(key); err != nil || ok != has || string(r.value) != want {
+					if r, ok, err := s.get(key); err != nil || ok != has || r.value != want {
 						rt.Fatalf("%s = %q, %v, %v; want %q, %v", key, r.value, ok, err, want, has)
 					}
 				}
@@ -270,7 +270,7 @@ func TestShellHoldsTheFile(t *testing.T) {
 	}
 	must(t, c.exec(qRollback))
 	must(t, s.sync(t.Context()))
-	if it, err := s.writer.get("k"); err != nil || string(it.value) != "99" {
+	if it, err := s.writer.get("k"); err != nil || it.value != "99" {
 		t.Errorf("the file holds %v, %v", it, err)
 	}
 	must(t, commit("k", "100"))

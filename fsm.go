@@ -471,9 +471,9 @@ func holds(o op, r row, ok bool) bool {
 	case opIfNotExists:
 		return !ok
 	case opIfValue:
-		return ok && bytes.Equal(r.value, o.value)
+		return ok && r.value == string(o.value)
 	case opIfNotValue:
-		return !ok || !bytes.Equal(r.value, o.value)
+		return !ok || r.value != string(o.value)
 	case opIfVersion:
 		return r.version == o.version
 	default: // opIfNotVersion; decodeEntry lets no other through
@@ -485,7 +485,7 @@ func (a *applying) effect(o op) error {
 	switch o.kind {
 	case opSet:
 		a.tx.meta.revision++
-		return a.tx.set(o.key, row{value: o.value, version: a.tx.meta.revision})
+		return a.tx.set(o.key, row{value: string(o.value), version: a.tx.meta.revision})
 	case opDelete:
 		_, ok, err := a.tx.row(o.key)
 		if err != nil || !ok {

@@ -252,7 +252,7 @@ func (m *model) transaction(tx transaction) result {
 				r.created = m.revision
 			}
 			m.rows[o.key] = modelRow{string(o.value), m.revision, r.created}
-			changed[len(changed)-1].now = &item{row: row{o.value, m.revision, m.rows[o.key].created}}
+			changed[len(changed)-1].now = &item{row: row{string(o.value), m.revision, m.rows[o.key].created}}
 		case opDelete:
 			if ok {
 				m.revision++
@@ -467,7 +467,7 @@ func TestRowAndIndexCommitTogether(t *testing.T) {
 				if err := errors.Join(err, err2, c.exec(qRollback)); err != nil {
 					return err
 				}
-				if m.applied > 1 && (it == nil || string(it.value) != fmt.Sprint(m.applied)) {
+				if m.applied > 1 && (it == nil || it.value != fmt.Sprint(m.applied)) {
 					return fmt.Errorf("at index %d the row is %+v", m.applied, it)
 				}
 			}
@@ -698,7 +698,7 @@ func TestInstallIsOneTransaction(t *testing.T) {
 				if err := must(err); err != nil {
 					return err
 				}
-				if string(a.value) != string(b.value) {
+				if a.value != b.value {
 					return fmt.Errorf("half of an install: %.3s and %.3s", a.value, b.value)
 				}
 			}
@@ -792,7 +792,7 @@ func TestReplayWithOtherContentsHasNoEffect(t *testing.T) {
 	if o.kind != outcomeInvalid {
 		t.Fatalf("answered %+v, want invalid", o)
 	}
-	if r, _, _ := f.store.get("k"); string(r.value) != "a" {
+	if r, _, _ := f.store.get("k"); r.value != "a" {
 		t.Fatalf("value %q", r.value)
 	}
 }
@@ -835,7 +835,7 @@ func TestPublishOrder(t *testing.T) {
 		bad.CompareAndSwap(nil, &s)
 	}
 	seen := func(who string, index uint64) {
-		if r, ok, err := f.store.get("n"); err != nil || !ok || string(r.value) < fmt.Sprintf("%06d", index) {
+		if r, ok, err := f.store.get("n"); err != nil || !ok || r.value < fmt.Sprintf("%06d", index) {
 			complain("%s at %d reads %q, %v", who, index, r.value, err)
 		}
 	}

@@ -197,7 +197,7 @@ func TestDivergedMemberRebuilds(t *testing.T) {
 		tx, err := m.s.store.begin()
 		must(t, err)
 		tx.meta.revision++
-		must(t, tx.set("k", row{value: []byte("evil"), version: tx.meta.revision, created: 1}))
+		must(t, tx.set("k", row{value: "evil", version: tx.meta.revision, created: 1}))
 		tx.commit()
 		r := c.leader(t).s.raft.Load()
 		var last raft.ApplyFuture

@@ -33,7 +33,7 @@ func (e *CompactedError) Error() string {
 
 func (e *CompactedError) Is(target error) bool { return target == ErrCompacted }
 
-// A past is one change. Its value is shared and must not be changed.
+// A past is one change.
 type past struct {
 	revision uint64
 	last     uint64 // last revision of the same transaction
@@ -255,7 +255,7 @@ func (c *conn) putChanges(q query, list []past) error {
 func (c *conn) past(v []driver.Value) (p past, err error) {
 	key, text := v[1].(string)
 	p = past{revision: columnUint(v[0]), key: key, previous: columnUint(v[5]), last: columnUint(v[6])}
-	if value, ok := columnBytes(v[2]); columnUint(v[3]) == 0 {
+	if value, ok := columnText(v[2]); columnUint(v[3]) == 0 {
 		it := &item{row: row{value, p.revision, columnUint(v[4])}}
 		c.buf, it.hash = rowHash(c.buf, key, value, it.version, it.created)
 		p.now, text = it, text && ok

@@ -28,7 +28,7 @@ func setTimes(t testing.TB, s *store, n int) {
 		tx, err := s.begin()
 		must(t, err)
 		tx.meta.revision++
-		must(t, tx.set("k", row{value: fmt.Append(nil, tx.meta.revision), version: tx.meta.revision, created: 1}))
+		must(t, tx.set("k", row{value: fmt.Sprint(tx.meta.revision), version: tx.meta.revision, created: 1}))
 		tx.endChanges()
 		tx.commit()
 	}
@@ -41,7 +41,7 @@ func TestHistoryIsReadInPages(t *testing.T) {
 		list, err := s.changes(t.Context(), after)
 		must(t, err)
 		for _, p := range list {
-			if p.revision != after+1 || string(p.now.value) != fmt.Sprint(p.revision) || p.previous != after || p.last != p.revision {
+			if p.revision != after+1 || p.now.value != fmt.Sprint(p.revision) || p.previous != after || p.last != p.revision {
 				t.Fatalf("after %d comes %+v", after, p)
 			}
 			after++
@@ -198,7 +198,7 @@ func TestPublishedChanges(t *testing.T) {
 	tx, err := s.begin()
 	must(t, err)
 	tx.meta.revision = 2
-	must(t, tx.set("a", row{value: []byte("1"), version: 1, created: 1}))
+	must(t, tx.set("a", row{value: "1", version: 1, created: 1}))
 	must(t, tx.delete("a", 2))
 	tx.endChanges()
 	tx.commit()
@@ -220,7 +220,7 @@ func TestHistoryRowFromNowhere(t *testing.T) {
 	tx, err := s.begin()
 	must(t, err)
 	tx.meta.revision++
-	must(t, tx.set("k", row{value: []byte("v"), version: 4, created: 1}))
+	must(t, tx.set("k", row{value: "v", version: 4, created: 1}))
 	tx.endChanges()
 	tx.commit()
 	if err := s.explain("flush", s.flush()); !errors.Is(err, ErrCorrupt) {

@@ -390,7 +390,7 @@ func (l *listing) giveBack() {
 	l.c, l.rows = nil, nil
 }
 
-// next returns the next row. Its value is shared and must not be changed. After an error, or when there is no more, nothing is
+// next returns the next row. After an error, or when there is no more, nothing is
 // held any more. Errors: ErrSlow, ErrClosed, ErrCorrupt, the disk's.
 func (l *listing) next() (k keyed, more bool, err error) {
 	l.mu.Lock()
@@ -564,13 +564,13 @@ func (l *listing) unspool(rows []keyed) (p page, err error) {
 	if _, err := l.file.ReadAt(head[:], l.taken); err != nil {
 		return p, fmt.Errorf("read back: %w", err)
 	}
-	data := make([]byte, min(int64(binary.BigEndian.Uint32(head[:])), l.spooled-l.taken-4)) // the rows keep it
+	data := make([]byte, min(int64(binary.BigEndian.Uint32(head[:])), l.spooled-l.taken-4))
 	if _, err := l.file.ReadAt(data, l.taken+4); err != nil {
 		return p, fmt.Errorf("read back: %w", err)
 	}
 	l.taken += int64(len(head) + len(data))
 	for r := (reader{b: data}); len(r.b) > 0; {
-		k := keyed{string(r.bytes(maxKey)), &item{row: row{value: r.bytes(maxValueEver), version: r.uint(), created: r.uint()}, hash: r.uint()}}
+		k := keyed{string(r.bytes(maxKey)), &item{row: row{value: string(r.bytes(maxValueEver)), version: r.uint(), created: r.uint()}, hash: r.uint()}}
 		var h uint64
 		if l.buf, h = rowHash(l.buf, k.key, k.value, k.version, k.created); r.bad || h != k.hash {
 			return p, errors.New("read back: the file does not hold what was written to it")

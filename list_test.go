@@ -44,7 +44,7 @@ func rest(t testing.TB, l *listing) (rows []string) {
 		if !more {
 			return rows
 		}
-		rows = append(rows, k.key+"="+string(k.value))
+		rows = append(rows, k.key+"="+k.value)
 	}
 }
 
@@ -88,7 +88,7 @@ func TestListingIsTheSortedMap(t *testing.T) {
 			revision := int(tx.meta.revision)
 			for _, k := range slices.Sorted(maps.Keys(changed)) {
 				tx.meta.revision++
-				if err := tx.set(k, row{[]byte(changed[k]), tx.meta.revision, tx.meta.revision}); err != nil {
+				if err := tx.set(k, row{changed[k], tx.meta.revision, tx.meta.revision}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -112,7 +112,7 @@ func TestListingIsTheSortedMap(t *testing.T) {
 				if !more {
 					break
 				}
-				got = append(got, k.key+"="+string(k.value))
+				got = append(got, k.key+"="+k.value)
 			}
 			l.close()
 			if !slices.Equal(got, want) {
@@ -238,7 +238,7 @@ func TestListingIsOfOneMoment(t *testing.T) {
 				}
 				rows++
 				newest = max(newest, k.version)
-				if (k.key == "a" || k.key == "z") && string(k.value) != want {
+				if (k.key == "a" || k.key == "z") && k.value != want {
 					t.Fatalf("%s is %s, and the list of revision %s", k.key, k.value, want)
 				}
 			}
@@ -266,7 +266,7 @@ func TestListingGoesOnFromAFile(t *testing.T) {
 				if !more || err != nil {
 					t.Fatalf("after %d rows: %v, %v", len(got), more, err)
 				}
-				got = append(got, k.key+"="+string(k.value))
+				got = append(got, k.key+"="+k.value)
 			}
 		}
 		spool := func(pages int) (more bool) {

@@ -21,7 +21,7 @@ import (
 )
 
 // itemOverhead is what an entry costs beside its bytes: the item, two headers and its share of a tree node and of the map.
-const itemOverhead = 144
+const itemOverhead = 128
 
 const (
 	lateMany  = 1 << 13 // keys that the tree is behind by when it begins to follow, or is grown from at once: a list waits some ms

@@ -118,7 +118,7 @@ func TestLoadMergesCommits(t *testing.T) {
 				c.now = nil
 				if rapid.Bool().Draw(rt, "set") {
 					next++
-					c.now = &item{row: row{value: []byte("v"), version: next}, hash: next * 0x9E3779B97F4A7C15}
+					c.now = &item{row: row{value: "v", version: next}, hash: next * 0x9E3779B97F4A7C15}
 				}
 				changed[k] = c
 			}
@@ -237,7 +237,7 @@ func TestLoadUnderWrites(t *testing.T) {
 	}
 	for key, value := range want {
 		r, ok, err := s.get(key)
-		if err != nil || ok != (value != "") || string(r.value) != value {
+		if err != nil || ok != (value != "") || r.value != value {
 			t.Fatalf("%s = %q, %v, %v; want %q", key, r.value, ok, err, value)
 		}
 	}
@@ -264,7 +264,7 @@ func testOrderFollows(t *testing.T, keys int) {
 		revision++
 		c := change{key: at(i), was: state[i]}
 		if revision%3 != 0 || c.was == nil {
-			c.now = &item{row: row{value: []byte("v"), version: revision}}
+			c.now = &item{row: row{value: "v", version: revision}}
 		}
 		state[i] = c.now
 		m.publish([]change{c}, revision)

@@ -17,7 +17,6 @@ package quorate
 // Byte strings are a length and the bytes.
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -230,8 +229,7 @@ func (r *reader) count(limit int) int {
 	return int(n)
 }
 
-// decodeEntry never panics and never allocates a hundred times len(data). Keys and the values
-// of effects are copied, as they live on with the row; what a condition compares with aliases data.
+// decodeEntry never panics and never allocates a hundred times len(data). Keys are copied, values alias data.
 func decodeEntry(data []byte) (entry, error) {
 	r := reader{b: data}
 	var e entry
@@ -295,9 +293,7 @@ func (r *reader) transaction(ops transaction) transaction {
 		o.key = string(r.bytes(maxKey))
 		switch {
 		case o.kind.hasValue():
-			if o.value = r.bytes(maxValueEver); o.kind.effect() && o.value != nil {
-				o.value = bytes.Clone(o.value)
-			}
+			o.value = r.bytes(maxValueEver)
 		case o.kind.hasVersion():
 			o.version = r.uint()
 		}

@@ -260,9 +260,9 @@ type meta struct {
 	base uint64 // the history begins after this revision, however many it may hold
 }
 
-// A row of kv. Its value is shared and must not be changed.
+// A row of kv.
 type row struct {
-	value            []byte
+	value            string
 	version, created uint64
 }
 
@@ -772,7 +772,7 @@ func (t *storeTx) look(key string) (view, error) {
 	return v, nil
 }
 
-// set keeps the value, which nobody may change any more. Where created is 0 it is that of the row before, or the version.
+// set makes or replaces a row. Where created is 0 it is that of the row before, or the version.
 func (t *storeTx) set(key string, r row) error {
 	v, err := t.look(key)
 	if err != nil {
@@ -911,8 +911,7 @@ func (t *storeTx) rollback() {
 	}
 }
 
-// item returns what is committed under key, nil if nothing is. It is shared, and the caller copies the value before handing it
-// out.
+// item returns what is committed under key, nil if nothing is.
 func (s *store) item(key string) (it *item, err error) {
 	if it, whole := s.memory.item(key); whole {
 		return it, nil

@@ -95,7 +95,7 @@ func putSession(tx *storeTx, r sessionRow) {
 func setTx(t testing.TB, tx *storeTx, key string, value []byte) {
 	t.Helper()
 	tx.meta.revision++
-	if err := tx.set(key, row{value, tx.meta.revision, tx.meta.revision}); err != nil {
+	if err := tx.set(key, row{string(value), tx.meta.revision, tx.meta.revision}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -103,7 +103,7 @@ func setTx(t testing.TB, tx *storeTx, key string, value []byte) {
 func wantValue(t testing.TB, s *store, key, want string) {
 	t.Helper()
 	r, ok, err := s.get(key)
-	if err != nil || !ok || string(r.value) != want {
+	if err != nil || !ok || r.value != want {
 		t.Fatalf("get %q = %q, %v, %v; want %q", key, r.value, ok, err, want)
 	}
 }
@@ -175,7 +175,7 @@ func FuzzValueRoundTrip(f *testing.F) {
 			put(t, s, "k", string(value))
 			wantValue(t, s, "k", string(value))
 			var class string
-			var onDisk []byte
+			var onDisk string
 			err := s.read(func(c *conn) error {
 				it, err := c.get("k")
 				if err != nil {
@@ -188,7 +188,7 @@ func FuzzValueRoundTrip(f *testing.F) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !bytes.Equal(onDisk, value) {
+			if onDisk != string(value) {
 				t.Fatalf("SQLite holds %q, want %q", onDisk, value)
 			}
 			want := "text"
@@ -219,7 +219,7 @@ func TestTransactionSeesItselfAndRollsBack(t *testing.T) {
 					t.Fatalf("delete a: %v", err)
 				}
 			}
-			if r, ok, err := tx.row("b"); err != nil || !ok || string(r.value) != "3" {
+			if r, ok, err := tx.row("b"); err != nil || !ok || r.value != "3" {
 				t.Fatalf("row b = %q, %v, %v", r.value, ok, err)
 			}
 			if _, ok, err := tx.row("a"); err != nil || ok {
@@ -655,7 +655,7 @@ func TestForeignCommitStopsFlushes(t *testing.T) {
 	}
 	for key, want := range map[string]string{"a": "1", "key/0000001": "x"} {
 		wantValue(t, s, key, want)
-		if it, err := s.writer.get(key); err != nil || it == nil || string(it.value) != want {
+		if it, err := s.writer.get(key); err != nil || it == nil || it.value != want {
 			t.Fatalf("the file has %v, %v under %s", it, err, key)
 		}
 	}
@@ -1214,7 +1214,7 @@ func TestFullDisk(t *testing.T) {
 
 // The format's hashes: a change here breaks every file that exists.
 func TestHashesAreTheFormats(t *testing.T) {
-	_, row := rowHash(nil, "k", []byte("v"), 1, 2)
+	_, row := rowHash(nil, "k", "v", 1, 2)
 	sum := sha256.Sum256([]byte("\x01k\x01v\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x02"))
 	if want := binary.BigEndian.Uint64(sum[:8]); row != want {
 		t.Errorf("row hash %x, want %x", row, want)
@@ -1281,7 +1281,7 @@ func TestSlowCopyLetsGoOfTheWAL(t *testing.T) {
 		value := bytes.Repeat([]byte{byte(i)}, 64<<10) // SQLite writes no page that stays the same
 		apply(t, s, func(tx *storeTx) {
 			for k := range 16 {
-				must(t, tx.set(fmt.Sprintf("key%03d", (i*16+k)%64), row{value: value, version: uint64(i + 1), created: 1}))
+				must(t, tx.set(fmt.Sprintf("key%03d", (i*16+k)%64), row{value: string(value), version: uint64(i + 1), created: 1}))
 			}
 		})
 	}

@@ -22,7 +22,7 @@ type Entry struct {
 
 // entry is a copy of a row.
 func (k keyed) entry() Entry {
-	return Entry{Key: k.key, Value: append([]byte{}, k.value...), Version: k.version, Created: k.created}
+	return Entry{Key: k.key, Value: []byte(k.value), Version: k.version, Created: k.created}
 }
 
 // missingKey is the error of a Lookup that finds nothing. It is ErrNotFound. The text is made only when somebody asks for it: a
@@ -44,7 +44,7 @@ func (s *Service) Get(ctx context.Context, key string) ([]byte, error) {
 	case it == nil:
 		return nil, nil
 	}
-	return clone(it.value), nil
+	return []byte(it.value), nil
 }
 
 // Lookup is Get with the key's revisions. The versions of one key only grow, so an Entry that has the same Version is the same
@@ -58,7 +58,7 @@ func (s *Service) Lookup(ctx context.Context, key string) (Entry, error) {
 	case it == nil:
 		return Entry{Key: key}, missingKey(key)
 	}
-	return Entry{key, clone(it.value), it.version, it.created}, nil
+	return Entry{key, []byte(it.value), it.version, it.created}, nil
 }
 
 // lookup is a read round and then the item.
@@ -86,13 +86,6 @@ func (s *Service) item(key string) (*item, error) {
 	return it, nil
 }
 
-// clone is never nil: of an empty value it is an empty one.
-func clone(value []byte) []byte {
-	b := make([]byte, len(value))
-	copy(b, value)
-	return b
-}
-
 // A View reads this member's own copy: no network, no waiting for others. It may be behind, without bound while this member is
 // cut off; a write that returned on this same member is in it. Freshness tells how far behind it can be.
 type View struct{ s *Service }
@@ -112,7 +105,7 @@ func (v View) Get(key string) []byte {
 	if err != nil || it == nil {
 		return nil
 	}
-	return clone(it.value)
+	return []byte(it.value)
 }
 
 // Lookup reads key from this member's copy. A missing key is ErrNotFound with Entry{Key: key}. Errors: ErrClosed, ErrCorrupt if
@@ -124,7 +117,7 @@ func (v View) Lookup(key string) (Entry, error) {
 	it, err := v.s.item(key)
 	switch {
 	case it != nil:
-		return Entry{key, clone(it.value), it.version, it.created}, nil
+		return Entry{key, []byte(it.value), it.version, it.created}, nil
 	case err == nil:
 		err = checkKey(key) // only now, for a key that is found is one
 	}
