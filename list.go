@@ -390,8 +390,8 @@ func (l *listing) giveBack() {
 	l.c, l.rows = nil, nil
 }
 
-// next returns the next row. After an error, or when there is no more, nothing is
-// held any more. Errors: ErrSlow, ErrClosed, ErrCorrupt, the disk's.
+// next returns the next row. After an error, or when there is no more, nothing is held any more. Errors: ErrSlow, ErrClosed,
+// ErrCorrupt, the disk's.
 func (l *listing) next() (k keyed, more bool, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
