@@ -18,14 +18,14 @@ import (
 )
 
 const (
-	slots        = 2                     // batches in flight
-	slotAfter    = 5 * time.Millisecond  // the second goes out beside the first if that takes longer
-	gatherFrom   = 4                     // answers at once
-	gatherTime   = time.Millisecond      // at most
-	gatherPause  = 50 * time.Microsecond // without another one
-	gatherYields = 1000                  // a bubble's clock stands still meanwhile
-	queueLimit   = 16384                 // transactions that wait; then callers wait, until their context ends
-	queueBytes   = 32 << 20              // the same in bytes
+	slots        = 2                      // batches in flight
+	slotAfter    = 5 * time.Millisecond   // the second goes out beside the first if that takes longer
+	gatherFrom   = 4                      // answers at once
+	gatherTime   = 500 * time.Microsecond // at most
+	gatherPause  = 50 * time.Microsecond  // without another one
+	gatherYields = 1000                   // a bubble's clock stands still meanwhile
+	queueLimit   = 16384                  // transactions that wait; then callers wait, until their context ends
+	queueBytes   = 32 << 20               // the same in bytes
 	resendMin    = 20 * time.Millisecond
 	resendMax    = time.Second
 	callerWaits  = 5 * time.Millisecond // for raft's main loop, in a caller's goroutine; then a slot does
@@ -81,7 +81,6 @@ const keepData = 4 << 10 // bytes; larger transactions are rare, and their memor
 type flight struct {
 	txs       []*pending
 	size      int // of txs, when it was formed
-	beside    int // that waited in the queue when it was settled
 	session   uint64
 	seq       uint64 // given at the first send and never dropped after it; 0 = not sent yet
 	onWire    bool
@@ -251,7 +250,7 @@ func (b *batcher) carry() {
 		case f := <-b.work:
 			for f != nil {
 				b.settle(f)
-				b.gather(f)
+				b.gather(f.size)
 				b.mu.Lock()
 				b.idle++
 				f = b.takeLocked()
@@ -263,17 +262,16 @@ func (b *batcher) carry() {
 	}
 }
 
-// gather lets those whose answers have just come say what they want next, so that they travel together, and with those who were
-// waiting. Else the first of them would go alone and the others wait for it, and each batch costs the members a millisecond of CPU
-// between them.
-func (b *batcher) gather(f *flight) {
-	if f.size < gatherFrom {
+// gather lets those whose answers have just come say what they want next, so that they travel together. Else the first of them
+// would go alone and the others wait for it, and each batch costs the members a millisecond of CPU between them.
+func (b *batcher) gather(answered int) {
+	if answered < gatherFrom {
 		return
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.gathering = true
-	gather(&b.mu, f.size+f.beside, func() int { return len(b.queue) })
+	gather(&b.mu, answered, func() int { return len(b.queue) })
 	b.gathering = false
 }
 
@@ -516,7 +514,6 @@ func (b *batcher) finishLocked(f *flight) {
 	if f.isSettledLocked() {
 		return
 	}
-	f.beside = len(b.queue)
 	delete(b.flights, f.seq)
 	delete(b.active, f)
 	close(f.settled)

@@ -349,15 +349,15 @@ func (c *conn) eachSession(f func(r sessionRow, h uint64) error) error {
 
 func (c *conn) eachAllowed(f func(addr string, h uint64) error) error {
 	return c.each(qAllowed, nil, func(v []driver.Value) error {
-		addr, _ := columnBytes(v[0])
-		return f(string(addr), columnUint(v[1]))
+		addr, _ := columnText(v[0])
+		return f(addr, columnUint(v[1]))
 	})
 }
 
 func (c *conn) eachRemoved(f func(id string, at, h uint64) error) error {
 	return c.each(qRemoved, nil, func(v []driver.Value) error {
-		id, _ := columnBytes(v[0])
-		return f(string(id), columnUint(v[1]), columnUint(v[2]))
+		id, _ := columnText(v[0])
+		return f(id, columnUint(v[1]), columnUint(v[2]))
 	})
 }
 
@@ -522,9 +522,9 @@ func columnBytes(v driver.Value) (b []byte, ok bool) {
 	return nil, false
 }
 
-// columnText is columnBytes as a string, of any bytes.
+// columnText is columnBytes as a string, which may hold any bytes.
 func columnText(v driver.Value) (text string, ok bool) {
-	if text, ok := v.(string); ok {
+	if text, ok = v.(string); ok {
 		return text, true
 	}
 	b, ok := columnBytes(v)

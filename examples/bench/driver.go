@@ -267,11 +267,13 @@ func gather(workers []*worker, clock time.Duration) result {
 
 // take takes one acknowledged write, about which there is no doubt, out of what the worker knows.
 func (w *worker) take() (key string, number uint64, ok bool) {
-	for last := len(w.acked) - 1; last >= 0; last-- {
-		n := w.acked[last]
-		w.acked = w.acked[:last]
-		if i := w.own(last); n != 0 && !w.doubt[i] {
-			return w.key(i), n, true
+	start := w.rand.Int()
+	for n := range w.acked {
+		mine := (start%len(w.acked) + n) % len(w.acked)
+		number := w.acked[mine]
+		w.acked[mine] = 0
+		if i := w.own(mine); number != 0 && !w.doubt[i] {
+			return w.key(i), number, true
 		}
 	}
 	if last := len(w.fresh) - 1; last >= 0 {
