@@ -267,10 +267,10 @@ func gather(workers []*worker, clock time.Duration) result {
 
 // take takes one acknowledged write, about which there is no doubt, out of what the worker knows.
 func (w *worker) take() (key string, number uint64, ok bool) {
-	start := w.rand.Int()
+	start := w.rand.IntN(len(w.acked) + 1)
 	for n := range w.acked {
-		mine := (start%len(w.acked) + n) % len(w.acked)
-		number := w.acked[mine]
+		mine := (start + n) % len(w.acked)
+		number = w.acked[mine]
 		w.acked[mine] = 0
 		if i := w.own(mine); number != 0 && !w.doubt[i] {
 			return w.key(i), number, true
