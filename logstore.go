@@ -265,7 +265,10 @@ func (l *logStore) sendAhead(entries []*raft.Log) bool {
 }
 
 // A usageError is the caller's mistake and says nothing about the disk.
-type usageError struct{ error }
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
 
 func (l *logStore) follows(entries []*raft.Log) error {
 	_, last := l.bounds()
@@ -480,7 +483,7 @@ func (l *logStore) change(what string, how conduct, op func() error) error {
 		l.passed()
 		return nil
 	case errors.As(err, &usage):
-		return usage.error
+		return usage.err
 	case how == answers:
 		return err
 	default:
