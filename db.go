@@ -50,6 +50,7 @@
 package quorate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -564,31 +565,75 @@ func (s *Service) unfit() error {
 // except for ErrRemoved, ErrClosed and a failed disk. It costs one atomic load.
 func (s *Service) Err() error { return s.faults.err() }
 
-// Ready waits until a write would be accepted: a leader is known, a majority answers it, and this member can send to it.
-// When ctx ends it says what is missing, and wraps ctx.Err().
+// Ready waits until a write would be accepted and a linearizable read answered here, now: a leader is known, a majority answers it,
+// this member can send to it and has applied what was acknowledged before. When ctx ends it says what is missing, and wraps
+// ctx.Err(); one that has ended already is an error too. A member that has no vote yet can be Ready, as it forwards and reads: in
+// Status its Role is NonVoter until it votes.
 func (s *Service) Ready(ctx context.Context) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	missing := ""
+	var target landing // the round whose entry is waited for; zero = none
 	for {
 		if err := s.faults.sticky(); err != nil {
 			return err
 		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("not ready: %s: %w", cmp.Or(missing, "nothing was asked, for the context had ended"), context.Cause(ctx))
+		}
 		changed := s.changes.wait()
-		_, err := s.reads.join(ctx)
-		if err == nil && s.batch.open() && s.silent() == nil && s.unfit() == nil {
+		ready, behind := s.serves(ctx, &target)
+		if ready {
 			return nil
 		}
-		if found := s.diagnose(ctx); found != "" && (ctx.Err() == nil || missing == "") {
+		found := s.diagnose(ctx)
+		if behind != "" {
+			found = behind + "; " + found
+		}
+		if ctx.Err() == nil || missing == "" {
 			missing = found
 		}
 		select {
 		case <-changed:
 		case <-time.After(50 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("not ready: %s: %w", missing, context.Cause(ctx))
 		}
 	}
+}
+
+const (
+	readyWait = time.Second     // between two looks at what may be wrong, while this member catches up
+	readyLag  = 2 * time.Second // a member that needs longer for what a round has found is behind
+)
+
+// serves makes one attempt at what Ready promises. It goes on with the target of the attempt before, so that under load what is waited
+// for does not move away; but one that took long to reach is old, and the next round's must be reached sooner. behind says how far
+// this member has come, if that is all that is missing.
+func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behind string) {
+	if s.silent() != nil || s.unfit() != nil {
+		return false, ""
+	}
+	if target.index == 0 {
+		var err error
+		if *target, err = s.reads.join(ctx); err != nil {
+			*target = landing{}
+			return false, ""
+		}
+	}
+	wait, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	if s.awaitApplied(wait, target.index, target.term) != nil {
+		return false, fmt.Sprintf("this member has applied %d of %d entries", s.fsm.applied.at(), target.index)
+	}
+	late := time.Since(target.began) > readyLag
+	*target = landing{}
+	if late || !s.batch.open() || s.unfit() != nil {
+		return false, ""
+	}
+	if err := s.verified(wait); err != nil {
+		return false, err.Error()
+	}
+	return true, ""
 }
 
 // Backup writes one consistent copy of the state to w while writes go on: an SQLite file that sqlite3 opens and Restore

@@ -1178,3 +1178,46 @@ func TestForgedAnnouncement(t *testing.T) {
 		t.Errorf("the victim reads %q, %v", v, err)
 	}
 }
+
+// A member that has come back and not caught up is not Ready, for a read would wait and the next restart would stop the writes.
+func TestReadyWaitsForTheIndex(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	m := c.follower(t)
+	m.stop()
+	l := c.leader(t)
+	for i := range 20 {
+		must(t, l.s.Set(ctxFor(t, patience), fmt.Sprint(i), nil))
+	}
+	release := make(chan struct{})
+	m.wrap = func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			m.mu.Lock()
+			s := m.s
+			m.mu.Unlock()
+			if s == nil {
+				http.NotFound(w, req)
+				return
+			}
+			withoutEntries(s, release).ServeHTTP(w, req)
+		})
+	}
+	m.start()
+	last := l.s.Status().CommitIndex
+	is(t, m.s.Ready(ctxFor(t, 3*time.Second)), context.DeadlineExceeded, "not ready: this member has applied ", fmt.Sprintf(" of %d entries", last))
+	close(release)
+	must(t, m.s.Ready(ctxFor(t, patience)))
+	if at := m.s.Status().AppliedIndex; at < last {
+		t.Errorf("Ready at %d of %d entries", at, last)
+	}
+}
+
+func TestReadyOfAContextThatHasEnded(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cause := errors.New("enough")
+	cancel(cause)
+	is(t, c[0].s.Ready(ctx), cause, "not ready")
+	c[0].stop()
+}
