@@ -151,7 +151,6 @@ type Service struct {
 	conf  Config // with the defaults filled in
 	log   *slog.Logger
 	lock  *dirLock
-	ident identity
 	store *store
 	wal   *logStore
 	fsm   *fsm
@@ -162,6 +161,8 @@ type Service struct {
 	hub   *hub
 	asOf  latest // how old this member's copy can be: see Freshness
 
+	identMu  sync.Mutex                // held while id is written; it guards the store of identity
+	identity atomic.Pointer[identity]  // who this member is: see ident
 	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
 	starts   atomic.Uint64             // odd while raft is started and s.raft may not be the one that votes
 	faults   faults

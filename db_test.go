@@ -661,7 +661,7 @@ func TestCloseWhileOthersHang(t *testing.T) {
 		if m != l {
 			m.behind(func(http.Handler) http.Handler {
 				return http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-					if r.URL.Path == "/raft/append" && r.Header.Get(headerFrom) == l.s.ident.id {
+					if r.URL.Path == "/raft/append" && r.Header.Get(headerFrom) == l.s.ident().id {
 						give(hangs)
 					}
 					io.Copy(io.Discard, r.Body) // or nothing notices that the caller has gone

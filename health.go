@@ -180,7 +180,7 @@ func (s *Service) checkStall() {
 	s.faults.set(faultLog, s.wal.failed())
 	err = nil
 	if len(s.fsm.members.Load().config.Servers) == 1 { // a cluster of several has proved that this address is its own
-		err = s.members.stranger(s.ident.cluster)
+		err = s.members.stranger(s.ident().cluster)
 	}
 	s.faults.set(faultStranger, err)
 }
@@ -291,7 +291,7 @@ func (s *Service) compareStates() {
 			votes[k.Boundary][k.value()]++
 		}
 	})
-	_, _, voter := s.server(s.ident.id)
+	_, _, voter := s.server(s.ident().id)
 	s.judge(own, votes, len(all), voter)
 }
 
@@ -392,7 +392,7 @@ func (s *Service) trust() {
 func (s *Service) rebuild() error {
 	r := s.raft.Load()
 	c := r.GetConfiguration().Configuration()
-	if v := voters(c); len(v) == 1 && string(v[0].ID) == s.ident.id {
+	if v := voters(c); len(v) == 1 && string(v[0].ID) == s.ident().id {
 		return s.forgive()
 	}
 	if r.State() == raft.Leader {
@@ -402,7 +402,7 @@ func (s *Service) rebuild() error {
 		return errors.New("this member led; another one must")
 	}
 	id, addr := s.leader()
-	if id == "" || id == s.ident.id {
+	if id == "" || id == s.ident().id {
 		return ErrNoLeader
 	}
 	in, err := s.receiveState(s.ctx, id, addr, s.path("snap.rebuild"))
@@ -454,7 +454,7 @@ func (s *Service) diagnose(ctx context.Context) string {
 	var wg sync.WaitGroup
 	wg.Go(func() { own = s.askOwnAddress(ctx) })
 	for i, m := range all {
-		if string(m.ID) == s.ident.id {
+		if string(m.ID) == s.ident().id {
 			continue
 		}
 		wg.Go(func() {
@@ -510,7 +510,7 @@ func (s *Service) askOwnAddress(ctx context.Context) string {
 	switch a, err := s.peer.status(ctx, base); {
 	case err != nil:
 		return fmt.Sprintf("this member does not reach itself: %v", explain(err, base))
-	case a.ID != s.ident.id:
+	case a.ID != s.ident().id:
 		return fmt.Sprintf("at this member's own address, %s, %s answers", s.conf.Addr, shortID(a.ID))
 	}
 	return ""

@@ -162,7 +162,7 @@ func (t *peerTable) stranger(own string) error {
 func (s *Service) startPeer() {
 	raftNow := func() *raft.Raft { return s.raft.Load() }
 	s.peer = newPeer(peerHost{
-		self:       func() (string, string, string) { return s.ident.id, s.ident.cluster, s.conf.Addr },
+		self:       func() (string, string, string) { return s.ident().id, s.ident().cluster, s.conf.Addr },
 		ready:      func() bool { return raftNow() != nil },
 		server:     s.server,
 		announced:  s.announcedAddr,
@@ -236,7 +236,7 @@ func (s *Service) announcedAddr(id string) string {
 func (s *Service) others() []raft.Server {
 	var list []raft.Server
 	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
-		if string(m.ID) != s.ident.id && !placeholder(string(m.Address)) {
+		if string(m.ID) != s.ident().id && !placeholder(string(m.Address)) {
 			list = append(list, m)
 		}
 	}
@@ -308,7 +308,7 @@ func (s *Service) propose(ctx context.Context, data []byte) (outcome, bool, erro
 		return wait(ctx)
 	}
 	id, addr := s.leader()
-	if id == "" || id == s.ident.id {
+	if id == "" || id == s.ident().id {
 		return outcome{}, false, ErrNoLeader
 	}
 	ctx, cancel := s.whileLed(ctx, id)
@@ -376,7 +376,7 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 // notLeader names the leader, unless that is this member itself: then there is none yet.
 func (s *Service) notLeader() error {
 	r := refuse(http.StatusMisdirectedRequest, codeNotLeader, "this member does not lead")
-	if id, addr := s.leader(); id != s.ident.id {
+	if id, addr := s.leader(); id != s.ident().id {
 		r.LeaderID, r.LeaderAddr = id, addr
 	}
 	return r
@@ -512,7 +512,7 @@ func (s *Service) raiseDue() (format, history uint64, due bool) {
 // alone: this is the only member of the configuration, of any kind.
 func (s *Service) alone() bool {
 	list := s.raft.Load().GetConfiguration().Configuration().Servers
-	return len(list) == 1 && string(list[0].ID) == s.ident.id
+	return len(list) == 1 && string(list[0].ID) == s.ident().id
 }
 
 // allRead asks every member, voter or not, whether it reads a format. The first that does not, or does not answer, is named in the
@@ -550,7 +550,7 @@ func (s *Service) proposeRaise(format, history uint64) {
 		return
 	}
 	was := s.store.meta()
-	ctx, cancel := s.whileLed(s.ctx, s.ident.id)
+	ctx, cancel := s.whileLed(s.ctx, s.ident().id)
 	defer cancel()
 	_, _, err := wait(ctx)
 	switch m := s.store.meta(); {
@@ -580,7 +580,7 @@ func (s *Service) awaitRaise() {
 
 // ownAddress puts this leader's address into the configuration if it came back at another one, or has one at last.
 func (s *Service) ownAddress() {
-	addr, _, _ := s.server(s.ident.id)
+	addr, _, _ := s.server(s.ident().id)
 	if s.conf.Addr == "" || addr == s.conf.Addr {
 		return
 	}
@@ -594,9 +594,9 @@ func (s *Service) ownAddress() {
 		return
 	}
 	defer end()
-	err = s.awaitRoom(ctx, s.conf.Addr, s.ident.id)
+	err = s.awaitRoom(ctx, s.conf.Addr, s.ident().id)
 	if err == nil {
-		err = s.setServer(ctx, s.ident.id, s.conf.Addr)
+		err = s.setServer(ctx, s.ident().id, s.conf.Addr)
 	}
 	if err != nil {
 		s.log.Debug("this leader's address is not in the configuration yet", "error", err)
@@ -708,7 +708,7 @@ func (s *Service) probe(ctx context.Context, list []raft.Server, configIndex uin
 	errs := make([]error, len(list))
 	var wg sync.WaitGroup
 	for i, m := range list {
-		if string(m.ID) == s.ident.id {
+		if string(m.ID) == s.ident().id {
 			continue
 		}
 		wg.Go(func() {
@@ -736,7 +736,7 @@ func (s *Service) askOthers(ctx context.Context, list []raft.Server, f func(i in
 	var mu sync.Mutex // held by f
 	var wg sync.WaitGroup
 	for i, m := range list {
-		if string(m.ID) == s.ident.id {
+		if string(m.ID) == s.ident().id {
 			continue
 		}
 		wg.Go(func() {
@@ -755,7 +755,7 @@ func (s *Service) askStatus(ctx context.Context, id raft.ServerID, base string) 
 	switch {
 	case err != nil:
 		return a, explain(err, base)
-	case a.ID != string(id) || a.Cluster != s.ident.cluster:
+	case a.ID != string(id) || a.Cluster != s.ident().cluster:
 		return a, fmt.Errorf("member %s answers at %s", shortID(a.ID), base)
 	}
 	return a, nil
@@ -818,7 +818,7 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		s.log.Info("a member joined or moved", "id", req.ID, "address", addr)
 		give(s.joined)
 	}
-	a := joinAnswer{Cluster: s.ident.cluster, LeaderID: s.ident.id, LeaderAddr: s.conf.Addr}
+	a := joinAnswer{Cluster: s.ident().cluster, LeaderID: s.ident().id, LeaderAddr: s.conf.Addr}
 	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
 		a.Members = append(a.Members, memberAddr{ID: string(m.ID), Addr: string(m.Address), Voter: m.Suffrage == raft.Voter})
 	}
@@ -929,7 +929,7 @@ func (s *Service) askToRemove(ctx context.Context, addr string) error {
 	switch id, leaderAddr := s.leader(); id {
 	case "":
 		return ErrNoLeader
-	case s.ident.id:
+	case s.ident().id:
 		return s.serveRemove(ctx, addr)
 	default:
 		ctx, cancel := s.whileLed(ctx, id)
@@ -970,7 +970,7 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 		if err := s.mayRemove(ctx, *target, c); err != nil {
 			return err
 		}
-		if string(target.ID) == s.ident.id {
+		if string(target.ID) == s.ident().id {
 			await(ctx, r.LeadershipTransfer()) // whoever leads then removes this member
 			return refuse(http.StatusMisdirectedRequest, codeNotLeader, "the leader hands over before it is removed")
 		}
@@ -1055,7 +1055,7 @@ func (s *Service) announced() bool {
 		return false
 	}
 	for _, m := range s.fsm.members.Load().config.Servers {
-		if string(m.ID) == s.ident.id {
+		if string(m.ID) == s.ident().id {
 			return string(m.Address) == s.conf.Addr
 		}
 	}
@@ -1063,7 +1063,7 @@ func (s *Service) announced() bool {
 }
 
 func (s *Service) announceToAll() {
-	if _, known, _ := s.server(s.ident.id); !known {
+	if _, known, _ := s.server(s.ident().id); !known {
 		return
 	}
 	for _, m := range s.others() {
@@ -1081,7 +1081,7 @@ func (s *Service) announceToAll() {
 func (s *Service) announceTo(id, addr string) error {
 	ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
 	defer cancel()
-	_, err := s.peer.join(ctx, baseURL(addr, s.conf.TLS), id, joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: s.conf.format, Announce: true})
+	_, err := s.peer.join(ctx, baseURL(addr, s.conf.TLS), id, joinRequest{ID: s.ident().id, Addr: s.conf.Addr, Format: s.conf.format, Announce: true})
 	return err
 }
 
@@ -1133,7 +1133,7 @@ type Member struct {
 func (s *Service) Status() Status {
 	m := s.store.meta()
 	r := s.raft.Load()
-	st := Status{ID: s.ident.id, Addr: s.conf.Addr, Cluster: s.ident.cluster, Role: s.role(),
+	st := Status{ID: s.ident().id, Addr: s.conf.Addr, Cluster: s.ident().cluster, Role: s.role(),
 		Term: r.CurrentTerm(), LastIndex: r.LastIndex(), CommitIndex: r.CommitIndex(),
 		AppliedIndex: m.applied, Revision: m.revision, Hash: m.stateHash()}
 	st.LeaderID, st.LeaderAddr = s.leader()
@@ -1141,7 +1141,7 @@ func (s *Service) Status() Status {
 	_, st.MemoryDropped = s.store.memoryState()
 	for _, v := range r.GetConfiguration().Configuration().Servers {
 		member := Member{ID: string(v.ID), Addr: string(v.Address), Voter: v.Suffrage == raft.Voter}
-		if member.ID != s.ident.id {
+		if member.ID != s.ident().id {
 			member.Heard = s.members.sinceHeard(member.ID)
 		}
 		st.Members = append(st.Members, member)
@@ -1162,7 +1162,7 @@ func (s *Service) role() Role {
 	case raft.Candidate:
 		return Candidate
 	}
-	if _, known, voter := s.server(s.ident.id); known && voter {
+	if _, known, voter := s.server(s.ident().id); known && voter {
 		return Follower
 	}
 	return NonVoter

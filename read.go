@@ -150,7 +150,7 @@ func (s *Service) readIndex(ctx context.Context) (readPoint, error) {
 	switch id {
 	case "":
 		return readPoint{}, ErrNoLeader
-	case s.ident.id:
+	case s.ident().id:
 		return s.leaderRound(ctx)
 	}
 	term, err := s.stateTerm() // in the round: it began after every Get that waits for it
@@ -312,7 +312,7 @@ func (s *Service) electorate(c raft.Configuration) (voters, self int, others []r
 	for _, m := range c.Servers {
 		switch {
 		case m.Suffrage != raft.Voter:
-		case string(m.ID) == s.ident.id:
+		case string(m.ID) == s.ident().id:
 			voters, self = voters+1, 1
 		default:
 			voters++

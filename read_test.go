@@ -197,20 +197,20 @@ func TestStatementCompletesRound(t *testing.T) {
 			states uint64
 			ok     bool
 		}{
-			{f.s.ident.id, term, true},
-			{f.s.ident.id, 0, false},
-			{f.s.ident.id, term - 1, false},
-			{f.s.ident.id, term + 1, false},
+			{f.s.ident().id, term, true},
+			{f.s.ident().id, 0, false},
+			{f.s.ident().id, term - 1, false},
+			{f.s.ident().id, term + 1, false},
 			{"n", term, false}, // has no vote
 			{"x", term, false},
-			{l.s.ident.id, term, false},
+			{l.s.ident().id, term, false},
 		} {
 			at, ok := l.s.roundWith(x.from, x.states)
 			if ok != x.ok || ok && (at.term != term || at.index != r.CommitIndex()) {
 				t.Errorf("a round with %s, which states term %d of %d: %v, %v", x.from, x.states, term, at, ok)
 			}
 		}
-		if _, ok := f.s.roundWith(g.s.ident.id, term); ok {
+		if _, ok := f.s.roundWith(g.s.ident().id, term); ok {
 			t.Error("a follower holds a round")
 		}
 
@@ -233,7 +233,7 @@ func TestNoTermIsStatedWhileRaftStarts(t *testing.T) {
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		f.s.starts.Add(1)
 		var r *refusal
-		if _, err := l.s.peer.askTerm(t.Context(), f.s.ident.id, f.conf.Addr); !errors.As(err, &r) || r.Code != codeNotReady {
+		if _, err := l.s.peer.askTerm(t.Context(), f.s.ident().id, f.conf.Addr); !errors.As(err, &r) || r.Code != codeNotReady {
 			t.Errorf("a member that starts raft is asked for its term: %v", err)
 		}
 		if _, err := f.s.readIndex(t.Context()); err == nil {
@@ -353,12 +353,12 @@ func TestGetSeesWriteElsewhere(t *testing.T) {
 func TestForwardedWriteIsNotForwarded(t *testing.T) {
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		before := c.net.arrivals()
-		_, sent, err := f.s.peer.propose(t.Context(), g.s.ident.id, g.conf.Addr, encodeOpen(firstFormat, [16]byte{1}))
+		_, sent, err := f.s.peer.propose(t.Context(), g.s.ident().id, g.conf.Addr, encodeOpen(firstFormat, [16]byte{1}))
 		var r *refusal
 		if sent || !errors.As(err, &r) {
 			t.Fatalf("a write sent to a follower: sent %v, %v", sent, err)
 		}
-		if r.Status != http.StatusMisdirectedRequest || r.LeaderID != l.s.ident.id || r.LeaderAddr != l.conf.Addr {
+		if r.Status != http.StatusMisdirectedRequest || r.LeaderID != l.s.ident().id || r.LeaderAddr != l.conf.Addr {
 			t.Errorf("a follower answers %+v, want status 421 and the leader at %s", r, l.conf.Addr)
 		}
 		after := c.net.arrivals()

@@ -53,7 +53,7 @@ func (s *Service) identify() error {
 			return err
 		}
 	}
-	s.ident = ident
+	s.identity.Store(&ident)
 	list, _ := os.ReadDir(s.path("wal"))
 	segments := slices.ContainsFunc(list, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) == ".wal" }) // made after the meta file
 	if _, err := os.Lstat(s.path(filepath.Join("wal", "wal-meta.db"))); err != nil && (ident.intent == intentMember || segments) {
@@ -67,15 +67,25 @@ func (s *Service) identify() error {
 // settleIn marks the id as that of a member with state. Without its state such an id is refused: it would begin anew what it
 // has promised to the others, or to its callers.
 func (s *Service) settleIn() error {
-	if s.ident.intent == intentMember {
+	if s.ident().intent == intentMember {
 		return nil
 	}
-	ident := s.ident
-	ident.intent = intentMember
+	return s.changeIdentity(func(ident *identity) { ident.intent = intentMember })
+}
+
+// ident is who this member is. What it points to is replaced, never changed.
+func (s *Service) ident() *identity { return s.identity.Load() }
+
+// changeIdentity writes the id file anew, and then this member is who it says.
+func (s *Service) changeIdentity(change func(*identity)) error {
+	s.identMu.Lock()
+	defer s.identMu.Unlock()
+	ident := *s.ident()
+	change(&ident)
 	if err := writeIdentity(s.conf.Dir, ident); err != nil {
 		return err
 	}
-	s.ident.intent = intentMember
+	s.identity.Store(&ident)
 	return nil
 }
 
@@ -175,7 +185,7 @@ func (s *Service) recoverFile(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if last == 0 && s.ident.intent != intentMember && term <= 1 || last > 0 && first == 1 {
+	if last == 0 && s.ident().intent != intentMember && term <= 1 || last > 0 && first == 1 {
 		return nil
 	}
 	s.log.Warn("snap is missing: fetching the state from another member", "first log index", first, "last log index", last)
@@ -221,7 +231,7 @@ func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 
 // loggedBases are the base URLs of the others in the configurations of the log, the newest first.
 func (s *Service) loggedBases() (list []string, err error) {
-	seen := map[string]bool{s.ident.id: true}
+	seen := map[string]bool{s.ident().id: true}
 	first, last := s.wal.bounds()
 	for i := last; i >= first && i > 0; i-- {
 		var l raft.Log
@@ -247,7 +257,7 @@ func (s *Service) fetchFrom(ctx context.Context, base string, first uint64) erro
 	if err != nil {
 		return explain(err, base)
 	}
-	if a.LeaderID == "" || a.LeaderID == s.ident.id {
+	if a.LeaderID == "" || a.LeaderID == s.ident().id {
 		return ErrNoLeader
 	}
 	in, err := s.receiveState(ctx, a.LeaderID, a.LeaderAddr, s.path("snap.rebuild"))
@@ -303,7 +313,7 @@ func (s *Service) enter(ctx context.Context) error {
 	if m.applied > 0 || last > 0 {
 		return s.returning()
 	}
-	if s.ident.intent == intentMember {
+	if s.ident().intent == intentMember {
 		return fmt.Errorf("%w: this directory belongs to a member, and neither snap nor wal holds anything: put them back, or empty "+
 			"the directory and start with a bootURL", ErrCorrupt)
 	}
@@ -312,15 +322,14 @@ func (s *Service) enter(ctx context.Context) error {
 		return err
 	}
 	switch {
-	case s.ident.intent == intentJoin && s.conf.Join == "":
+	case s.ident().intent == intentJoin && s.conf.Join == "":
 		return fmt.Errorf("%w: this directory began by joining a cluster and holds no state yet: give the bootURL of that cluster "+
 			"(or empty the directory to begin a new cluster)", ErrInvalid)
-	case s.ident.intent == intentJoin:
+	case s.ident().intent == intentJoin:
 		return s.join(ctx)
 	case s.conf.Join != "" && term <= 1:
 		// It was about to begin a cluster and never did. An id is never used for two things, so it becomes another member.
-		s.ident = identity{id: newID(), intent: intentJoin}
-		if err := writeIdentity(s.conf.Dir, s.ident); err != nil {
+		if err := s.changeIdentity(func(ident *identity) { *ident = identity{id: newID(), intent: intentJoin} }); err != nil {
 			return err
 		}
 		return s.join(ctx)
@@ -330,7 +339,7 @@ func (s *Service) enter(ctx context.Context) error {
 
 // returning checks a directory with state against how it is opened now.
 func (s *Service) returning() error {
-	if s.ident.cluster == "" {
+	if s.ident().cluster == "" {
 		return fmt.Errorf("%w: the directory holds state and id names no cluster", ErrCorrupt)
 	}
 	if n := len(s.fsm.members.Load().config.Servers); s.conf.Addr == "" && n > 1 {
@@ -345,9 +354,9 @@ func (s *Service) returning() error {
 func (s *Service) bootstrap(ctx context.Context) error {
 	addr := s.conf.Addr
 	if addr == "" {
-		addr = placeholderAddr(s.ident.id)
+		addr = placeholderAddr(s.ident().id)
 	}
-	c := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(s.ident.id), Address: raft.ServerAddress(addr)}}}
+	c := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(s.ident().id), Address: raft.ServerAddress(addr)}}}
 	_, err := besideRaft(ctx, s.wal, func() (any, error) {
 		if err := s.wal.SetUint64([]byte("CurrentTerm"), 1); err != nil {
 			return nil, err
@@ -370,13 +379,12 @@ func placeholder(addr string) bool { return len(addr) > 6 && addr[:6] == "local:
 func (s *Service) join(ctx context.Context) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
-	req := joinRequest{ID: s.ident.id, Addr: s.conf.Addr, Format: s.conf.format}
+	req := joinRequest{ID: s.ident().id, Addr: s.conf.Addr, Format: s.conf.format}
 	tried := map[string]error{} // by base URL: the last answer
 	for backoff := 10 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
 		a, base, err := s.askToJoin(ctx, req)
 		if err == nil {
-			s.ident.cluster = a.Cluster
-			return writeIdentity(s.conf.Dir, s.ident)
+			return s.changeIdentity(func(ident *identity) { ident.cluster = a.Cluster })
 		}
 		if final := s.refusedForGood(err); final != nil {
 			return final
@@ -439,7 +447,7 @@ func (s *Service) refusedForGood(err error) error {
 // raftConfig is what we ask of raft, with what was measured for it.
 func (s *Service) raftConfig() *raft.Config {
 	c := raft.DefaultConfig()
-	c.LocalID = raft.ServerID(s.ident.id)
+	c.LocalID = raft.ServerID(s.ident().id)
 	c.Logger = hclogger(s.log.With("in", "raft"))
 	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = heartbeatTimeout, heartbeatTimeout, leaseTimeout
 	c.CommitTimeout = commitTimeout
@@ -490,7 +498,7 @@ func (s *Service) startRaftLocked(ctx context.Context) error {
 	s.raft.Store(r)
 	s.starts.Add(1)
 	s.ended = nil
-	if v := voters(r.GetConfiguration().Configuration()); len(v) == 1 && string(v[0].ID) == s.ident.id {
+	if v := voters(r.GetConfiguration().Configuration()); len(v) == 1 && string(v[0].ID) == s.ident().id {
 		// The only voter needs no election timeout: it would wait for nobody.
 		if err := trans.stand(); err != nil {
 			s.log.Warn("this only voter stands for election a little later", "error", err)
@@ -504,7 +512,7 @@ func (s *Service) startRaftLocked(ctx context.Context) error {
 func (s *Service) awaitOwnLog(ctx context.Context) {
 	r := s.raft.Load()
 	last, _ := s.wal.last()
-	if v := voters(r.GetConfiguration().Configuration()); len(v) != 1 || string(v[0].ID) != s.ident.id || last <= s.store.meta().applied {
+	if v := voters(r.GetConfiguration().Configuration()); len(v) != 1 || string(v[0].ID) != s.ident().id || last <= s.store.meta().applied {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, replayPatience)

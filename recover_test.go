@@ -415,12 +415,12 @@ func TestMemberComesBack(t *testing.T) {
 		first, last := away.s.wal.bounds()
 		install := away.s.store.meta().installed
 		req := &raft.InstallSnapshotRequest{
-			RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(leader.s.ident.id), Addr: []byte(leader.conf.Addr)}, SnapshotVersion: 1, Term: leader.s.Status().Term, Leader: []byte(leader.conf.Addr),
+			RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(leader.s.ident().id), Addr: []byte(leader.conf.Addr)}, SnapshotVersion: 1, Term: leader.s.Status().Term, Leader: []byte(leader.conf.Addr),
 			LastLogIndex: old.Index, LastLogTerm: old.Term, Configuration: raft.EncodeConfiguration(old.Configuration),
 			ConfigurationIndex: old.ConfigurationIndex, Size: old.Size}
 		var resp raft.InstallSnapshotResponse
 		tr := leader.s.peer.current.Load()
-		must(t, tr.InstallSnapshot(raft.ServerID(away.s.ident.id), raft.ServerAddress(away.conf.Addr), req, &resp, b))
+		must(t, tr.InstallSnapshot(raft.ServerID(away.s.ident().id), raft.ServerAddress(away.conf.Addr), req, &resp, b))
 		if !resp.Success {
 			t.Errorf("answered %+v", resp)
 		}

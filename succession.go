@@ -50,7 +50,7 @@ func (s *Service) watchLeader() {
 
 // follows is the leader's id on a member that follows one; else "".
 func (s *Service) follows() string {
-	if id, _ := s.leader(); id != s.ident.id {
+	if id, _ := s.leader(); id != s.ident().id {
 		return id
 	}
 	return ""
@@ -94,7 +94,7 @@ func (s *Service) leaderGone(ctx context.Context, id string) bool {
 	case err != nil:
 		return errors.Is(err, syscall.ECONNREFUSED)
 	}
-	return a.ID == id && a.Cluster == s.ident.cluster && a.Role != Leader.String()
+	return a.ID == id && a.Cluster == s.ident().cluster && a.Role != Leader.String()
 }
 
 // isHeir reports whether the member whose status is own should stand, by the answers of other voters. The voters are all in number.

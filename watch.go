@@ -216,7 +216,7 @@ func (s *Service) mends() bool {
 		return true
 	}
 	v := voters(s.fsm.members.Load().config)
-	return len(v) != 1 || string(v[0].ID) != s.ident.id // alone there is nobody to rebuild it from
+	return len(v) != 1 || string(v[0].ID) != s.ident().id // alone there is nobody to rebuild it from
 }
 
 // deliver is the only way to the loop's body.
