@@ -385,7 +385,7 @@ func (s *Service) close() error {
 func (s *Service) drain(limit time.Duration) {
 	ctx, cancel := context.WithTimeout(s.ctx, limit)
 	defer cancel()
-	for !s.batch.empty() && s.faults.first(faultRemoved, faultLog, faultApply, faultState) == nil {
+	for !s.batch.empty() && s.faults.first(faultRemoved, faultLog, faultApply, faultState, faultLogFull, faultStateWaits) == nil {
 		wait, stop := context.WithTimeout(ctx, 5*time.Millisecond)
 		<-wait.Done()
 		stop()
@@ -503,7 +503,7 @@ func (s *Service) catchUp(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 	for backoff := time.Millisecond; ; backoff = min(2*backoff, 200*time.Millisecond) {
-		if err := s.unfit(); err != nil {
+		if err := s.refusesReads(); err != nil {
 			return err
 		}
 		changed := s.changes.wait()
@@ -557,11 +557,6 @@ func (s *Service) verified(ctx context.Context) error {
 	}
 }
 
-// unfit says why this member may answer no Get, if so.
-func (s *Service) unfit() error {
-	return s.faults.first(faultClosed, faultRemoved, faultLog, faultApply, faultForeign, faultDiverged, faultState)
-}
-
 // Err returns a serious error that keeps this process from working now, or nil. It may recover by itself and be nil again,
 // except for ErrRemoved, ErrClosed and a failed disk. It costs one atomic load.
 func (s *Service) Err() error { return s.faults.err() }
@@ -576,7 +571,7 @@ func (s *Service) Ready(ctx context.Context) error {
 	missing := ""
 	var target landing // the round whose entry is waited for; zero = none
 	for {
-		if err := s.faults.sticky(); err != nil {
+		if err := s.refusesWrites(); err != nil {
 			return err
 		}
 		if ctx.Err() != nil {
@@ -611,7 +606,7 @@ const (
 // for does not move away; but one that took long to reach is old, and the next round's must be reached sooner. behind says how far
 // this member has come, if that is all that is missing.
 func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behind string) {
-	if s.silent() != nil || s.unfit() != nil {
+	if s.unready() != nil {
 		return false, ""
 	}
 	if target.index == 0 {
@@ -628,7 +623,7 @@ func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behi
 	}
 	late := time.Since(target.began) > readyLag
 	*target = landing{}
-	if late || !s.batch.open() || s.unfit() != nil {
+	if late || !s.batch.open() || s.unready() != nil {
 		return false, ""
 	}
 	if err := s.verified(wait); err != nil {

@@ -25,27 +25,68 @@ const (
 	strangerAge   = 15 * time.Second // how long a call from another cluster is remembered
 )
 
-// The kinds of fault, the gravest first: Err shows the first that is there.
+// The kinds of fault, the gravest first: Err shows the first that it shows at all. Each has a row in faultTable.
 type faultKind int
 
 const (
-	faultClosed faultKind = iota // sticky, as the next three are
+	faultClosed faultKind = iota
 	faultRemoved
-	faultLog // EIO in the log; ENOSPC passes
+	faultLog
 	faultApply
-	faultRaft      // raft could not be started again
-	faultState     // snap is damaged
-	faultForeign   // another program wrote to snap
-	faultDiverged  // a quorum agrees on another state
-	faultDispute   // the states of the members differ, and no quorum agrees on any
-	faultLogDamage // an old entry of the log can't be read
+	faultRaft
+	faultState
+	faultForeign
+	faultDiverged
+	faultDispute
+	faultLogDamage
 	faultStall
+	faultLogFull
+	faultStateWaits
 	faultStranger
 	faultKinds
 )
 
+// effects are what a fault does to this member.
+type effects uint
+
+const (
+	isSilent       effects = 1 << iota // it neither sends nor answers what others would take for a sign of life, so they elect another leader
+	unfit                              // it hands over if it leads and a fit voter can, and it is the last to stand for election
+	notReady                           // Ready fails
+	inErr                              // Err shows it
+	refusesWrites                      // every write that is begun here is refused at once
+	refusesLeading                     // writes are refused at once where this member leads and no voter is fit to
+	refusesReads                       // linearizable reads are refused at once, and the state is served to nobody
+	effectsEnd
+)
+
+// faultTable is all that the kinds of fault differ in: silent, unfitToLead and the other questions about this member's faults are
+// answered from it. A new kind is a constant above, a row here, and whoever finds it calls faults.set with it, and with nil when
+// it has passed. README has the same table for operators.
+var faultTable = [faultKinds]struct {
+	cause string
+	does  effects
+	ends  string
+}{
+	faultClosed:     {"closed", notReady | inErr | refusesWrites | refusesReads, "another Open"},
+	faultRemoved:    {"removed from the cluster", notReady | inErr | refusesWrites | refusesReads, "nothing: an empty directory joins anew"},
+	faultLog:        {"the disk of the log has failed", isSilent | unfit | notReady | inErr | refusesWrites | refusesReads, "a restart, which reads the disk again"},
+	faultApply:      {"the disk of the state has failed", isSilent | unfit | notReady | inErr | refusesWrites | refusesReads, "a restart, which reads the disk again"},
+	faultRaft:       {"raft does not start again", unfit | notReady | inErr, "the next try, seconds later"},
+	faultState:      {"`snap` is damaged", unfit | notReady | inErr | refusesWrites | refusesReads, "the rebuild from the leader; alone, a backup"},
+	faultForeign:    {"another program wrote to `snap`", unfit | notReady | inErr | refusesReads, "the rebuild from the leader; alone, its contents are taken"},
+	faultDiverged:   {"the state differs from a majority's", unfit | notReady | inErr | refusesReads, "the rebuild from the leader"},
+	faultDispute:    {"the states differ and there is no majority", inErr, "a backup, or the removal of the wrong members"},
+	faultLogDamage:  {"an old entry of the log is damaged", inErr, "an empty directory that joins anew"},
+	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
+	faultLogFull:    {"no space for the log", unfit | notReady | inErr | refusesLeading, "space"},
+	faultStateWaits: {"no space for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, or the end of the lock"},
+	faultStranger:   {"another cluster calls this address", inErr, "15 s without a call"},
+}
+
 type faults struct {
-	log *slog.Logger
+	log   *slog.Logger
+	moved func() // called when a kind that makes unfit has come or gone; must not block; may be nil
 
 	mu   sync.Mutex // guards list and the store of top
 	list [faultKinds]error
@@ -62,22 +103,35 @@ func (f *faults) set(k faultKind, err error) {
 	defer f.mu.Unlock()
 	was := f.list[k]
 	f.list[k] = err
-	switch {
-	case err != nil && was == nil:
-		f.some.Add(1)
-		if k != faultClosed {
-			f.log.Error("this member can't work", "fault", err)
-		}
-	case err == nil && was != nil:
-		f.some.Add(-1)
-		f.log.Info("this member has recovered", "fault", was)
+	if (err == nil) != (was == nil) {
+		f.turnedLocked(k, err, was)
 	}
 	f.top.Store(nil)
-	for _, err := range f.list {
-		if err != nil {
-			f.top.Store(&err)
-			return
+	if err := f.withLocked(inErr); err != nil {
+		f.top.Store(&err)
+	}
+}
+
+// turnedLocked: a fault has come, or the one that was there has gone.
+func (f *faults) turnedLocked(k faultKind, err, was error) {
+	does := faultTable[k].does
+	switch {
+	case err == nil:
+		f.some.Add(-1)
+		f.log.Info("this member has recovered", "fault", was)
+	default:
+		f.some.Add(1)
+		if k == faultClosed {
+			break
 		}
+		if does&inErr != 0 {
+			f.log.Error("this member can't work", "fault", err)
+		} else {
+			f.log.Warn("this member does not work as it should", "fault", err)
+		}
+	}
+	if does&unfit != 0 && f.moved != nil {
+		f.moved()
 	}
 }
 
@@ -103,27 +157,77 @@ func (f *faults) first(kinds ...faultKind) error {
 	return nil
 }
 
-// sticky is a fault that no waiting mends, so that a write is refused at once.
-func (f *faults) sticky() error {
-	for _, k := range []faultKind{faultClosed, faultRemoved, faultLog, faultApply, faultState} {
-		if err := f.first(k); err != nil && !isFull(err) {
+// with is the gravest fault that has this effect.
+func (f *faults) with(e effects) error {
+	if f.some.Load() == 0 {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.withLocked(e)
+}
+
+func (f *faults) withLocked(e effects) error {
+	for k, err := range f.list {
+		if err != nil && faultTable[k].does&e != 0 {
 			return err
 		}
 	}
 	return nil
 }
 
-// silent says why this member must not act as a member: its disk has failed or hangs. It then neither sends nor answers
-// what others would take for a sign of life, so that they elect somebody whose disk works.
-func (s *Service) silent() error {
-	if err := s.wal.failed(); err != nil && !isFull(err) {
+// ofLog takes the word of the log: a fault for good, that the disk is full, or nil that all is well.
+func (f *faults) ofLog(err error) {
+	var full error
+	if isFull(err) {
+		full, err = err, nil
+	}
+	f.set(faultLog, err)
+	f.set(faultLogFull, full)
+}
+
+// ofApply takes the word of apply: a fault for good, that it waits, or nil that it goes on.
+func (f *faults) ofApply(err error) {
+	if err == nil || isIO(err) {
+		f.set(faultApply, err)
+	}
+	if !isIO(err) {
+		f.set(faultStateWaits, err)
+	}
+}
+
+// suffers is the gravest fault of this member that has this effect. A call that hangs is asked for itself: what watchHealth has
+// found may be a second old.
+func (s *Service) suffers(e effects) error {
+	if err := s.faults.with(e); err != nil {
 		return err
 	}
-	if err := s.faults.first(faultApply); err != nil && !isFull(err) {
-		return err
+	if faultTable[faultStall].does&e != 0 {
+		return s.hangs()
 	}
+	return nil
+}
+
+// silent says why this member must not act as a member. It then neither sends nor answers what others would take for a sign of
+// life, so that they elect one whose disk works.
+func (s *Service) silent() error { return s.suffers(isSilent) }
+
+// unfitToLead says why another member should lead. This one votes, acknowledges what its log takes, and serves reads.
+func (s *Service) unfitToLead() error { return s.suffers(unfit) }
+
+// unready is a fault that fails Ready.
+func (s *Service) unready() error { return s.suffers(notReady) }
+
+// refusesWrites says why a write that is begun here is refused at once: waiting does not mend it.
+func (s *Service) refusesWrites() error { return s.suffers(refusesWrites) }
+
+// refusesReads says why this member answers no linearizable read and gives its state to nobody.
+func (s *Service) refusesReads() error { return s.suffers(refusesReads) }
+
+// hangs is the fault of a call to the disk that does not return.
+func (s *Service) hangs() error {
 	if d := max(s.wal.busy(), s.fsm.stalled()); d > stallLimit {
-		return fmt.Errorf("the disk has not answered for %v", d.Round(time.Second))
+		return fmt.Errorf("a call to the disk has not returned for %v: this member answers nothing until it does", d.Round(time.Second))
 	}
 	return nil
 }
@@ -142,7 +246,7 @@ func (s *Service) watchHealth() {
 		s.checkStall()
 		s.checkFile()
 		s.checkRemoved()
-		if s.unfit() != nil {
+		if s.refusesReads() != nil {
 			s.hub.wake()
 		}
 		if s.store.meta().applied > 0 {
@@ -172,13 +276,9 @@ func (s *Service) watchHealth() {
 }
 
 func (s *Service) checkStall() {
+	s.faults.set(faultStall, s.hangs())
+	s.faults.ofLog(s.wal.failed())
 	var err error
-	if d := max(s.wal.busy(), s.fsm.stalled()); d > stallLimit {
-		err = fmt.Errorf("a call to the disk has not returned for %v: this member answers nothing until it does", d.Round(time.Second))
-	}
-	s.faults.set(faultStall, err)
-	s.faults.set(faultLog, s.wal.failed())
-	err = nil
 	if len(s.fsm.members.Load().config.Servers) == 1 { // a cluster of several has proved that this address is its own
 		err = s.members.stranger(s.ident().cluster)
 	}

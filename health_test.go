@@ -561,3 +561,98 @@ func TestMembersThatDiffer(t *testing.T) {
 		}
 	}
 }
+
+// README shows the table of faults as the code has it, and each question about a member's faults is answered from the table.
+func TestFaultTable(t *testing.T) {
+	t.Parallel()
+	const begin, end = "TestFaultTable -update -->\n", "<!-- faults end -->"
+	var b strings.Builder
+	b.WriteString("| fault | silent | unfit | Ready | Err | writes | reads | ends with |\n|---|---|---|---|---|---|---|---|\n")
+	for _, row := range faultTable {
+		b.WriteString("| " + row.cause)
+		for _, column := range []struct {
+			of   effects
+			word string
+		}{{isSilent, "yes"}, {unfit, "yes"}, {notReady, "fails"}, {inErr, "says so"}, {refusesWrites, "refused"}, {refusesReads, "refused"}} {
+			word := column.word
+			switch {
+			case column.of == refusesWrites && row.does&refusesLeading != 0:
+				word = "leading"
+			case row.does&column.of == 0:
+				word = ""
+			}
+			b.WriteString(" | " + word)
+		}
+		b.WriteString(" | " + row.ends + " |\n")
+	}
+	data, err := os.ReadFile("README.md")
+	must(t, err)
+	head, rest, _ := strings.Cut(string(data), begin)
+	_, tail, found := strings.Cut(rest, end)
+	if !found {
+		t.Fatal("README has no place for the table")
+	}
+	want := head + begin + b.String() + end + tail
+	if *update {
+		must(t, os.WriteFile("README.md", []byte(want), 0o644))
+	} else if string(data) != want {
+		t.Errorf("README does not show the table of faults; -update rewrites it\n%s", firstDifference(want, string(data)))
+	}
+}
+
+func TestFaultEffects(t *testing.T) {
+	t.Parallel()
+	for k, row := range faultTable {
+		if row.cause == "" || row.ends == "" || row.does == 0 || row.does >= effectsEnd {
+			t.Errorf("fault %d has no row: %+v", k, row)
+		}
+		for _, graver := range []bool{false, true} { // one that does other things hides none of them
+			s := &Service{wal: &logStore{}, fsm: &fsm{}}
+			s.faults.log = slog.New(slog.DiscardHandler)
+			s.conf.Timeout, s.conf.MaxValue = time.Minute, 1
+			moved := 0
+			s.faults.moved = func() { moved++ }
+			fault, other := errors.New(row.cause), errors.New("the graver one")
+			all := row.does
+			if graver && k > 0 {
+				s.faults.set(faultKind(k-1), other)
+				all |= faultTable[k-1].does
+			}
+			moved = 0
+			s.faults.set(faultKind(k), fault)
+			for what, is := range map[string]struct {
+				of  effects
+				err error
+			}{
+				"silent": {isSilent, s.silent()}, "unfit to lead": {unfit, s.unfitToLead()}, "unready": {notReady, s.unready()},
+				"refuses writes": {refusesWrites, s.refusesWrites()}, "refuses reads": {refusesReads, s.refusesReads()}, "Err": {inErr, s.Err()},
+				"refuses writes leading": {refusesLeading, s.suffers(refusesLeading)},
+			} {
+				if (is.err != nil) != (all&is.of != 0) {
+					t.Errorf("%s: %s: %v", row.cause, what, is.err)
+				}
+				if is.err != nil && is.err != fault && is.err != other {
+					t.Errorf("%s: %s is another fault: %v", row.cause, what, is.err)
+				}
+			}
+			if (moved == 1) != (row.does&unfit != 0) {
+				t.Errorf("%s: moved %d times", row.cause, moved)
+			}
+			if row.does&refusesWrites != 0 {
+				if err := s.Set(t.Context(), "k", nil); !errors.Is(err, ErrNotApplied) || !errors.Is(err, fault) && !errors.Is(err, other) {
+					t.Errorf("%s: Set: %v", row.cause, err)
+				}
+			}
+			if row.does&refusesReads != 0 {
+				if _, err := s.Get(t.Context(), "k"); !errors.Is(err, fault) && !errors.Is(err, other) {
+					t.Errorf("%s: Get: %v", row.cause, err)
+				}
+			}
+			s.faults.set(faultKind(k), nil)
+			s.faults.set(faultKind(max(k-1, 0)), nil)
+			if err := s.suffers(effectsEnd - 1); err != nil || s.Err() != nil {
+				t.Errorf("%s is over: %v, %v", row.cause, err, s.Err())
+			}
+		}
+	}
+}

@@ -396,7 +396,7 @@ func (s *Service) serveReadIndex(ctx context.Context) (readPoint, error) {
 
 // serveState streams the whole state to a member that must rebuild its own: from a leader that a quorum has just confirmed.
 func (s *Service) serveState(ctx context.Context, w io.Writer) error {
-	if err := s.unfit(); err != nil {
+	if err := s.refusesReads(); err != nil {
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
 	at, err := s.serveReadIndex(ctx)
@@ -881,7 +881,7 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 	if err != nil {
 		return notApplied(err)
 	}
-	if err := s.faults.sticky(); err != nil {
+	if err := s.refusesWrites(); err != nil {
 		return notApplied(err)
 	}
 	ctx, cancel := s.limited(ctx)
@@ -903,7 +903,7 @@ func (s *Service) RemoveMember(ctx context.Context, addr string) error {
 		case refused && !r.definite(), !refused && !errors.Is(err, ErrNoLeader) && !errors.Is(err, ErrNotApplied):
 			sent = true
 		}
-		switch fault := s.faults.sticky(); {
+		switch fault := s.refusesWrites(); {
 		case errors.Is(fault, ErrRemoved) && addr == s.conf.Addr:
 			return nil
 		case fault != nil && sent:
@@ -1177,11 +1177,11 @@ func (s *Service) statusAnswer() statusAnswer {
 	last, lastTerm := s.lastEntry()
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
-		LeaderSilence: s.leaderSilence().Milliseconds(), Healthy: s.unfit() == nil && s.silent() == nil}
+		LeaderSilence: s.leaderSilence().Milliseconds(), Healthy: s.refusesReads() == nil && s.silent() == nil}
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter})
 	}
-	if marks, err := s.store.marks(); err == nil && s.unfit() == nil {
+	if marks, err := s.store.marks(); err == nil && s.refusesReads() == nil {
 		for _, k := range marks {
 			a.Marks = append(a.Marks, k.answer())
 		}

@@ -107,7 +107,7 @@ func (s *Service) openState(ctx context.Context) error {
 	s.wal, err = openLog(logOptions{
 		dir: s.path("wal"), vfs: s.conf.vfs, segmentSize: s.conf.segment, log: s.log,
 		leader: func() bool { r := s.raft.Load(); return r != nil && r.State() == raft.Leader },
-		fault:  func(err error) { s.faults.set(faultLog, err) },
+		fault:  s.faults.ofLog,
 		ahead:  s.peer.sendAhead,
 	})
 	if err != nil {
@@ -126,7 +126,7 @@ func (s *Service) openState(ctx context.Context) error {
 	if s.fsm, err = newFSM(s.store, s.log); err != nil {
 		return err
 	}
-	s.fsm.fault = func(err error) { s.faults.set(faultApply, err) }
+	s.fsm.fault = s.faults.ofApply
 	s.fsm.distrust = s.distrust
 	s.snaps = &snapshotStore{fsm: s.fsm, path: s.path("snap.incoming")}
 	return s.startRule()

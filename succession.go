@@ -62,7 +62,7 @@ func (s *Service) leaderSilence() time.Duration { return time.Since(s.raft.Load(
 func (s *Service) succeed(leader string) {
 	ctx, cancel := context.WithTimeout(s.ctx, lookPatience)
 	defer cancel()
-	if s.role() != Follower || s.silent() != nil || s.unfit() != nil || !s.leaderGone(ctx, leader) {
+	if s.role() != Follower || s.silent() != nil || s.unfitToLead() != nil || !s.leaderGone(ctx, leader) {
 		return
 	}
 	own := s.statusAnswer()

@@ -185,7 +185,7 @@ func (s *Service) write(ctx context.Context, tx ...op) (result, error) {
 	if err := s.check(tx); err != nil {
 		return result{}, notApplied(err)
 	}
-	if err := s.faults.sticky(); err != nil {
+	if err := s.refusesWrites(); err != nil {
 		return result{}, notApplied(err)
 	}
 	ctx, cancel := s.limited(ctx)

@@ -161,7 +161,7 @@ func (w *watcher) enter() error {
 		if _, damage := w.s.store.verified(); damage != nil {
 			w.s.distrust(damage) // nobody may have been told of it yet
 		}
-		if err == nil || w.ctx.Err() != nil || w.s.unfit() == nil && !errors.Is(err, ErrCorrupt) {
+		if err == nil || w.ctx.Err() != nil || w.s.refusesReads() == nil && !errors.Is(err, ErrCorrupt) {
 			return err
 		}
 	}
@@ -189,11 +189,11 @@ func (w *watcher) fit() error {
 		if w.ctx.Err() != nil {
 			return context.Cause(w.ctx)
 		}
-		if w.s.unfit() == nil {
+		if w.s.refusesReads() == nil {
 			return nil
 		}
 		changed := w.s.changes.wait()
-		err := w.s.unfit()
+		err := w.s.refusesReads()
 		if err == nil || !w.s.mends() {
 			return err
 		}
@@ -205,12 +205,10 @@ func (w *watcher) fit() error {
 	}
 }
 
-// mends tells whether what makes this member unfit may pass without a restart.
+// mends tells whether what makes this member refuse reads may pass without a restart.
 func (s *Service) mends() bool {
-	for _, k := range []faultKind{faultClosed, faultRemoved, faultLog, faultApply} {
-		if err := s.faults.first(k); err != nil && (k != faultApply && !isFull(err) || isIO(err)) {
-			return false
-		}
+	if s.faults.first(faultClosed, faultRemoved, faultLog, faultApply) != nil {
+		return false
 	}
 	if s.faults.first(faultState) == nil {
 		return true
@@ -227,7 +225,7 @@ func (w *watcher) deliver(e Event) error {
 	return nil
 }
 
-// entries is the first part of a watch that begins anew. If the member becomes unfit meanwhile, it begins once more.
+// entries is the first part of a watch that begins anew. If the member can't serve reads meanwhile, it begins once more.
 func (w *watcher) entries() error {
 	if err := w.deliver(Event{Kind: EventReset}); err != nil {
 		return err
@@ -237,7 +235,7 @@ func (w *watcher) entries() error {
 		return w.damage(err)
 	}
 	defer l.close()
-	for w.s.unfit() == nil {
+	for w.s.refusesReads() == nil {
 		if w.ctx.Err() != nil {
 			return context.Cause(w.ctx)
 		}
@@ -289,9 +287,9 @@ func (w *watcher) changes() error {
 	}
 }
 
-// wait returns when the bell rings, ctx ends or the member is unfit: what makes it so rings later than that, or not at all.
+// wait returns when the bell rings, ctx ends or the member serves no reads: what makes it so rings later than that, or not at all.
 func (w *watcher) wait(b *bell) {
-	if w.s.unfit() != nil {
+	if w.s.refusesReads() != nil {
 		return
 	}
 	select {
@@ -312,7 +310,7 @@ func (w *watcher) reread() error {
 		switch {
 		case w.ctx.Err() != nil:
 			return context.Cause(w.ctx)
-		case w.s.unfit() != nil:
+		case w.s.refusesReads() != nil:
 			return nil
 		}
 		w.cursor = c.revision

@@ -1038,8 +1038,8 @@ func TestWatchTravels(t *testing.T) {
 		was := m.s.store.meta().installed
 		sqlite3(t, m.snap(), "update kv set value = 'evil' where key = 'w/a'; update history set value = 'evil'")
 		eventually(t, patience, "a rebuild", func() error {
-			if m.s.store.meta().installed == was || m.s.unfit() != nil {
-				return fmt.Errorf("fault %v", m.s.unfit())
+			if m.s.store.meta().installed == was || m.s.refusesReads() != nil {
+				return fmt.Errorf("fault %v", m.s.refusesReads())
 			}
 			return nil
 		})
