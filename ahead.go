@@ -61,6 +61,7 @@ type aheadPeer struct {
 	pause time.Time     // nothing is sent early before
 	spare bool          // others are enough for a majority, and answer faster
 	took  time.Duration // its append answers, an exponential average
+	held  uint64        // the newest entry that it is known to hold, as far as its answers say; 0 = not known
 	since time.Time     // when raft's own append that waits for its answer began; zero = none
 	sends []*early      // those that raft has not asked for, each the next one's predecessor
 }
@@ -143,7 +144,7 @@ func (t *transport) carryAhead(e *early, m raft.Server, term uint64, body func()
 	e.err = t.append(m.ID, m.Address, data, &e.resp, appendTimeout+timeFor(int64(len(data))))
 	e.at = time.Now()
 	if e.worked() {
-		t.ahead.answered(m.ID, term, e.at.Sub(e.began))
+		t.ahead.answered(m.ID, term, e.last, e.at.Sub(e.began))
 	} else {
 		t.ahead.forget(m.ID, term, aheadPause)
 	}
@@ -249,7 +250,7 @@ func (a *aheadTable) holds(id raft.ServerID, args *raft.AppendEntriesRequest) {
 			p.average(time.Since(p.since))
 		}
 		p.since = time.Time{}
-		p.next = max(p.next, lastSent(args)+1)
+		p.next, p.held = max(p.next, lastSent(args)+1), max(p.held, lastSent(args))
 		p.dropLocked(lastSent(args))
 	}
 }
@@ -327,13 +328,33 @@ func (a *aheadTable) spares(id raft.ServerID, term uint64) bool {
 	return p != nil && p.spare
 }
 
-// answered notes how long the peer took for an early send.
-func (a *aheadTable) answered(id raft.ServerID, term uint64, took time.Duration) {
+// answered notes that the peer holds an early send up to last, and how long it took.
+func (a *aheadTable) answered(id raft.ServerID, term, last uint64, took time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if p := a.peerLocked(id, term); p != nil {
 		p.average(took)
+		p.held = max(p.held, last)
 	}
+}
+
+// ends notes where the log of a peer ends that has refused an append.
+func (a *aheadTable) ends(id raft.ServerID, term, last uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if p := a.peerLocked(id, term); p != nil && p.held == 0 {
+		p.held = last
+	}
+}
+
+// acknowledged is the newest entry that the peer is known to hold, by its answers to the leader of that term.
+func (a *aheadTable) acknowledged(id raft.ServerID, term uint64) (index uint64, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.term != term || a.peers[id] == nil {
+		return 0, false
+	}
+	return a.peers[id].held, a.peers[id].held != 0
 }
 
 func (p *aheadPeer) average(took time.Duration) { p.took += (took - p.took) / 8 }

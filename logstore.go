@@ -84,6 +84,7 @@ type logStore struct {
 	lastTerm uint64
 	size     int64
 	cache    logCache
+	pace     pace                    // of the appends, each with its fsync
 	calls    map[*time.Time]struct{} // when the store calls in progress began
 	sticky   error                   // the first fault that is not a full disk; only a restart clears it
 	full     error                   // the disk is full, until a store call works again
@@ -246,10 +247,11 @@ func (l *logStore) StoreLogs(entries []*raft.Log) error {
 		if err := l.follows(entries); err != nil {
 			return err
 		}
+		began := time.Now()
 		if err := l.wal.StoreLogs(entries); err != nil {
 			return err
 		}
-		l.appended(entries)
+		l.appended(entries, time.Since(began))
 		return nil
 	})
 	if err != nil && ahead {
@@ -284,9 +286,10 @@ func (l *logStore) follows(entries []*raft.Log) error {
 	return nil
 }
 
-func (l *logStore) appended(entries []*raft.Log) {
+func (l *logStore) appended(entries []*raft.Log, took time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.pace.add(took)
 	if l.lastIdx == 0 {
 		l.firstIdx = entries[0].Index
 	}
@@ -417,6 +420,13 @@ func (l *logStore) busy() time.Duration {
 		longest = max(longest, time.Since(*began), 1)
 	}
 	return longest
+}
+
+// fsync is how long an append takes, with its fsync; 0 if there was none.
+func (l *logStore) fsync() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.pace.median()
 }
 
 // failed is the sticky fault, else an error that wraps syscall.ENOSPC while the disk is full, else nil.

@@ -183,6 +183,7 @@ func (s *Service) startPeer() {
 		formats:    s.formats,
 		stranger:   func(cluster, from, fromAddr, target string) { s.members.noteStranger(cluster, fromAddr) },
 		contact:    s.members.contact,
+		called:     s.reach.called,
 		propose:    s.servePropose,
 		roundWith:  s.roundWith,
 		readIndex:  s.serveReadIndex,
@@ -431,6 +432,7 @@ func (s *Service) lead() {
 
 func (s *Service) leadTerm(term uint64) {
 	s.beginTerm(term)
+	defer s.heldBack.Store(nil)
 	up := raising{told: make(map[raft.ServerID]bool)}
 	for pause := promoteSoon; s.leading(term); pause = min(2*pause, promoteInterval) {
 		s.raise(&up)
@@ -532,6 +534,8 @@ func (s *Service) allRead(format uint64, up *raising) bool {
 		if err == nil {
 			continue
 		}
+		held := shortText(fmt.Sprintf("%s (%s): %v", list[i].Address, shortID(string(list[i].ID)), err))
+		s.heldBack.Store(&held)
 		if m := list[i]; !up.told[m.ID] && s.ctx.Err() == nil {
 			up.told[m.ID] = true
 			s.log.Info("a member keeps the cluster at its old format", "id", m.ID, "address", m.Address,
@@ -740,7 +744,9 @@ func (s *Service) askOthers(ctx context.Context, list []raft.Server, f func(i in
 			continue
 		}
 		wg.Go(func() {
-			a, err := s.askStatus(ctx, m.ID, baseURL(s.addressOf(m), s.conf.TLS))
+			base, began := baseURL(s.addressOf(m), s.conf.TLS), time.Now()
+			a, err := s.askStatus(ctx, m.ID, base)
+			s.reach.called(string(m.ID), base, began, err)
 			mu.Lock()
 			defer mu.Unlock()
 			f(i, a, err)
@@ -1097,18 +1103,22 @@ const (
 	Closed
 )
 
+var roleNames = [...]string{"follower", "candidate", "leader", "non-voter", "removed", "closed"}
+
 func (r Role) String() string {
-	if names := [...]string{"follower", "candidate", "leader", "non-voter", "removed", "closed"}; r >= 0 && int(r) < len(names) {
-		return names[r]
+	if r >= 0 && int(r) < len(roleNames) {
+		return roleNames[r]
 	}
 	return fmt.Sprintf("Role(%d)", int(r))
 }
 
-// Status is what this member knows, without asking anybody.
+// Status is what this member knows, without asking anybody. Its JSON has the names of the fields as they are here, roles as words
+// ("leader"), durations as seconds (0.25), and times as RFC 3339 has them, in UTC; a time that is zero is left out.
 type Status struct {
 	ID, Addr, Cluster    string
 	Role                 Role
-	LeaderID, LeaderAddr string // empty: no leader is known
+	LeaderID, LeaderAddr string    // empty: no leader is known
+	LeaderSince          time.Time `json:",omitzero"` // when this member learned of this leader, by its clock; zero: no leader is known
 
 	Term, LastIndex, CommitIndex uint64
 	AppliedIndex, Revision       uint64
@@ -1119,14 +1129,29 @@ type Status struct {
 	Verified      bool // the check of snap that began at Open has ended well
 	MemoryDropped bool // the state has outgrown Config.Memory, and reads go to SQLite
 
+	// Fsync is how long this member's writes to its log take, with their fsync: the median of the last five. 0 = none yet.
+	Fsync time.Duration
+
+	Format       uint64 // in which the cluster writes
+	FormatHeldBy string // who keeps it from the next one, and why: only the leader asks, elsewhere it is empty
+
 	Members []Member
 }
 
-// Member is one member of the configuration.
+// Member is one member of the configuration. Its JSON is as that of Status.
 type Member struct {
 	ID, Addr string
 	Voter    bool
 	Heard    time.Duration // since it was last heard from; 0 = this member itself, negative = not known here. Only the leader hears all
+
+	// Lag is how many entries of the leader's log it has not acknowledged. Only the leader knows it, of those that have answered since
+	// it leads; negative = not known here.
+	Lag int64
+
+	// LastError is what the newest call of this member to that one has met, and FailingSince when the first of those began that were
+	// not answered since. Empty and zero: the newest was answered, or there was none.
+	LastError    string
+	FailingSince time.Time `json:",omitzero"`
 }
 
 // Status never blocks and uses no network.
@@ -1137,16 +1162,64 @@ func (s *Service) Status() Status {
 		Term: r.CurrentTerm(), LastIndex: r.LastIndex(), CommitIndex: r.CommitIndex(),
 		AppliedIndex: m.applied, Revision: m.revision, Hash: m.stateHash()}
 	st.LeaderID, st.LeaderAddr = s.leader()
+	st.LeaderSince = instant(s.reign.since(st.LeaderID))
+	st.Fsync, st.Format = s.wal.fsync(), m.format
+	if held := s.heldBack.Load(); held != nil && m.format < s.conf.format {
+		st.FormatHeldBy = *held
+	}
 	st.Verified, _ = s.store.verified()
 	_, st.MemoryDropped = s.store.memoryState()
 	for _, v := range r.GetConfiguration().Configuration().Servers {
-		member := Member{ID: string(v.ID), Addr: string(v.Address), Voter: v.Suffrage == raft.Voter}
-		if member.ID != s.ident().id {
-			member.Heard = s.members.sinceHeard(member.ID)
-		}
-		st.Members = append(st.Members, member)
+		st.Members = append(st.Members, s.memberStatus(v, st))
 	}
 	return st
+}
+
+func (s *Service) memberStatus(v raft.Server, st Status) Member {
+	m := Member{ID: string(v.ID), Addr: string(v.Address), Voter: v.Suffrage == raft.Voter, Lag: -1}
+	if m.ID == s.ident().id {
+		if st.Role == Leader {
+			m.Lag = 0
+		}
+		return m
+	}
+	if m.Heard = s.members.sinceHeard(m.ID); m.Heard < 0 {
+		m.Heard = -time.Second
+	}
+	if held, ok := s.peer.acknowledged(v.ID, st.Term); ok && st.Role == Leader {
+		m.Lag = int64(st.LastIndex - min(held, st.LastIndex))
+	}
+	r := s.reach.of(m.ID)
+	m.LastError, m.FailingSince = r.reason(), instant(r.failing)
+	return m
+}
+
+// instant is a time as it is after a way through JSON.
+func instant(t time.Time) time.Time {
+	if t.IsZero() {
+		return t
+	}
+	return t.Round(0).UTC()
+}
+
+// A reign is since when this member takes one and the same member for the leader.
+type reign struct {
+	mu    sync.Mutex // guards the fields below
+	id    string
+	began time.Time
+}
+
+// since notes whom this member takes for the leader now, and says since when. Zero if it knows none.
+func (g *reign) since(id string) time.Time {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if id != g.id {
+		g.id, g.began = id, time.Time{}
+		if id != "" {
+			g.began = time.Now()
+		}
+	}
+	return g.began
 }
 
 func (s *Service) role() Role {

@@ -57,6 +57,7 @@ type peerHost struct {
 	formats    func() (state, reads uint64) // of this member: what its state is at, and the newest that it reads
 	stranger   func(cluster, from, fromAddr, target string)
 	contact    func(id string)
+	called     func(id, base string, began time.Time, err error) // what became of a call to that member
 
 	propose   func(ctx context.Context, data []byte) ([]byte, error)
 	roundWith func(from string, states uint64) (at readPoint, ok bool) // never waits
@@ -131,6 +132,15 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 func (p *peer) sendAhead(entries []*raft.Log, prevTerm uint64) bool {
 	t := p.current.Load()
 	return t != nil && t.sendAhead(entries, prevTerm)
+}
+
+// acknowledged is that of the transport of the raft that runs.
+func (p *peer) acknowledged(id raft.ServerID, term uint64) (index uint64, ok bool) {
+	t := p.current.Load()
+	if t == nil {
+		return 0, false
+	}
+	return t.ahead.acknowledged(id, term)
 }
 
 // close is idempotent and waits for nobody.

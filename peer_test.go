@@ -86,6 +86,7 @@ func doorHost() *door {
 		},
 		stranger:  func(string, string, string, string) { d.strangers.Add(1) },
 		contact:   func(string) { d.contacts.Add(1) },
+		called:    func(string, string, time.Time, error) {},
 		propose:   func(_ context.Context, data []byte) ([]byte, error) { d.proposed.Add(1); return data, nil },
 		roundWith: func(_ string, states uint64) (readPoint, bool) { return readPoint{50, states}, states == 3 },
 		readIndex: func(context.Context) (readPoint, error) { return readPoint{50, 4}, nil },

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -363,8 +364,17 @@ func (p *process) do(o order) (report, error) {
 		return r, err
 	}
 	defer resp.Body.Close()
-	return r, json.NewDecoder(resp.Body).Decode(&r)
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return r, err
+	}
+	return r, json.Unmarshal(firstRelease.ReplaceAllFunc(answer, func(role []byte) []byte {
+		return fmt.Appendf(nil, `"Role":%q`, Role(role[len(role)-1]-'0'))
+	}), &r)
 }
+
+// firstRelease finds a role as release 0.1.0 writes it.
+var firstRelease = regexp.MustCompile(`"Role":[0-5]`)
 
 func (p *process) must(o order) report {
 	p.t.Helper()

@@ -489,6 +489,8 @@ func (s *Service) startRaftLocked(ctx context.Context) error {
 		for {
 			select {
 			case <-seen:
+				id, _ := s.leader()
+				s.reign.since(id)
 				s.changes.notify()
 			case <-trans.ctx.Done():
 				return

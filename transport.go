@@ -153,6 +153,9 @@ func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args 
 		t.ahead.holds(id, args)
 	case err == nil:
 		t.ahead.forget(id, args.Term, 0)
+		if resp.Term == args.Term {
+			t.ahead.ends(id, args.Term, min(resp.LastLog, lastSent(args)))
+		}
 	}
 	return err
 }
@@ -810,12 +813,17 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	if r.again && p.links.takes(req) {
 		send = p.links.do
 	}
+	began := time.Now()
 	resp, err := send(req)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		if err = p.accept(resp, r, cluster); err != nil {
+			resp.Body.Close()
+		}
 	}
-	if err := p.accept(resp, r, cluster); err != nil {
-		resp.Body.Close()
+	if r.to != "" {
+		p.host.called(r.to, r.base, began, err)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if r.to != "" {

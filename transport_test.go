@@ -160,6 +160,7 @@ func (n *node) host() peerHost {
 		checkEntry: func(*raft.Log) error { return nil },
 		stranger:   func(string, string, string, string) {},
 		contact:    func(string) {},
+		called:     func(string, string, time.Time, error) {},
 		snapshots:  func(d int) { n.snapshots.Add(int64(d) << 32); n.snapshots.Add(1) },
 		status:     func() statusAnswer { return statusAnswer{ID: n.id} },
 		propose: func(_ context.Context, data []byte) ([]byte, error) {

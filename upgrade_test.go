@@ -111,6 +111,9 @@ func TestFormatWaitsForAllMembers(t *testing.T) {
 			if got := c.cast["L"].s.store.meta().format; got != firstFormat {
 				t.Errorf("format %d with one member %s", got, when)
 			}
+			if st := c.cast["L"].s.Status(); st.Format != firstFormat || !strings.HasPrefix(st.FormatHeldBy, last.conf.Addr) {
+				t.Errorf("format %d, held by %q with %s %s", st.Format, st.FormatHeldBy, last.conf.Addr, when)
+			}
 			if when == "down" {
 				c.obey("restart " + last.name)
 				c.obey("await ready " + last.name)
@@ -125,6 +128,9 @@ func TestFormatWaitsForAllMembers(t *testing.T) {
 		c.renew(last)
 		c.wantFormat(historyFormat)
 		for _, m := range c.members {
+			if st := m.s.Status(); st.Format != historyFormat || st.FormatHeldBy != "" {
+				t.Errorf("%s is at format %d, held by %q", m.name, st.Format, st.FormatHeldBy)
+			}
 			if keep := m.s.store.meta().keep; keep != defaultHistory {
 				t.Errorf("%s keeps %d changes", m.name, keep)
 			}
