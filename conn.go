@@ -535,10 +535,12 @@ func columnText(v driver.Value) (text string, ok bool) {
 const (
 	sqliteError      = 1 // in the SQL, or in what a function of SQL was given
 	sqliteBusy       = 5
+	sqliteNoMem      = 7
 	sqliteReadOnly   = 8
 	sqliteIOErr      = 10
 	sqliteCorrupt    = 11
 	sqliteFull       = 13
+	sqliteCantOpen   = 14
 	sqliteTooBig     = 18
 	sqliteConstraint = 19
 	sqliteMismatch   = 20
@@ -546,6 +548,10 @@ const (
 	sqliteNotADB     = 26
 	sqliteShmSize    = sqliteIOErr | 19<<8 // extended
 )
+
+// sqliteMemory are extended codes of I/O errors that came before any I/O: no memory, or no space for the index of the WAL in all
+// likelihood. Nothing that was written is in doubt.
+var sqliteMemory = []int{sqliteIOErr | 12<<8, sqliteShmSize, sqliteIOErr | 18<<8, sqliteIOErr | 21<<8}
 
 func sqliteCode(err error) int {
 	var e *sqlite.Error
@@ -557,16 +563,11 @@ func sqliteCode(err error) int {
 
 func isBusy(err error) bool { return sqliteCode(err) == sqliteBusy }
 
-// isFull: the disk has no space left. With space back the same work succeeds.
-func isFull(err error) bool {
-	return sqliteCode(err) == sqliteFull || errors.Is(err, syscall.ENOSPC)
-}
-
 // isIO: the disk has failed. Nothing that was written since the last barrier can be relied on.
 func isIO(err error) bool {
 	var e *sqlite.Error
-	if errors.As(err, &e) && e.Code() == sqliteShmSize {
-		return false // no space for the index of the WAL, in all likelihood, and nothing that was written is in doubt
+	if errors.As(err, &e) && slices.Contains(sqliteMemory, e.Code()) {
+		return false
 	}
 	return sqliteCode(err) == sqliteIOErr || errors.Is(err, syscall.EIO)
 }

@@ -888,7 +888,7 @@ func (s *store) checkpoint(ctx context.Context) {
 		}
 	}()
 	var seen *meta
-	tended, quiet := time.Now(), 0
+	tended, quiet, warned := time.Now(), 0, false
 	for s.pause(ctx, 100*time.Millisecond) {
 		s.tendHolds(&tended)
 		if m := s.inFile.Load(); m == seen {
@@ -908,8 +908,16 @@ func (s *store) checkpoint(ctx context.Context) {
 			err = s.note(c.passive())
 			s.checkpointMu.Unlock()
 		}
-		if err != nil && !isBusy(err) {
+		if err == nil || isBusy(err) {
+			warned = false
+			continue
+		}
+		if !warned {
 			s.log.Warn("checkpoint", "path", s.path, "err", err)
+		}
+		if warned = true; c != nil { // where descriptors were short, SQLite may have opened it for reading only
+			c.close()
+			c = nil
 		}
 	}
 }

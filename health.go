@@ -79,8 +79,8 @@ var faultTable = [faultKinds]struct {
 	faultDispute:    {"the states differ and there is no majority", inErr, "a backup, or the removal of the wrong members"},
 	faultLogDamage:  {"an old entry of the log is damaged", inErr, "an empty directory that joins anew"},
 	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
-	faultLogFull:    {"no space for the log", unfit | notReady | inErr | refusesLeading, "space"},
-	faultStateWaits: {"no space for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, or the end of the lock"},
+	faultLogFull:    {"no space for the log, or no file descriptor", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
+	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
 	faultStranger:   {"another cluster calls this address", inErr, "15 s without a call"},
 }
 
@@ -176,14 +176,14 @@ func (f *faults) withLocked(e effects) error {
 	return nil
 }
 
-// ofLog takes the word of the log: a fault for good, that the disk is full, or nil that all is well.
+// ofLog takes the word of the log: a fault for good, one that passes, as a full disk does, or nil that all is well.
 func (f *faults) ofLog(err error) {
-	var full error
-	if isFull(err) {
-		full, err = err, nil
+	var waits error
+	if passing(err) {
+		waits, err = err, nil
 	}
 	f.set(faultLog, err)
-	f.set(faultLogFull, full)
+	f.set(faultLogFull, waits)
 }
 
 // ofApply takes the word of apply: a fault for good, that it waits, or nil that it goes on.

@@ -6,7 +6,8 @@ package quorate
 // raft.LogStore and raft.StableStore, and from db.go, which opens and closes it; it goes on to raft-wal.
 //
 // Raft answers many errors of its log with a panic and misjudges others. So the methods that raft calls return an error
-// only where raft survives it; elsewhere they wait for space, or after an I/O error or corruption they park: they block
+// only where raft survives it; elsewhere they wait until an error passes (disk.go says which do: no space, no descriptor), or after an
+// I/O error or corruption they park: they block
 // until close and then end their goroutine with runtime.Goexit. No lock is held meanwhile.
 
 import (
@@ -59,7 +60,7 @@ type logOptions struct {
 	// ahead is called with a leader's new entries, and the term of the one before them, just before they are written. It must
 	// not wait. True: other members may hold them from now on. nil = never.
 	ahead func(entries []*raft.Log, prevTerm uint64) bool
-	fault func(error) // called once with the sticky fault, and with nil whenever a full disk has space again; may be nil
+	fault func(error) // called once with the sticky fault, and with nil whenever an error has passed; may be nil
 }
 
 // A logStore is raft's LogStore, StableStore and MonotonicLogStore.
@@ -77,6 +78,7 @@ type logStore struct {
 	wal   *wal.WAL // nil while it is away: a reopening failed and is tried again, or after close
 
 	removal sync.WaitGroup // of segment files that nothing refers to any more
+	reserve *reserve       // write guards its spare descriptor
 
 	mu       sync.Mutex // guards the fields below; never held across I/O
 	firstIdx uint64     // what the log should hold: truncations are entered here first, appends last. Reopening makes the
@@ -86,8 +88,8 @@ type logStore struct {
 	cache    logCache
 	pace     pace                    // of the appends, each with its fsync
 	calls    map[*time.Time]struct{} // when the store calls in progress began
-	sticky   error                   // the first fault that is not a full disk; only a restart clears it
-	full     error                   // the disk is full, until a store call works again
+	sticky   error                   // the first fault that does not pass; only a restart clears it
+	waiting  error                   // a passing error, such as a full disk, until a store call works again
 	isClosed bool
 	closeErr error
 }
@@ -125,13 +127,19 @@ func openLog(o logOptions) (*logStore, error) {
 	if err := makeLogDir(o.dir); err != nil {
 		return nil, err
 	}
+	var err error
+	if l.reserve, err = newReserve(o.dir); err != nil {
+		return nil, err
+	}
 	w, err := l.openWAL()
 	if err != nil {
+		l.reserve.close()
 		return nil, err
 	}
 	l.wal = w
 	if err := l.load(w); err != nil {
 		w.Close()
+		l.reserve.close()
 		return nil, err
 	}
 	return l, nil
@@ -198,6 +206,7 @@ func (l *logStore) close() error {
 		l.wal = nil
 	}
 	l.removal.Wait()
+	l.reserve.close()
 	return l.closeErr
 }
 
@@ -211,9 +220,15 @@ func (l *logStore) LastIndex() (uint64, error) { _, last := l.bounds(); return l
 func (l *logStore) IsMonotonic() bool { return true }
 
 // GetLog implements raft.LogStore. Its only error is raft.ErrLogNotFound, for an index that the log does not hold; raft
-// panics on others.
+// panics on others. It waits while an error may pass.
 func (l *logStore) GetLog(index uint64, e *raft.Log) error {
 	err := l.read(index, e)
+	for passing(err) {
+		if !l.pause() {
+			return l.park()
+		}
+		err = l.read(index, e)
+	}
 	if err == nil || err == raft.ErrLogNotFound {
 		return err
 	}
@@ -226,7 +241,7 @@ func (l *logStore) StoreLog(e *raft.Log) error { return l.StoreLogs([]*raft.Log{
 
 // StoreLogs implements raft.LogStore. An entry without a checksum gets one in place, because these same structs go to the
 // followers. It returns an error for entries that don't follow the log or whose checksum is wrong, and nothing is stored. A
-// leader also gets the disk's errors: one that wraps syscall.ENOSPC means that nothing is stored here, after any other the
+// leader also gets the disk's errors: one that is passing means that nothing is stored here, after any other the
 // entries may be there after a restart. With errSentAhead in it, others may hold them.
 func (l *logStore) StoreLogs(entries []*raft.Log) error {
 	if len(entries) == 0 {
@@ -429,14 +444,11 @@ func (l *logStore) fsync() time.Duration {
 	return l.pace.median()
 }
 
-// failed is the sticky fault, else an error that wraps syscall.ENOSPC while the disk is full, else nil.
+// failed is the sticky fault, else the passing error that store calls wait for, else nil.
 func (l *logStore) failed() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.sticky != nil {
-		return l.sticky
-	}
-	return l.full
+	return cmpErr(l.sticky, l.waiting)
 }
 
 // verify reads every entry from the disk and checks it. The error wraps ErrCorrupt for the first one that is damaged; it is
@@ -454,6 +466,10 @@ func (l *logStore) verify(ctx context.Context) error {
 			index = max(index, first-min(first, 1))
 			continue
 		}
+		if passing(err) && l.pause() {
+			index--
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -465,23 +481,23 @@ func (l *logStore) verify(ctx context.Context) error {
 type conduct int
 
 const (
-	waits   conduct = iota // retries while the disk is full, parks for good on anything worse
-	answers                // returns the error; if the disk is full, once it is certain that nothing was stored
+	waits   conduct = iota // retries while the error is passing, parks for good on anything worse
+	answers                // returns the error; a passing one once it is certain that nothing was stored
 )
 
 // change runs op, which changes the log or the stable store, under the rules for faults. op runs with write held.
 func (l *logStore) change(what string, how conduct, op func() error) error {
 	defer l.began()()
 	err := l.try(what, op)
-	for full := err; how == answers && diskFull(err); {
+	for first := err; how == answers && passing(err); {
 		if err = l.settle(); err == nil {
-			return full
+			return first
 		}
-		if diskFull(err) && !l.pause() {
+		if passing(err) && !l.pause() {
 			err = ErrClosed
 		}
 	}
-	for diskFull(err) {
+	for passing(err) {
 		if !l.pause() {
 			return l.park()
 		}
@@ -513,29 +529,39 @@ func (l *logStore) began() (ended func()) {
 	}
 }
 
-// try runs op once. After any error of the disk raft-wal is reopened: a batch whose fsync failed may be on the disk, and after
-// a full disk at the change to a new segment raft-wal accepts nothing more.
-func (l *logStore) try(what string, op func() error) error {
-	var told error
-	defer func() { l.tell(told) }() // after the lock is free: the caller may ask things
+// try runs op once, and once more if the spare descriptor was what it needed.
+func (l *logStore) try(what string, op func() error) (err error) {
+	defer func() {
+		if !errors.As(err, new(usageError)) {
+			l.tell(err) // after the lock is free: the caller may ask things
+		}
+	}()
 	l.write.Lock()
 	defer l.write.Unlock()
 	if err := l.usableLocked(); err != nil {
-		told = err
 		return err
 	}
+	if err = l.attemptLocked(what, op); noDescriptor(err) && l.wal != nil {
+		l.log.Warn("the log met the limit of open files and has used its spare descriptor", "dir", l.dir, "err", err)
+		err = l.attemptLocked(what, op)
+	}
+	return err
+}
+
+// attemptLocked runs op. After a passing error it reopens raft-wal: a batch whose fsync failed may be on the disk, and after an error
+// at the change to a new segment raft-wal accepts nothing more.
+func (l *logStore) attemptLocked(what string, op func() error) error {
 	err := guard(op)
 	if errors.As(err, new(usageError)) || err == nil {
+		l.reserve.take()
 		return err
 	}
 	if cause := l.sink.cause(); errors.Is(err, types.ErrSealed) && cause != nil {
 		err = cause
 	}
 	err = l.explain(what, err)
-	told = err
-	if diskFull(err) {
-		if again := l.reopenLocked(); again != nil && !diskFull(again) {
-			told = again
+	if passing(err) {
+		if again := l.reopenLocked(); again != nil && !passing(again) {
 			return again
 		}
 	}
@@ -576,6 +602,8 @@ func (l *logStore) reopenLocked() error {
 		l.wal.Close()
 		l.wal = nil
 	}
+	l.reserve.give() // the process may take every descriptor that was just closed but this one
+	defer l.reserve.take()
 	w, err := l.openWAL()
 	if err != nil {
 		return err
@@ -624,13 +652,13 @@ func walBounds(w *wal.WAL) (first, last uint64, err error) {
 func (l *logStore) tell(err error) {
 	switch {
 	case err == nil || err == ErrClosed:
-	case diskFull(err):
+	case passing(err):
 		l.mu.Lock()
-		begins := l.full == nil
-		l.full = err
+		begins := l.waiting == nil
+		l.waiting = err
 		l.mu.Unlock()
 		if begins {
-			l.log.Warn("disk full, waiting for space", "dir", l.dir, "err", err)
+			l.log.Warn("the log takes no entries for now, and tries again", "dir", l.dir, "err", err)
 		}
 	default:
 		l.stick(err)
@@ -653,14 +681,14 @@ func (l *logStore) stick(err error) {
 	}
 }
 
-// passed ends a full disk.
+// passed ends what passes.
 func (l *logStore) passed() {
 	l.mu.Lock()
-	ends := l.full != nil && l.sticky == nil
-	l.full = nil
+	ends := l.waiting != nil && l.sticky == nil
+	l.waiting = nil
 	l.mu.Unlock()
 	if ends {
-		l.log.Info("disk has space again", "dir", l.dir)
+		l.log.Info("the log takes entries again", "dir", l.dir)
 		l.fault(nil)
 	}
 }
@@ -753,13 +781,16 @@ func guard(f func() error) (err error) {
 	return f()
 }
 
-// explain adds where and what to an error of the disk, and makes every kind of full disk errors.Is syscall.ENOSPC.
+// explain adds where and what to an error of the disk, and makes every kind of passing error one that passing knows.
 func (l *logStore) explain(what string, err error) error {
 	if errors.Is(err, ErrCorrupt) && !strings.Contains(err.Error(), logRepair) {
 		return fmt.Errorf("log %s: %s: %w; %s", l.dir, what, err, logRepair)
 	}
 	if diskFull(err) && !errors.Is(err, syscall.ENOSPC) {
 		return fmt.Errorf("log %s: %s: %w: %w", l.dir, what, syscall.ENOSPC, err)
+	}
+	if strings.Contains(err.Error(), "mmap allocate error: "+syscall.ENOMEM.Error()) { // bbolt v1.3.6, as text alone, before it writes
+		return fmt.Errorf("log %s: %s: %w", l.dir, what, untouched{fmt.Errorf("%w: %w", syscall.ENOMEM, err)})
 	}
 	return fmt.Errorf("log %s: %s: %w", l.dir, what, err)
 }
@@ -777,7 +808,7 @@ func diskFull(err error) bool {
 func (l *logStore) openWAL() (*wal.WAL, error) {
 	l.sink.forget()
 	l.removal.Wait() // raft-wal would find these files and remove them as well
-	f := &filer{Filer: segment.NewFiler(l.dir, zeroedFS{l.vfs, int64(l.segmentSize)}), dir: l.dir, vfs: l.vfs, removal: &l.removal, log: l.log}
+	f := &filer{Filer: segment.NewFiler(l.dir, zeroedFS{l.vfs, int64(l.segmentSize), l.reserve}), dir: l.dir, vfs: l.vfs, removal: &l.removal, log: l.log}
 	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Level: hclog.Off, Output: io.Discard})
 	logger.RegisterSink(l.sink)
 	var w *wal.WAL
@@ -799,7 +830,7 @@ func (l *logStore) openWAL() (*wal.WAL, error) {
 	}
 	// raft-wal v0.4.1 syncs the directory with the first sync of a segment that it has made itself, and never for one that it finds.
 	// A tail that was made just before the end of the last process would lose its name in a power cut, with all that is synced in it.
-	if err := syncDir(l.dir); err != nil {
+	if err := l.reserve.sync(); err != nil {
 		w.Close()
 		return nil, l.explain("open", err)
 	}
@@ -845,7 +876,7 @@ func (f *filer) Delete(baseIndex, id uint64) error {
 	f.removal.Go(func() {
 		f.turn.Lock()
 		defer f.turn.Unlock()
-		if err := f.Filer.Delete(baseIndex, id); err != nil {
+		if err := f.Filer.Delete(baseIndex, id); err != nil && !noDescriptor(err) { // for syncing the directory: the file is gone
 			f.log.Warn("a part of the log that is no longer needed stays until the next start", "dir", f.dir, "segment", id, "err", err)
 		}
 	})
@@ -930,7 +961,8 @@ func (f *filer) writeIndex(info types.SegmentInfo, w types.SegmentWriter, indexS
 // can meet a full disk there.
 type zeroedFS struct {
 	types.VFS
-	size int64 // of a segment; beyond it no zeros are written
+	size    int64 // of a segment; beyond it no zeros are written
+	reserve *reserve
 }
 
 const (
@@ -953,13 +985,25 @@ func (z zeroedFS) zeroed(file types.WritableFile, err error) (types.WritableFile
 	if err != nil {
 		return nil, err
 	}
-	return &zeroedFile{WritableFile: file, size: z.size}, nil
+	return &zeroedFile{WritableFile: file, size: z.size, reserve: z.reserve}, nil
 }
 
 // A zeroedFile has one writer, which only appends: nothing after its last write is wanted.
 type zeroedFile struct {
 	types.WritableFile
 	size, until int64 // zeros were written until here
+	reserve     *reserve
+}
+
+// Sync is that of raft-wal's file, which opens the directory after the first sync of a new file, once, to sync its name as well. Where
+// no descriptor is left for that, the data is on the disk already.
+func (f *zeroedFile) Sync() error {
+	err := f.WritableFile.Sync()
+	var at *fs.PathError
+	if noDescriptor(err) && errors.As(err, &at) && at.Op == "open" {
+		return f.reserve.sync()
+	}
+	return err
 }
 
 func (f *zeroedFile) WriteAt(b []byte, at int64) (int, error) {
@@ -967,6 +1011,9 @@ func (f *zeroedFile) WriteAt(b []byte, at int64) (int, error) {
 	if end := at + int64(n); err == nil && n <= zeroSmall && end > f.until && end < f.size {
 		f.until = min(end+zeroAhead, f.size)
 		f.writeZeros(end, (int64(n)+zeroPage-1)/zeroPage*zeroPage)
+	}
+	if err != nil && n == 0 {
+		err = untouched{err}
 	}
 	return n, err
 }

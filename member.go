@@ -295,7 +295,7 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 			return outcome{}, false, errRaftBusy
 		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
 			return outcome{}, false, err
-		case isFull(err) && !errors.Is(err, errSentAhead): // the log has taken it out again, and nobody else has it
+		case passing(err) && !errors.Is(err, errSentAhead): // the log has taken it out again, and nobody else has it
 			return outcome{}, false, err
 		default:
 			return outcome{}, true, err
@@ -368,7 +368,7 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 		return encodeOutcome(o), nil
 	case sent:
 		return nil, err
-	case errors.Is(err, errRaftBusy), isFull(err):
+	case errors.Is(err, errRaftBusy), passing(err):
 		return nil, refuse(http.StatusServiceUnavailable, codeNotApplied, "%v", err)
 	}
 	return nil, s.notLeader()

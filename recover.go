@@ -547,7 +547,7 @@ func besideRaft[T any](ctx context.Context, l *logStore, f func() (T, error)) (T
 			return e.v, e.err
 		case <-tick.C:
 			// A full disk may have space again, so that is waited for, as long as ctx lasts.
-			if err := l.failed(); err != nil && (!isFull(err) || ctx.Err() != nil) {
+			if err := l.failed(); err != nil && (!passing(err) || ctx.Err() != nil) {
 				return none, err
 			}
 		case <-l.closed:
