@@ -45,7 +45,7 @@
 // raft and logstore.go (the log), ahead.go (to the others meanwhile) → fsm.go (apply) → sqlstore.go and memory.go (the state) →
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
-// member.go (who takes part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
+// member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
 // directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft says).
 package quorate
 
@@ -117,7 +117,8 @@ type Config struct {
 	// Addr is the host:port at which peers reach this member. Empty: one member, no network, nothing to serve. Such a
 	// directory can be opened with an Addr later and becomes the first member of a cluster.
 	Addr string
-	// Join is where an existing cluster answers: any member's address or URL, or a load balancer in front of them. Empty:
+	// Join is where an existing cluster answers: any member's address or URL, a name that stands for all of them (its addresses are
+	// asked in turn, this member's own is passed over), or a load balancer in front of them. Each try is a new connection. Empty:
 	// begin a new cluster. Ignored once Dir holds state, so it can always be given.
 	Join string
 	// Client carries every request to a peer, and with it the TLS identity. nil is http.DefaultClient. It is used through a
@@ -140,9 +141,10 @@ type Config struct {
 	// member, changes nothing. Each change takes the disk space of its value once more.
 	History int
 
-	vfs     types.VFS // the log's files; nil is the system's: a seam for tests that break the disk
-	segment int       // bytes of a segment of the log; 0 is 8 MiB: a seam for tests of many segments
-	format  uint64    // what this member says it reads, and raises a cluster to; 0 is entryFormat: a seam for tests that play an older version
+	vfs     types.VFS                                                // the log's files; nil is the system's: a seam for tests that break the disk
+	segment int                                                      // bytes of a segment of the log; 0 is 8 MiB: a seam for tests of many segments
+	lookup  func(ctx context.Context, host string) ([]string, error) // the addresses of a boot address's name; nil is the system's: a seam for tests
+	format  uint64                                                   // what this member says it reads, and raises a cluster to; 0 is entryFormat: a seam for tests that play an older version
 }
 
 // Service is one member: it holds the data and takes part in the cluster. All methods may be called concurrently, on every
@@ -196,7 +198,8 @@ func Start(laddr, dir, bootURL string, httpClient *http.Client, useTLS bool) (*S
 // Open opens a member and returns once it is bootstrapped, admitted or recovered; it is not yet Ready, and nothing needs to
 // listen on Addr yet. ctx limits joining only (Config.Timeout if it has no deadline), which is retried while nothing answers.
 //
-// Errors: ErrInvalid, ErrLocked, ErrNotAllowed (an existing member must call AddAllowedMember first), ErrRemoved, ErrFormat,
+// Errors: ErrInvalid, ErrLocked, ErrNotAllowed (an existing member must call AddAllowedMember first; a permission that is under way is
+// waited for, with a warning in the log, for up to 10 s), ErrRemoved, ErrFormat,
 // ErrCorrupt. Whatever the error, calling Open again is safe.
 func Open(ctx context.Context, c Config) (*Service, error) {
 	c, err := c.resolve()

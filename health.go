@@ -324,7 +324,7 @@ func (s *Service) checkRemoved() {
 	}
 	if len(bases) == 0 && s.conf.Join != "" { // admitted, and removed before anybody reached it
 		bases = append(bases, s.conf.Join)
-		if a, err := s.peer.status(ctx, s.conf.Join); err == nil && a.LeaderAddr != "" {
+		if a, err := s.askBoot(ctx, s.conf.Join); err == nil && a.LeaderAddr != "" {
 			bases = append(bases, baseURL(a.LeaderAddr, s.conf.TLS))
 		}
 	}

@@ -195,6 +195,9 @@ func (s *Service) startPeer() {
 		others:     s.others,
 		committed:  func() uint64 { return raftNow().CommitIndex() },
 	}, s.conf.Client, s.conf.TLS, s.log)
+	if s.conf.lookup != nil {
+		s.peer.lookup = s.conf.lookup
+	}
 }
 
 // ServeHTTP answers the other members at /raft/. Register the Service for the pattern "/raft/" on a server that listens on
@@ -1087,7 +1090,7 @@ func (s *Service) announceToAll() {
 func (s *Service) announceTo(id, addr string) error {
 	ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
 	defer cancel()
-	_, err := s.peer.join(ctx, baseURL(addr, s.conf.TLS), id, joinRequest{ID: s.ident().id, Addr: s.conf.Addr, Format: s.conf.format, Announce: true})
+	_, err := s.peer.join(ctx, baseURL(addr, s.conf.TLS), id, "", joinRequest{ID: s.ident().id, Addr: s.conf.Addr, Format: s.conf.format, Announce: true})
 	return err
 }
 

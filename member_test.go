@@ -167,9 +167,9 @@ func TestJoin(t *testing.T) {
 		c.leave(t, m)
 	}
 
-	t.Run("who is not allowed is refused at once", func(t *testing.T) {
+	t.Run("who is not allowed is refused", func(t *testing.T) {
 		m := newMember(t, c[0].conf.Addr)
-		_, err := m.open()
+		_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
 		is(t, err, ErrNotAllowed, "AddAllowedMember", m.conf.Addr)
 		first := storedID(t, m)
 		if _, members := c[0].counts(); members != 2 {
@@ -266,7 +266,17 @@ func TestJoinThatCannot(t *testing.T) {
 		m := newMember(t, freeAddr(t))
 		ctx, cancel := context.WithCancelCause(t.Context())
 		enough := errors.New("enough")
-		time.AfterFunc(100*time.Millisecond, func() { cancel(enough) })
+		words := newLogged("not admitted yet")
+		m.conf.Logger = slog.New(words)
+		go func() {
+			eventually(t, patience, "a first answer", func() error {
+				if len(words.all()) == 0 {
+					return errors.New("none")
+				}
+				return nil
+			})
+			cancel(enough)
+		}()
 		_, err := Open(ctx, m.conf)
 		is(t, err, enough, m.conf.Join, "refused the connection")
 	})
@@ -387,7 +397,7 @@ func TestRemoveMember(t *testing.T) {
 		t.Helper()
 		m.stop()
 		must(t, os.RemoveAll(m.conf.Dir))
-		_, err := m.open()
+		_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
 		is(t, err, ErrNotAllowed, "AddAllowedMember")
 		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
 		m.start()
@@ -449,7 +459,7 @@ func TestRemoveMember(t *testing.T) {
 		m := newMember(t, c[0].conf.Addr)
 		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
 		must(t, c[1].s.RemoveMember(ctx, m.conf.Addr))
-		_, err := m.open()
+		_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
 		is(t, err, ErrNotAllowed, m.conf.Addr)
 	})
 	t.Run("one that was admitted and never came", func(t *testing.T) {
@@ -542,7 +552,7 @@ func admit(t testing.TB, by *testMember, id, addr string) {
 	t.Helper()
 	ctx := ctxFor(t, patience)
 	must(t, by.s.AddAllowedMember(ctx, addr))
-	_, err := by.s.peer.join(ctx, "http://"+by.conf.Addr, by.s.Status().ID, joinRequest{ID: id, Addr: addr, Format: entryFormat, Announce: true})
+	_, err := by.s.peer.join(ctx, "http://"+by.conf.Addr, by.s.Status().ID, "", joinRequest{ID: id, Addr: addr, Format: entryFormat, Announce: true})
 	var r *refusal
 	if !errors.As(err, &r) || r.Code != codeBadRequest {
 		t.Fatalf("asked for another member: %v", err)

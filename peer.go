@@ -81,7 +81,8 @@ type peer struct {
 	useTLS bool
 	log    *slog.Logger
 	routes map[string]*route
-	slow   time.Duration // bodyTimeout; a test waits for less
+	lookup func(ctx context.Context, host string) ([]string, error) // the addresses of a name
+	slow   time.Duration                                            // bodyTimeout; a test waits for less
 
 	ctx    context.Context // ends with close, and with it every call, every held append and every waiting handler
 	cancel context.CancelFunc
@@ -118,6 +119,7 @@ func newPeer(host peerHost, client *http.Client, useTLS bool, log *slog.Logger) 
 		traced: standard,
 		useTLS: useTLS,
 		log:    log,
+		lookup: net.DefaultResolver.LookupHost,
 		slow:   bodyTimeout,
 	}
 	if idle != nil && own.Jar == nil {
@@ -692,9 +694,10 @@ func (p *peer) askTerm(ctx context.Context, to, addr string) (uint64, error) {
 	return a.Term, err
 }
 
-func (p *peer) join(ctx context.Context, base, to string, r joinRequest) (joinAnswer, error) {
+// join connects by way of an address of base's name; "" leaves the choice to the system.
+func (p *peer) join(ctx context.Context, base, to, way string, r joinRequest) (joinAnswer, error) {
 	var a joinAnswer
-	err := p.callJSON(ctx, request{route: "join", base: base, to: to}, r, &a)
+	err := p.callJSON(ctx, request{route: "join", base: base, to: to, fresh: true, way: way}, r, &a)
 	return a, err
 }
 
@@ -704,8 +707,17 @@ func (p *peer) remove(ctx context.Context, to, addr, target string) error {
 }
 
 func (p *peer) status(ctx context.Context, base string) (statusAnswer, error) {
+	return p.askedStatus(ctx, request{method: http.MethodGet, route: "status", base: base})
+}
+
+// statusBy is status on a new connection, by way of an address of base's name.
+func (p *peer) statusBy(ctx context.Context, base, way string) (statusAnswer, error) {
+	return p.askedStatus(ctx, request{method: http.MethodGet, route: "status", base: base, fresh: true, way: way})
+}
+
+func (p *peer) askedStatus(ctx context.Context, r request) (statusAnswer, error) {
 	var a statusAnswer
-	data, err := p.call(ctx, request{method: http.MethodGet, route: "status", base: base})
+	data, err := p.call(ctx, r)
 	if err == nil {
 		err = json.Unmarshal(data, &a)
 	}

@@ -613,11 +613,11 @@ func TestCalls(t *testing.T) {
 	if term, err := b.askTerm(ctx, "a", addr); err != nil || term != 7 {
 		t.Errorf("term: %d %v", term, err)
 	}
-	if a, err := b.join(ctx, base, "a", joinRequest{ID: "b", Addr: "127.0.0.1:2"}); err != nil || a.Cluster != "c" {
+	if a, err := b.join(ctx, base, "a", "", joinRequest{ID: "b", Addr: "127.0.0.1:2"}); err != nil || a.Cluster != "c" {
 		t.Errorf("join: %+v %v", a, err)
 	}
 	var r *refusal
-	if _, err := b.join(ctx, base+"/", "", joinRequest{ID: "b", Addr: "127.0.0.1:2"}); !errors.As(err, &r) || r.LeaderAddr != "127.0.0.1:9" || r.Status != 421 {
+	if _, err := b.join(ctx, base+"/", "", "", joinRequest{ID: "b", Addr: "127.0.0.1:2"}); !errors.As(err, &r) || r.LeaderAddr != "127.0.0.1:9" || r.Status != 421 {
 		t.Errorf("join without target: %v", err)
 	}
 	if err := b.remove(ctx, "a", addr, "127.0.0.1:5"); err != nil {

@@ -1,16 +1,15 @@
 package quorate
 
 // What a directory holds when a member is opened, and how it comes back to life: new, to be joined, or with state. It owns
-// the start rules (which pairs of file and log may go on together), bootstrap, the joiner's side of joining, and the
-// start of raft. It decides before raft sees anything, because raft panics on a log with a hole. Control comes from
-// db.go's open and does not return here, except that member.go or health.go may restart raft.
+// the start rules (which pairs of file and log may go on together), bootstrap, and the start of raft. It decides before raft sees
+// anything, because raft panics on a log with a hole. Control comes from db.go's open, goes to join.go for a directory that is to
+// join a cluster, and does not return here, except that member.go or health.go may restart raft.
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -373,76 +372,6 @@ func (s *Service) bootstrap(ctx context.Context) error {
 func placeholderAddr(id string) string { return "local:" + id }
 
 func placeholder(addr string) bool { return len(addr) > 6 && addr[:6] == "local:" }
-
-// join asks to be admitted until it is, or is refused for good, or ctx ends. The boot address only names the leader: a proxy may
-// stand there. The leader is asked directly, and that request alone is judged.
-func (s *Service) join(ctx context.Context) error {
-	ctx, cancel := s.limited(ctx)
-	defer cancel()
-	req := joinRequest{ID: s.ident().id, Addr: s.conf.Addr, Format: s.conf.format}
-	tried := map[string]error{} // by base URL: the last answer
-	for backoff := 10 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
-		a, base, err := s.askToJoin(ctx, req)
-		if err == nil {
-			return s.changeIdentity(func(ident *identity) { ident.cluster = a.Cluster })
-		}
-		if final := s.refusedForGood(err); final != nil {
-			return final
-		}
-		if ctx.Err() == nil || tried[base] == nil {
-			tried[base] = explain(err, base)
-		}
-		s.log.Info("not admitted yet", "address", base, "error", err)
-		select {
-		case <-time.After(backoff):
-		case <-ctx.Done():
-			list := fmt.Errorf("join: %w", context.Cause(ctx))
-			for _, base := range slices.Sorted(maps.Keys(tried)) {
-				list = fmt.Errorf("%w; %w", list, tried[base])
-			}
-			return list
-		}
-	}
-}
-
-// askToJoin is one attempt; base is the last address that was asked.
-func (s *Service) askToJoin(ctx context.Context, req joinRequest) (joinAnswer, string, error) {
-	base, to := s.conf.Join, ""
-	for range 3 { // the boot address names a leader; that one may have lost its office meanwhile
-		attempt, cancel := context.WithTimeout(ctx, 10*time.Second)
-		a, err := s.peer.join(attempt, base, to, req)
-		cancel()
-		var r *refusal
-		if errors.As(err, &r) && r.Code == codeNotLeader && r.LeaderAddr != "" {
-			base, to = baseURL(r.LeaderAddr, s.conf.TLS), r.LeaderID
-			continue
-		}
-		if err == nil && !validID(a.Cluster) {
-			err = fmt.Errorf("%w: admitted to cluster %q", errFrame, a.Cluster)
-		}
-		return a, base, err
-	}
-	return joinAnswer{}, base, errors.New("members name each other as the leader")
-}
-
-// refusedForGood turns an answer that no retry changes into the error of Open.
-func (s *Service) refusedForGood(err error) error {
-	var r *refusal
-	if !errors.As(err, &r) {
-		return nil
-	}
-	switch r.Code {
-	case codeNotAllowed:
-		return fmt.Errorf("%w: call AddAllowedMember(ctx, %q) on an existing member first (%s)", ErrNotAllowed, s.conf.Addr, r.Message)
-	case codeRemoved:
-		return fmt.Errorf("%w: empty the directory to join as a new member", ErrRemoved)
-	case codeProtocol:
-		return fmt.Errorf("%w: %s", ErrFormat, r.Message)
-	case codeWrongCluster, codeBadRequest, codeConflict:
-		return fmt.Errorf("%w: %w", ErrInvalid, r)
-	}
-	return nil
-}
 
 // raftConfig is what we ask of raft, with what was measured for it.
 func (s *Service) raftConfig() *raft.Config {

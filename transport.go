@@ -717,8 +717,10 @@ type request struct {
 	body   []byte
 	stream io.Reader
 	size   int64
-	bound  bool // its context ends with the peer
-	again  bool // it may be sent twice, as is done when a kept connection turns out to be closed
+	fresh  bool   // on a connection of its own
+	way    string // with fresh: the address to connect to instead of base's; "" is base's
+	bound  bool   // its context ends with the peer
+	again  bool   // it may be sent twice, as is done when a kept connection turns out to be closed
 }
 
 func (p *peer) base(addr string) string { return baseURL(addr, p.useTLS) }
@@ -810,7 +812,10 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 		req.Header["Idempotency-Key"] = nil // means that to net/http, and is not sent
 	}
 	send := p.client.Do
-	if r.again && p.links.takes(req) {
+	switch {
+	case r.fresh:
+		send = p.onNewConnection(r.way)
+	case r.again && p.links.takes(req):
 		send = p.links.do
 	}
 	began := time.Now()
