@@ -28,8 +28,9 @@ const (
 	queueBytes   = 32 << 20               // the same in bytes
 	resendMin    = 20 * time.Millisecond
 	resendMax    = time.Second
-	callerWaits  = 5 * time.Millisecond // for raft's main loop, in a caller's goroutine; then a slot does
-	window       = 64                   // batches beyond the oldest that is not settled: their answers are kept by every member until it is
+	callerWaits  = 5 * time.Millisecond   // for raft's main loop, in a caller's goroutine; then a slot does
+	sendAfter    = 100 * time.Millisecond // how long a send whose batch is settled meanwhile goes on
+	window       = 64                     // batches beyond the oldest that is not settled: their answers are kept by every member until it is
 )
 
 type batcher struct {
@@ -47,12 +48,12 @@ type batcher struct {
 	ctx  context.Context // ends at Close
 	work chan *flight    // to the goroutines that run carry, one per slot
 	used sync.Pool       // of pendings that have their answer: a write would leave half a KiB to the garbage collector
+	room broadcast       // there may be room in the queue again, or nothing is accepted any more
 
 	mu        sync.Mutex // guards the fields below; never held across I/O
 	queue     []*pending
 	bytes     int                // of queue
 	left      int                // in queue, those whose callers have left
-	room      []chan struct{}    // callers that wait for room in the queue
 	idle      int                // slots that carry nothing
 	formed    time.Time          // when the newest batch was formed
 	gathering bool               // a slot is about to form the next one
@@ -63,13 +64,20 @@ type batcher struct {
 	active    map[*flight]bool   // formed and not settled
 	flights   map[uint64]*flight // those of active that have a seq
 	closed    error              // why nothing is accepted any more
+
+	// About the batches of this session that callers have left; see leaveLocked.
+	barrier uint64  // no batch is formed before every seq up to this one is settled: the newest that a caller has left with ErrUncertain
+	dropped uint64  // the newest seq that was given up
+	passed  uint64  // apply has met an entry that says that every seq up to this one is settled
+	fence   *flight // active, and its entry passes what was dropped when it was formed; nothing else is formed meanwhile
+	bare    bool    // a fence was given up: the next one carries nothing, and so has no caller who could leave it
 }
 
 // pending is one caller's transaction.
 type pending struct {
 	data   []byte        // encoded
 	flight *flight       // nil while it waits in the queue
-	gone   bool          // its caller has left with ErrNotApplied: never send it
+	gone   bool          // its caller has left
 	done   chan struct{} // gets a token, once, when res and err are final and nobody but the caller knows the pending any more
 	res    result
 	err    error
@@ -81,13 +89,16 @@ const keepData = 4 << 10 // bytes; larger transactions are rare, and their memor
 type flight struct {
 	txs       []*pending
 	size      int // of txs, when it was formed
+	left      int // of txs, those whose callers have left
+	fence     bool
 	session   uint64
 	seq       uint64 // given at the first send and never dropped after it; 0 = not sent yet
+	acked     uint64 // what its first send says: every seq up to this one is settled
 	onWire    bool
 	uncertain bool                                         // a send ended without a clear answer: the entry may be in the log
 	settled   chan struct{}                                // closed when every transaction has its answer
 	wait      func(context.Context) (outcome, bool, error) // of a send that the caller has begun
-	cancel    context.CancelCauseFunc                      // ends the send under way
+	cancel    context.CancelCauseFunc                      // ends the send under way; nil before the first one
 }
 
 func newBatcher(ctx context.Context) *batcher {
@@ -127,13 +138,12 @@ func (b *batcher) submit(ctx context.Context, tx transaction) (result, error) {
 func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 	b.mu.Lock()
 	for b.closed == nil && b.fullLocked(len(p.data)) {
-		c := make(chan struct{})
-		b.room = append(b.room, c)
+		room := b.room.wait()
 		b.mu.Unlock()
 		select {
-		case <-c:
+		case <-room:
 		case <-ctx.Done():
-			return nil, notApplied(fmt.Errorf("the queue of writes is full: %w", b.leaderless(context.Cause(ctx))))
+			return nil, notApplied(fmt.Errorf("the queue of writes is full: %w", b.leaderless(ended(ctx))))
 		}
 		b.mu.Lock()
 	}
@@ -141,8 +151,8 @@ func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 	if b.closed != nil {
 		return nil, notApplied(b.closed)
 	}
-	if err := ctx.Err(); err != nil {
-		return nil, notApplied(err)
+	if ctx.Err() != nil {
+		return nil, notApplied(ended(ctx))
 	}
 	b.queue = append(b.queue, p)
 	b.bytes += len(p.data)
@@ -167,9 +177,14 @@ func (b *batcher) fullLocked(size int) bool {
 	return full()
 }
 
-// takeLocked forms the next flight out of what waits, if there is a slot and a session.
+// takeLocked forms the next flight out of what waits, if there is a slot and a session. Where a batch was given up, this is the
+// fence that passes it, with or without transactions.
 func (b *batcher) takeLocked() *flight {
-	if b.gathering || b.idle == 0 || b.session == 0 || len(b.queue) == 0 || b.seq-b.ackedLocked() >= window {
+	due := b.dropped > b.passed
+	if b.gathering || b.idle == 0 || b.session == 0 || b.fence != nil || len(b.queue) == 0 && !due {
+		return nil
+	}
+	if acked := b.ackedLocked(); acked < b.barrier || b.seq-acked >= window {
 		return nil
 	}
 	if b.idle < slots && time.Since(b.formed) < slotAfter {
@@ -177,7 +192,27 @@ func (b *batcher) takeLocked() *flight {
 		return nil
 	}
 	b.formed = time.Now()
-	f := &flight{session: b.session, settled: make(chan struct{})}
+	f := &flight{session: b.session, settled: make(chan struct{}), fence: due}
+	if !due || !b.bare {
+		b.fillLocked(f)
+	}
+	if len(f.txs) == 0 && !due {
+		return nil
+	}
+	if due {
+		b.fence = f
+	}
+	f.size = len(f.txs)
+	b.idle--
+	b.active[f] = true
+	if len(b.queue) > 0 && b.idle > 0 { // those who wait for the rest may be all that there are: no newcomer would look
+		b.lookLaterLocked()
+	}
+	return f
+}
+
+// fillLocked moves the head of the queue into a flight.
+func (b *batcher) fillLocked(f *flight) {
 	size := 0
 	n := 0
 	for _, p := range b.queue {
@@ -199,20 +234,7 @@ func (b *batcher) takeLocked() *flight {
 	if len(b.queue) == 0 {
 		b.queue = nil
 	}
-	for _, c := range b.room {
-		close(c)
-	}
-	b.room = nil
-	if len(f.txs) == 0 {
-		return nil
-	}
-	f.size = len(f.txs)
-	b.idle--
-	b.active[f] = true
-	if len(b.queue) > 0 && b.idle > 0 { // those who wait for the rest may be all that there are: no newcomer would look
-		b.lookLaterLocked()
-	}
-	return f
+	b.room.notify()
 }
 
 func (b *batcher) lookLaterLocked() {
@@ -352,22 +374,20 @@ func (b *batcher) send(f *flight) (outcome, bool, error) {
 	return b.propose(ctx, data)
 }
 
-// prepare takes out the transactions whose callers have left and encodes the rest; from here until refused the flight
-// counts as sent. It returns nil when the flight is settled or nothing is left of it.
+// prepare takes out the transactions whose callers have left, unless an earlier send may have reached the log: what has one number
+// is one batch. It encodes the rest; from here until refused the flight counts as sent. It returns nil when the flight is settled or
+// nothing is left of it that is worth an entry.
 func (b *batcher) prepare(f *flight) []byte {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if f.isSettledLocked() {
 		return nil
 	}
-	kept := f.txs[:0:0]
-	for _, p := range f.txs {
-		if !p.gone {
-			kept = append(kept, p)
-		}
+	if !f.uncertain {
+		f.txs = slices.DeleteFunc(f.txs, func(p *pending) bool { return p.gone })
+		f.left = 0
 	}
-	f.txs = kept
-	if len(kept) == 0 {
+	if len(f.txs) == 0 && !f.fence {
 		b.finishLocked(f)
 		return nil
 	}
@@ -375,10 +395,11 @@ func (b *batcher) prepare(f *flight) []byte {
 		b.seq++
 		f.seq = b.seq
 		b.flights[f.seq] = f
+		f.acked = b.ackedLocked()
 	}
 	f.onWire = true
-	txs := make([][]byte, len(kept))
-	for i, p := range kept {
+	txs := make([][]byte, len(f.txs))
+	for i, p := range f.txs {
 		txs[i] = p.data
 	}
 	return encodeBatch(b.format(), f.session, f.seq, b.ackedLocked(), txs)
@@ -459,11 +480,12 @@ func (b *batcher) lost(f *flight) bool {
 	if f.uncertain {
 		f.failLocked(fmt.Errorf("%w: this member's session was evicted", ErrUncertain))
 	} else {
-		for _, p := range f.txs {
+		again := slices.DeleteFunc(f.txs, func(p *pending) bool { return p.gone })
+		for _, p := range again {
 			p.flight = nil
 			b.bytes += len(p.data)
 		}
-		b.queue = append(append([]*pending(nil), f.txs...), b.queue...)
+		b.queue = append(again, b.queue...)
 		f.txs = nil
 	}
 	b.finishLocked(f)
@@ -479,9 +501,14 @@ func (b *batcher) deliver(session, seq uint64, o outcome) {
 		return
 	}
 	b.finishWithLocked(f, o)
+	f.breakOffLocked()
+}
+
+// breakOffLocked ends the send under way of a settled flight, but not at once: the leader's answer may be on its way, and breaking
+// the connection under it would cost a new one for every write.
+func (f *flight) breakOffLocked() {
 	if cancel := f.cancel; cancel != nil {
-		// The leader's answer is on its way; breaking the connection under it would cost a new one for every write.
-		time.AfterFunc(100*time.Millisecond, func() { cancel(errSettled) })
+		time.AfterFunc(sendAfter, func() { cancel(errSettled) })
 	}
 }
 
@@ -499,6 +526,10 @@ func (b *batcher) finishWithLocked(f *flight, o outcome) {
 		p.done <- struct{}{}
 	}
 	f.txs = nil
+	if f.session == b.session {
+		b.passed = max(b.passed, f.acked)
+		b.bare = b.bare && b.passed < b.dropped
+	}
 	b.finishLocked(f)
 }
 
@@ -516,26 +547,102 @@ func (b *batcher) finishLocked(f *flight) {
 	}
 	delete(b.flights, f.seq)
 	delete(b.active, f)
+	if b.fence == f {
+		b.fence = nil
+	}
 	close(f.settled)
 }
 
 // abandon gives the verdict on a transaction whose caller stops waiting.
 func (b *batcher) abandon(ctx context.Context, p *pending) (result, error) {
+	cause := ended(ctx)
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	select {
 	case <-p.done:
+		defer b.mu.Unlock()
 		return p.res, p.err
 	default:
 	}
-	if p.flight != nil && (p.flight.onWire || p.flight.uncertain) {
-		return result{}, fmt.Errorf("%w: %w", ErrUncertain, context.Cause(ctx))
-	}
 	p.gone = true
-	if p.flight == nil {
+	f := p.flight
+	if f == nil {
 		b.left++
+	} else {
+		f.left++
 	}
-	return result{}, notApplied(b.leaderless(context.Cause(ctx)))
+	uncertain := f != nil && (f.onWire || f.uncertain)
+	var next *flight
+	if uncertain {
+		next = b.leaveLocked(f)
+	}
+	b.mu.Unlock()
+	if next != nil {
+		b.work <- next
+	}
+	if uncertain {
+		return result{}, fmt.Errorf("%w: %w", ErrUncertain, cause)
+	}
+	return result{}, notApplied(b.leaderless(cause))
+}
+
+// leaveLocked is for a flight that may be in the log and that a caller has just left with ErrUncertain. When the last one has, the
+// flight is given up: it is not sent any more, its seq counts as settled, and a fence goes out, which says so. To go on sending it
+// would let an old value land over what others have written long since and were told is done. It returns the fence, if there is a
+// slot for it.
+//
+// What holds then: a write W that begins on this member after a caller has left a write L with ErrUncertain, and is acknowledged,
+// is never undone by L.
+//
+// It is assumed that (a) mu orders the calls on this batcher; that apply (b) gives a batch whose seq is not above the highest acked
+// of its session no effect, and (c) a batch whose seq it has an answer stored for no second effect; that (d) a session that apply
+// does not know is unknown for ever after, as its number is the index of the entry that opened it; and that (e) an entry that is
+// proposed after the outcome of another one is known has a higher index, by the Leader Completeness of raft.
+//
+//  1. Let L be in flight f, with seq n of session S, and its caller leave at time t. From t on barrier >= n, as long as S is the
+//     batcher's session.
+//  2. W is in a flight h that is formed after t: it begins after t, and no flight takes a transaction once it is formed.
+//  3. If h is of S: takeLocked forms it only while ackedLocked() >= barrier >= n, so no flight with a seq up to n is active then.
+//     Seqs are given in ascending order, so none is active later either, and every send of h says acked >= n.
+//  4. So f is settled when h is formed. If it was answered, L has had its effect, or never will have one, at an index below that of
+//     h (e), and any copy of f behind that has none (b, c).
+//  5. If f was given up, copies of it may still arrive. Let j be the index at which h takes effect. The entry at j says acked >= n,
+//     so a copy behind j has no effect (b). A copy before j may have one, and W comes after it.
+//  6. If h is of another session: that one was opened after apply had answered, at an index i, that S is not known. The entry that
+//     opens it lies behind i (e), and h behind that, and behind i no copy of f has an effect (d). The same holds for the transactions
+//     of h that lost puts into the next session: it does so only if no send of h can have an effect.
+//
+// Nothing of the kind holds for the writes of other members: a copy of f that was on its way when f was given up may take effect until
+// an entry of this member that passes n is applied. That is the window which ErrUncertain speaks of. The send under way is broken off
+// and the fence goes out at once to keep it short.
+//
+// A leader whose log does not commit gets a bounded number of entries in spite of what is given up, or raft's uncommitted tail would
+// grow for as long as callers come and leave: those of the slots, one fence with transactions, and, if all of its callers leave too,
+// one without, which nobody can leave. Until one of them is answered the other callers wait in the queue.
+func (b *batcher) leaveLocked(f *flight) (next *flight) {
+	current := f.session == b.session
+	if current {
+		b.barrier = max(b.barrier, f.seq)
+	}
+	if f.left < len(f.txs) {
+		return nil // still sent, for those who wait
+	}
+	if current {
+		b.dropped = max(b.dropped, f.seq)
+		b.bare = b.bare || f.fence
+	}
+	f.txs = nil
+	b.finishLocked(f)
+	f.breakOffLocked()
+	return b.takeLocked()
+}
+
+// ended says why a context has ended, for the error of a write: its cause, and what its Err says where the cause does not.
+func ended(ctx context.Context) error {
+	cause, err := context.Cause(ctx), ctx.Err()
+	if err == nil || errors.Is(cause, err) {
+		return cause
+	}
+	return fmt.Errorf("%w: %w", err, cause)
 }
 
 // leaderless adds to the reason why a caller gave up that there was no leader, if so.
@@ -562,10 +669,7 @@ func (b *batcher) refuse(cause error) {
 	if b.closed == nil {
 		b.closed = cause
 	}
-	for _, c := range b.room {
-		close(c)
-	}
-	b.room = nil
+	b.room.notify()
 }
 
 // stop answers everything that still waits, with the cause.
@@ -580,6 +684,7 @@ func (b *batcher) stop(cause error) {
 		}
 	}
 	b.queue, b.bytes, b.left = nil, 0, 0
+	b.dropped = 0 // no fence
 	for f := range b.active {
 		err := notApplied(cause)
 		if f.onWire || f.uncertain {
@@ -600,6 +705,7 @@ func (b *batcher) keepSession() {
 		}
 		b.mu.Lock()
 		b.session = id
+		b.barrier, b.dropped, b.passed, b.bare = 0, 0, 0, false
 		b.reopen = make(chan struct{})
 		reopen := b.reopen
 		var fs []*flight

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,6 +28,7 @@ type wire struct {
 	leaderless atomic.Bool
 	end        context.CancelFunc
 	running    sync.WaitGroup
+	calls      map[string]*call // of fill
 }
 
 // sending is one attempt to send an entry.
@@ -132,10 +134,15 @@ func (l *wire) next() *sending {
 // quiet: nothing is sent, however long one waits.
 func (l *wire) quiet() {
 	l.t.Helper()
+	l.quietFor(time.Hour)
+}
+
+func (l *wire) quietFor(d time.Duration) {
+	l.t.Helper()
 	select {
 	case s := <-l.sends:
 		l.t.Fatalf("%v is sent with %v", s.number(), s.keys())
-	case <-time.After(time.Hour):
+	case <-time.After(d):
 	}
 }
 
@@ -290,8 +297,11 @@ func TestTheRestGoesOutBesideASlowBatch(t *testing.T) {
 
 // fill takes every slot, so that what comes next has to wait.
 func (l *wire) fill(t *testing.T) (calls []*call, sent []*sending) {
+	l.calls = make(map[string]*call)
 	for i := range slots {
-		calls = append(calls, l.set(fmt.Sprint("first", i)))
+		c := l.set(fmt.Sprint("first", i))
+		l.calls[c.key] = c
+		calls = append(calls, c)
 		sent = append(sent, l.next())
 	}
 	return calls, sent
@@ -368,13 +378,11 @@ func TestVerdictWhenCallerLeaves(t *testing.T) {
 			c := l.set("k")
 			l.next().lose()
 			l.next().refuse() // a later refusal proves nothing about the first send
+			synctest.Wait()
 			c.cancel()
 			c.verdict(t, ErrUncertain)
-			s := l.next() // the number is settled all the same
-			if len(s.batch.txs) != 1 {
-				t.Errorf("sent with %v, and the entry may be in the log with k", s.keys())
-			}
-			s.settle()
+			l.fence(1).settle()
+			l.quiet()
 		})
 	})
 	t.Run("while a send is under way", func(t *testing.T) {
@@ -383,7 +391,9 @@ func TestVerdictWhenCallerLeaves(t *testing.T) {
 			s := l.next()
 			c.cancel()
 			c.verdict(t, ErrUncertain)
-			s.settle()
+			l.fence(1).settle()
+			<-s.ctx.Done()
+			l.quiet()
 		})
 	})
 	t.Run("when every send was refused", func(t *testing.T) {
@@ -446,6 +456,181 @@ func TestVerdictWhenCallerLeaves(t *testing.T) {
 			if !errors.Is(err, ErrNotApplied) || !errors.Is(err, context.Canceled) {
 				t.Errorf("error %v", err)
 			}
+			l.quiet()
+		})
+	})
+}
+
+// fence is the next entry on the wire, which carries nothing but that every batch up to this one is settled.
+func (l *wire) fence(acked uint64) *sending {
+	l.t.Helper()
+	s := l.next()
+	if len(s.batch.txs) != 0 || s.batch.acked != acked || s.batch.seq <= acked {
+		l.t.Fatalf("batch %d with %v says that all up to %d are settled, want an empty one and %d", s.batch.seq, s.keys(), s.batch.acked, acked)
+	}
+	return s
+}
+
+// leave has the caller give up.
+func (c *call) leave(t *testing.T, want error) {
+	t.Helper()
+	c.cancel()
+	c.verdict(t, want)
+}
+
+func TestGivenUp(t *testing.T) {
+	t.Run("one waits and 63 have left", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			var calls []*call
+			for i := range 64 {
+				calls = append(calls, l.set(fmt.Sprint("k", i)))
+			}
+			sent[0].settle()
+			sent[1].settle()
+			s := l.next()
+			for _, c := range calls[1:] {
+				c.leave(t, ErrUncertain)
+			}
+			s.lose()
+			for range 5 {
+				again := l.next()
+				if again.number() != s.number() || again.batch.sum != s.batch.sum {
+					t.Fatalf("sent %v with %v, want what was sent before", again.number(), again.keys())
+				}
+				again.lose()
+			}
+			later := l.set("later") // could be undone by one of those that were left, if it overtook them
+			l.next().settle()
+			calls[0].verdict(t, nil)
+			s = l.next()
+			s.settle()
+			later.verdict(t, nil)
+			l.quiet()
+		})
+	})
+	t.Run("the next batch passes it", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			waits := l.set("waits")
+			for _, s := range sent {
+				s.lose()
+			}
+			first, second := l.next(), l.next()
+			if first.batch.seq != 1 {
+				first, second = second, first
+			}
+			l.calls["first0"].leave(t, ErrUncertain)
+			l.quietFor(sendAfter)
+			s := l.next()
+			if s.batch.acked != 1 || strings.Join(s.keys(), " ") != "waits" {
+				t.Errorf("sent %v with acked %d", s.keys(), s.batch.acked)
+			}
+			s.settle()
+			waits.verdict(t, nil)
+			second.settle()
+			l.quiet()
+		})
+	})
+	t.Run("an older one is not settled yet", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			l.calls["first1"].leave(t, ErrUncertain)
+			later := l.set("later")
+			sent[0].lose()
+			again := l.next()
+			if again.batch.seq != 1 {
+				t.Fatalf("sent %v, which does not pass batch 2", again.keys())
+			}
+			later.pending(t)
+			again.settle()
+			s := l.next()
+			if s.batch.acked != 2 || strings.Join(s.keys(), " ") != "later" {
+				t.Errorf("sent %v with acked %d, want later with 2", s.keys(), s.batch.acked)
+			}
+			s.settle()
+			later.verdict(t, nil)
+			l.quiet()
+		})
+	})
+	t.Run("a log that does not commit gets few entries", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("first")
+			l.next()
+			d := l.set("second")
+			l.next()
+			c.leave(t, ErrUncertain)
+			d.leave(t, ErrUncertain)
+			l.fence(2) // nobody was waiting
+			for i := range 20 {
+				e := l.set(fmt.Sprint("k", i))
+				l.quietFor(time.Second)
+				e.leave(t, ErrNotApplied)
+			}
+		})
+	})
+	t.Run("the batch that passes it is given up too", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, _ = l.fill(t)
+			h := l.set("h")
+			l.calls["first0"].leave(t, ErrUncertain)
+			if s := l.next(); strings.Join(s.keys(), " ") != "h" {
+				t.Fatalf("sent %v", s.keys())
+			}
+			i := l.set("i")
+			h.leave(t, ErrUncertain)
+			l.calls["first1"].leave(t, ErrUncertain)
+			s := l.fence(3)
+			i.pending(t)
+			s.settle()
+			s = l.next()
+			if s.batch.acked != 4 || strings.Join(s.keys(), " ") != "i" {
+				t.Errorf("sent %v with acked %d", s.keys(), s.batch.acked)
+			}
+			s.settle()
+			i.verdict(t, nil)
+			l.quiet()
+		})
+	})
+	t.Run("its session is gone", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			sent[0].gone()
+			l.openWith(8)
+			l.calls["first1"].leave(t, ErrUncertain)
+			s := l.next()
+			if s.batch.session != 8 || strings.Join(s.keys(), " ") != "first0" {
+				t.Errorf("sent %v in session %d", s.keys(), s.batch.session)
+			}
+			s.settle()
+			l.quiet()
+		})
+	})
+	t.Run("the refused batch goes without those who were told that it is uncertain", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			a, b := l.set("a"), l.set("b")
+			sent[0].settle()
+			s := l.next()
+			a.leave(t, ErrUncertain)
+			s.refuse()
+			if s = l.next(); strings.Join(s.keys(), " ") != "b" {
+				t.Errorf("sent %v", s.keys())
+			}
+			s.settle()
+			b.verdict(t, nil)
+			sent[1].settle()
+			l.quiet()
+		})
+	})
+	t.Run("a closed member sends nothing", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next().lose()
+			l.next().lose()
+			synctest.Wait()
+			c.leave(t, ErrUncertain)
+			l.stop(ErrClosed)
 			l.quiet()
 		})
 	})
@@ -720,6 +905,34 @@ func TestThoseWhoLeftTakeNoRoom(t *testing.T) {
 	})
 }
 
+// Callers that give up on a full queue come and go for as long as there is no majority.
+func TestFullQueueForgetsThoseWhoGiveUp(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		l.fill(t)
+		for i := range 4 {
+			l.submitOp(op{kind: opSet, key: fmt.Sprint("k", i), value: make([]byte, queueBytes/4-16)})
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		objects := func() uint64 {
+			var m runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&m)
+			return m.HeapObjects
+		}
+		tx := transaction{{kind: opDelete, key: strings.Repeat("k", 100)}}
+		before := objects()
+		for range 20_000 {
+			if _, err := l.submit(ctx, tx); !errors.Is(err, ErrNotApplied) || !strings.Contains(err.Error(), "full") {
+				t.Fatal(err)
+			}
+		}
+		if after := objects(); after > before+5000 {
+			t.Errorf("%d objects are left behind by 20,000 callers that gave up", after-before)
+		}
+	})
+}
+
 // What a batch means when raft's log holds it more than once, or late: the real state machine answers.
 func TestBatchTakesEffectOnce(t *testing.T) {
 	f, apply := newTestFSM(t)
@@ -773,5 +986,65 @@ func newTestFSM(t *testing.T) (*fsm, func(data []byte) outcome) {
 			t.Fatalf("apply gave no outcome for entry %d", index)
 		}
 		return o
+	}
+}
+
+// Three times a follower is cut off for eight seconds, and its callers give up on writes that were on their way. Nothing of that
+// may turn up afterwards, over what others have written and were told is done.
+func TestAbandonedWritesStayAway(t *testing.T) {
+	for _, cut := range []string{"both ways", "to the leader", "from the leader"} {
+		t.Run(cut, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) { abandonThreeTimes(t, cut) })
+		})
+	}
+}
+
+func abandonThreeTimes(t *testing.T, cut string) {
+	c := newScript(t)
+	c.change = func(c *Config) { c.segment = 16 << 10 }
+	defer c.end()
+	for _, line := range []string{"start a", "join b via a", "join c via a", "await voters 3"} {
+		c.obey(line)
+	}
+	wrong, given := 0, 0
+	for round := range 3 {
+		c.obey("cast leader L followers F G")
+		l, f, g := c.member("L"), c.member("F"), c.member("G")
+		if cut != "from the leader" {
+			c.net.cut(f.conf.Addr, l.conf.Addr)
+		}
+		if cut != "to the leader" {
+			c.net.cut(l.conf.Addr, f.conf.Addr)
+		}
+		var callers sync.WaitGroup
+		for i := range 4 {
+			callers.Go(func() {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(1+i)*time.Second)
+				defer cancel()
+				if err := f.s.Set(ctx, fmt.Sprint("k", i), []byte("old")); errors.Is(err, ErrUncertain) {
+					given++ // one at a time: each has another limit
+				}
+			})
+		}
+		callers.Wait()
+		time.Sleep(200 * time.Millisecond)
+		for i := range 4 {
+			must(t, g.s.Set(t.Context(), fmt.Sprint("k", i), fmt.Append(nil, "new ", round)))
+		}
+		time.Sleep(8*time.Second - 4200*time.Millisecond)
+		c.obey("heal")
+		time.Sleep(5 * time.Second)
+		for i := range 4 {
+			got, err := g.s.Get(t.Context(), fmt.Sprint("k", i))
+			must(t, err)
+			if string(got) != fmt.Sprint("new ", round) {
+				wrong++
+			}
+		}
+		must(t, f.s.Set(t.Context(), "still", []byte("alive")))
+	}
+	if wrong > 0 || given == 0 {
+		t.Errorf("%d values are those of writes that were given up long before, of %d that were uncertain", wrong, given)
 	}
 }

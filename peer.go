@@ -650,7 +650,8 @@ func (x *exchange) write(status int, kind string, data []byte) {
 // answered that it was not appended. A redirect, a proxy's error or a broken connection leave it open.
 func (p *peer) propose(ctx context.Context, to, addr string, data []byte) (outcome []byte, sent bool, err error) {
 	var connected atomic.Bool
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }})
+	ctx, done := abortable(ctx, &connected)
+	defer done()
 	outcome, err = p.call(ctx, request{route: "propose", base: p.base(addr), to: to, body: data})
 	var r *refusal
 	switch {
@@ -662,6 +663,44 @@ func (p *peer) propose(ctx context.Context, to, addr string, data []byte) (outco
 		return nil, false, err
 	}
 	return nil, true, err
+}
+
+// abortable is for a request that must not arrive once its sender has stopped waiting: when ctx ends, what the system has not
+// delivered of it is thrown away. Else it would go on sending for up to a minute after the connection is closed, and a write that was
+// given up would arrive when the network is whole again, over newer ones. What another machine holds is out of reach.
+func abortable(ctx context.Context, connected *atomic.Bool) (_ context.Context, done func()) {
+	var conn atomic.Value // of lingerer
+	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if c, ok := conn.Load().(lingerer); ok {
+			_ = c.l.SetLinger(0) // before net/http closes it
+		}
+		cancel(context.Cause(ctx))
+	})
+	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+		connected.Store(true)
+		conn.Store(lingererOf(info.Conn))
+	}}
+	return httptrace.WithClientTrace(inner, trace), func() { stop(); cancel(nil) }
+}
+
+type lingerer struct {
+	l interface{ SetLinger(sec int) error } // never nil
+}
+
+type noLinger struct{}
+
+func (noLinger) SetLinger(int) error { return nil }
+
+// lingererOf is not for HTTP/2, whose connection carries other calls too.
+func lingererOf(conn net.Conn) lingerer {
+	if c, ok := conn.(*tls.Conn); ok && c.ConnectionState().NegotiatedProtocol != "h2" {
+		conn = c.NetConn()
+	}
+	if l, ok := conn.(interface{ SetLinger(sec int) error }); ok {
+		return lingerer{l}
+	}
+	return lingerer{noLinger{}}
 }
 
 // definite: the code says that nothing was appended. A code of a newer version says nothing to this one.

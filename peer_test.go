@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"net/url"
 	"strings"
 	"sync"
@@ -711,6 +712,50 @@ func TestProposeSent(t *testing.T) {
 	defer srv.Close()
 	if _, sent, err := b.propose(context.Background(), "a", srv.Listener.Addr().String(), []byte("x")); err == nil || !sent {
 		t.Errorf("broken connection: sent %v, %v", sent, err)
+	}
+}
+
+// The way to the leader is cut when a write is given up, and whole again later on. What the system had not delivered by then must
+// not arrive.
+func TestGivenUpProposalIsNotDelivered(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err == nil {
+			accepted <- conn // and nothing is read: the window closes after some hundred KiB
+		}
+	}()
+	ctx, cancel := context.WithCancel(t.Context())
+	wrote := make(chan struct{})
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteRequest: func(httptrace.WroteRequestInfo) { close(wrote) }})
+	ended := make(chan error, 1)
+	body := make([]byte, 1<<20)
+	go func() {
+		_, sent, err := callerOf(t, nil, false).propose(traced, "b", l.Addr().String(), body)
+		if !sent {
+			err = fmt.Errorf("said to be not sent: %w", err)
+		}
+		ended <- err
+	}()
+	conn := <-accepted
+	defer conn.Close()
+	select {
+	case <-wrote: // all of it is in the hands of the system
+	case <-time.After(10 * time.Second):
+		t.Skip("this system takes no request that nobody reads")
+	}
+	cancel()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("the call ended with %v", err)
+	}
+	conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	n, err := io.Copy(io.Discard, conn)
+	if n >= int64(len(body)) || err == nil {
+		t.Errorf("%d bytes arrived, then %v: a request of %d bytes was given up", n, err, len(body))
 	}
 }
 
