@@ -46,7 +46,7 @@
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
-// directory comes to life), copy.go (how a state travels), health.go (what is wrong now), slog.go (what raft says).
+// directory comes to life), copy.go (how a state travels), health.go (what is wrong now), journal.go (what is logged of the others), slog.go (what raft says).
 package quorate
 
 import (
@@ -322,6 +322,7 @@ func (s *Service) startBackground() {
 	s.running.Go(func() { s.store.maintain(s.ctx) })
 	s.running.Go(s.lead)
 	s.running.Go(s.watchLeader)
+	s.running.Go(s.tellLeader)
 	s.running.Go(s.announce)
 	s.running.Go(s.watchHealth)
 	s.running.Go(s.rebuildLoop)

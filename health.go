@@ -563,11 +563,11 @@ func (s *Service) diagnose(ctx context.Context) string {
 			leaders[i] = a.LeaderAddr
 			switch {
 			case err != nil:
-				trouble[i] = fmt.Sprintf("%s: %v", shortID(string(m.ID)), explain(err, base))
+				trouble[i] = fmt.Sprintf("%s: %v", peerName(m.ID, s.addressOf(m)), explain(err, base))
 			case a.ID != string(m.ID):
-				trouble[i] = fmt.Sprintf("%s at %s is now %s", shortID(string(m.ID)), s.addressOf(m), shortID(a.ID))
+				trouble[i] = fmt.Sprintf("at the address of %s there is now %s", peerName(m.ID, s.addressOf(m)), shortID(a.ID))
 			case !a.Healthy:
-				trouble[i] = fmt.Sprintf("%s at %s has a fault of its own", shortID(string(m.ID)), s.addressOf(m))
+				trouble[i] = fmt.Sprintf("%s has a fault of its own", peerName(m.ID, s.addressOf(m)))
 			}
 		})
 	}

@@ -155,7 +155,7 @@ func (t *peerTable) stranger(own string) error {
 		return nil
 	}
 	return fmt.Errorf("members of cluster %s (%s) know this address as one of theirs, and this directory belongs to cluster %s: "+
-		"if its contents were lost, empty the directory and start with a bootURL", t.strange.cluster, t.strange.sender, own)
+		"if its contents were lost, empty the directory and start with a bootURL", shortID(t.strange.cluster), t.strange.sender, shortID(own))
 }
 
 // startPeer makes the protocol's side of this member; its functions answer 503 until raft runs.
@@ -541,7 +541,7 @@ func (s *Service) allRead(format uint64, up *raising) bool {
 		s.heldBack.Store(&held)
 		if m := list[i]; !up.told[m.ID] && s.ctx.Err() == nil {
 			up.told[m.ID] = true
-			s.log.Info("a member keeps the cluster at its old format", "id", m.ID, "address", m.Address,
+			s.log.Info("a member keeps the cluster at its old format", "peer", peerName(m.ID, m.Address),
 				"format", s.store.meta().format, "next", format, "reason", err)
 		}
 		return false
@@ -691,7 +691,7 @@ func (s *Service) promote() (promoted bool, err error) {
 		if err := await(ctx, r.AddVoter(m.ID, m.Address, c.index, 0)); err != nil {
 			return false, err
 		}
-		s.log.Info("a member is a voter now", "id", m.ID, "address", m.Address)
+		s.log.Info("a member is a voter now", "peer", peerName(m.ID, m.Address))
 		return true, nil
 	}
 	return false, errors.Join(waiting...)
@@ -702,7 +702,7 @@ func (s *Service) mayPromote(ctx context.Context, m raft.Server, c configuration
 	all := append(voters(c.Configuration), m)
 	for i, err := range s.probe(ctx, all, c.index) {
 		if err != nil {
-			return fmt.Errorf("member %s: %w", shortID(string(all[i].ID)), err)
+			return fmt.Errorf("member %s: %w", peerName(all[i].ID, s.addressOf(all[i])), err)
 		}
 	}
 	return nil
@@ -806,7 +806,7 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		return joinAnswer{}, refuse(http.StatusGone, codeRemoved, "this id was removed from the cluster")
 	case voter && !req.Announce: // who joins has no state, and a voter has promised to keep it
 		return joinAnswer{}, refuse(http.StatusConflict, codeConflict, "member %s is a voter here, and whoever joins under its id has lost "+
-			"its state: empty the directory and join as a new member", req.ID)
+			"its state: empty the directory and join as a new member", shortID(req.ID))
 	case req.Format < format:
 		return joinAnswer{}, refuse(http.StatusPreconditionFailed, codeProtocol, "the cluster writes entries of format %d and the joining "+
 			"member reads up to %d: upgrade it", format, req.Format)
@@ -824,7 +824,7 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		if err := s.setServer(ctx, req.ID, addr); err != nil {
 			return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "change of the configuration: %v", err)
 		}
-		s.log.Info("a member joined or moved", "id", req.ID, "address", addr)
+		s.log.Info("a member joined or moved", "peer", peerName(req.ID, addr))
 		give(s.joined)
 	}
 	a := joinAnswer{Cluster: s.ident().cluster, LeaderID: s.ident().id, LeaderAddr: s.conf.Addr}
@@ -843,10 +843,10 @@ func (s *Service) awaitRoom(ctx context.Context, addr, id string) error {
 		}
 		if current, _, _ := s.server(id); !placeholder(current) && s.addressOf(m) != addr {
 			if err := s.setServer(ctx, id, placeholderAddr(id)); err != nil {
-				s.log.Warn("no room for a member that moved", "id", id, "address", addr, "error", err)
+				s.log.Warn("no room for a member that moved", "peer", peerName(id, addr), "error", err)
 			}
 		}
-		return refuse(http.StatusServiceUnavailable, codeNotReady, "%s is the address of member %s until that one moves or is removed", addr, m.ID)
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "%s is the address of member %s until that one moves or is removed", addr, shortID(string(m.ID)))
 	}
 	return nil
 }
@@ -866,17 +866,17 @@ func (s *Service) replaceAt(ctx context.Context, addr, id string) error {
 		a, err := s.peer.status(probe, baseURL(addr, s.conf.TLS))
 		cancel()
 		if err == nil && a.ID == string(m.ID) {
-			return refuse(http.StatusConflict, codeConflict, "member %s answers at %s: stop it, or remove it first", m.ID, addr)
+			return refuse(http.StatusConflict, codeConflict, "member %s answers: stop it, or remove it first", peerName(m.ID, addr))
 		}
 		// It may have moved, and its new address is not in the configuration yet.
 		if heard := s.members.sinceHeard(string(m.ID)); heard >= 0 && heard < goneAfter {
 			return refuse(http.StatusServiceUnavailable, codeNotReady, "member %s, whose address %s was, lives: it was heard from %v ago",
-				m.ID, addr, heard.Round(time.Millisecond))
+				shortID(string(m.ID)), addr, heard.Round(time.Millisecond))
 		}
 		if err := s.removeServer(ctx, m, c); err != nil {
 			return refuse(http.StatusServiceUnavailable, codeNotReady, "the member that was at %s before can't be taken out now: %v", addr, err)
 		}
-		s.log.Info("a member was replaced", "old id", m.ID, "new id", id, "address", addr)
+		s.log.Info("a member was replaced", "peer", peerName(m.ID, m.Address), "by", peerName(id, addr))
 	}
 	return nil
 }
@@ -990,7 +990,11 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 	if target == nil {
 		return nil
 	}
-	return await(ctx, r.RemoveServer(target.ID, c.index, 0))
+	err = await(ctx, r.RemoveServer(target.ID, c.index, 0))
+	if err == nil {
+		s.log.Info("a member was removed", "peer", peerName(target.ID, target.Address))
+	}
+	return err
 }
 
 // mayRemove: those that answer and keep up, the target apart, are a majority of the voters with it and of those without it.
@@ -1082,7 +1086,7 @@ func (s *Service) announceToAll() {
 			err = s.announceTo(r.LeaderID, r.LeaderAddr)
 		}
 		if err != nil {
-			s.log.Debug("announce this member's address", "to", m.Address, "answer", err)
+			s.log.Debug("announce this member's address", "to", peerName(m.ID, m.Address), "answer", err)
 		}
 	}
 }

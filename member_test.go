@@ -868,7 +868,7 @@ func TestReplacement(t *testing.T) {
 		other := newMember(t, c[0].conf.Addr)
 		other.conf.Addr = lost.conf.Addr
 		_, err := other.open()
-		is(t, err, ErrInvalid, oldID, "answers at "+lost.conf.Addr, "stop it, or remove it first")
+		is(t, err, ErrInvalid, peerName(oldID, lost.conf.Addr)+" answers: stop it, or remove it first")
 		if voters, members := c[0].counts(); voters != 3 || members != 3 {
 			t.Errorf("%d voters of %d members, want 3 of 3", voters, members)
 		}
@@ -986,7 +986,7 @@ func TestJoinWithAnIDOfAnotherCluster(t *testing.T) {
 	other := newID()
 	must(t, errors.Join(writeIdentity(m.conf.Dir, identity{id: newID(), cluster: other, intent: intentJoin}), lock.unlock()))
 	_, err = m.open()
-	is(t, err, ErrInvalid, "cluster "+other+", and this is "+c[0].s.Status().Cluster)
+	is(t, err, ErrInvalid, "cluster "+shortID(other)+", and this is "+shortID(c[0].s.Status().Cluster))
 }
 
 func TestRollingRestartOfFive(t *testing.T) {

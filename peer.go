@@ -273,7 +273,7 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 	}
 	if r.bare {
 		if p.host.removed(x.from) && p.host.leading(p.host.term()) {
-			return refuse(http.StatusGone, codeRemoved, "member %s was removed", x.from)
+			return refuse(http.StatusGone, codeRemoved, "member %s was removed", shortID(x.from))
 		}
 		return nil
 	}
@@ -290,10 +290,10 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 		if x.to != "" {
 			p.host.stranger(x.cluster, x.from, x.fromAddr, x.to)
 		}
-		return refuse(http.StatusPreconditionFailed, codeWrongTarget, "meant for member %s, and this is %s", x.to, x.id)
+		return refuse(http.StatusPreconditionFailed, codeWrongTarget, "meant for member %s, and this is %s", shortID(x.to), shortID(x.id))
 	}
 	if p.host.removed(x.from) {
-		return refuse(http.StatusGone, codeRemoved, "member %s was removed", x.from)
+		return refuse(http.StatusGone, codeRemoved, "member %s was removed", shortID(x.from))
 	}
 	if name != "join" { // which says it better
 		if err := p.checkFormat(x); err != nil {
@@ -348,9 +348,9 @@ func (p *peer) checkHome(x *exchange) error {
 	addr, known, _ := p.host.server(x.from)
 	switch {
 	case !known:
-		return refuse(http.StatusForbidden, codeNotAllowed, "member %s is not in the configuration", x.from)
+		return refuse(http.StatusForbidden, codeNotAllowed, "member %s is not in the configuration", peerName(x.from, x.fromAddr))
 	case x.req.TLS != nil && len(x.req.TLS.VerifiedChains) > 0 && x.fromAddr != addr && !p.host.allowed(x.fromAddr):
-		return refuse(http.StatusForbidden, codeTLS, "member %s does not live at %s", x.from, x.fromAddr)
+		return refuse(http.StatusForbidden, codeTLS, "member %s does not live at %s", shortID(x.from), x.fromAddr)
 	}
 	return nil
 }
@@ -372,7 +372,7 @@ func (p *peer) checkCluster(x *exchange, name string) error {
 	case x.cluster != "":
 		p.host.stranger(x.cluster, x.from, x.fromAddr, x.to)
 	}
-	r := refuse(http.StatusPreconditionFailed, codeWrongCluster, "cluster %s, and this is %s", x.cluster, cluster)
+	r := refuse(http.StatusPreconditionFailed, codeWrongCluster, "cluster %s, and this is %s", shortID(x.cluster), shortID(cluster))
 	r.Cluster, r.Member = cluster, x.id
 	return r
 }
@@ -460,7 +460,7 @@ func (p *peer) serveJoin(ctx context.Context, x *exchange) error {
 	}
 	// Else the check of the certificate would be of an address that nobody will use.
 	if r.ID != x.from || r.Addr != x.fromAddr {
-		return refuse(http.StatusBadRequest, codeBadRequest, "%s at %q asks for %s at %q", x.from, x.fromAddr, r.ID, r.Addr)
+		return refuse(http.StatusBadRequest, codeBadRequest, "%s at %q asks for %s at %q", shortID(x.from), x.fromAddr, shortID(r.ID), r.Addr)
 	}
 	ctx, cancel := p.bind(ctx)
 	defer cancel()
@@ -499,7 +499,7 @@ func (p *peer) serveState(ctx context.Context, x *exchange) error {
 	err := p.host.state(ctx, w)
 	if err == nil || w.begun {
 		if err != nil {
-			p.log.Warn("state cut short", "to", x.from, "err", err)
+			p.log.Warn("state cut short", "to", peerName(x.from, x.fromAddr), "err", err)
 		}
 		return nil
 	}

@@ -2,6 +2,7 @@ package quorate
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -26,6 +28,7 @@ func TestScript(t *testing.T) {
 	}
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			t.Parallel()
 			text, err := os.ReadFile(file)
 			must(t, err)
 			var got string
@@ -85,6 +88,7 @@ type script struct {
 	going   map[string]chan string
 	change  func(*Config)                   // of members that start; nil = nothing
 	front   func(http.Handler) http.Handler // what stands before every member; nil = nothing
+	journal *journal                        // of members that start; nil = none
 }
 
 type scriptMember struct {
@@ -159,6 +163,22 @@ func (c *script) run(words []string) string {
 	case "reset": // reset NAME: what is held on its way there is lost
 		c.net.reset(c.member(args[0]).conf.Addr)
 		return "ok"
+	case "journal": // of what is logged from now on
+		if c.journal == nil {
+			c.journal = newJournal(c.t)
+		}
+		c.journal.restart()
+		return "ok"
+	case "log": // log NAME naming NAME...: what it has logged since the last journal or log
+		return c.log(c.member(args[0]), "", args[2:])
+	case "warnings": // warnings NAME...: how many of each
+		var counts []string
+		for _, name := range args {
+			if got := c.log(c.member(name), "level=WARN", nil); got != "nothing" {
+				counts = append(counts, got)
+			}
+		}
+		return cmp.Or(strings.Join(counts, "\n"), "none")
 	case "heal":
 		c.net.heal()
 		return "ok"
@@ -191,6 +211,18 @@ func (c *script) call(ctx context.Context, verb string, args []string) string {
 		return verdict(m.s.Set(ctx, args[1], []byte(args[2])))
 	case "insert":
 		return verdict(m.s.Insert(ctx, args[1], []byte(args[2])))
+	case "writes": // writes NAME N DURATION: so many of them, so far apart
+		n, err := strconv.Atoi(args[1])
+		must(c.t, err)
+		pause, err := time.ParseDuration(args[2])
+		must(c.t, err)
+		for i := range n {
+			if err := m.s.Set(ctx, fmt.Sprint("written/", i%10), make([]byte, 1000)); err != nil {
+				return verdict(err)
+			}
+			time.Sleep(pause)
+		}
+		return "ok"
 	case "delete":
 		return verdict(m.s.Delete(ctx, args[1]))
 	case "get":
@@ -259,6 +291,9 @@ func (c *script) start(ctx context.Context, name, join string) string {
 	m := &scriptMember{name: name, conf: Config{Dir: filepath.Join(c.t.TempDir(), name), Addr: addr, Join: join, Client: c.net.client(addr), Logger: testLogger(c.t)}}
 	if m.conf.Logger != nil {
 		m.conf.Logger = m.conf.Logger.With("member", name)
+	}
+	if c.journal != nil {
+		m.conf.Logger = c.journal.logger(name)
 	}
 	if c.change != nil {
 		c.change(&m.conf)

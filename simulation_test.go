@@ -3,6 +3,7 @@ package quorate
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -166,9 +167,10 @@ func simulate(t *testing.T, cradle *cradle, seed uint64) {
 		c := newScript(t)
 		r := &reigns{t: t, seed: seed, led: make(map[uint64]string)}
 		c.front = r.watch
+		j := newJournal(t) // whatever happens, its lines are well formed
 		defer c.end()
 		for _, name := range simulatedNames[:n] {
-			m := &scriptMember{name: name, conf: Config{Addr: name + ".test:7001", Client: c.net.client(name + ".test:7001"), Logger: testLogger(t)}}
+			m := &scriptMember{name: name, conf: Config{Addr: name + ".test:7001", Client: c.net.client(name + ".test:7001"), Logger: cmp.Or(testLogger(t), j.logger(name))}}
 			simulated(dir)(&m.conf)
 			c.members = append(c.members, m)
 			c.obey("restart " + name)

@@ -1,8 +1,9 @@
 package quorate
 
 // The log of our dependencies: an hclog.Logger, which raft and raft-wal ask for, that writes to the caller's slog.Logger.
-// It never prints anywhere else and never decides what is worth saying: levels are mapped, and the slog handler filters.
-// Open makes one and hands it to raft and raft-wal; lines come from their goroutines.
+// It never prints anywhere else. Levels are mapped, and the slog handler filters; a line that has one of ours for a counterpart, or
+// that tells of what is normal, is Debug. Values are written as an operator reads them: no Go structs, and a member is its address
+// and the first digits of its id. Open makes one and hands it to raft and raft-wal; lines come from their goroutines.
 
 import (
 	"context"
@@ -14,9 +15,11 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 )
 
 // init gives the application its standard logger back. raft-wal imports an old etcd package, whose capnslog takes over the
@@ -29,6 +32,47 @@ func init() {
 	if log.Flags() == 0 {
 		log.SetFlags(log.LstdFlags)
 	}
+}
+
+// quiet are the lines of raft that are Debug here, whatever raft takes them for. What is not in this list keeps its level.
+var quiet = makeQuiet(
+	// A peer that does not answer: outage says so. Raft repeats these up to four times a second for each peer.
+	"failed to heartbeat to", "failed to contact", "failed to appendEntries to", "failed to make requestVote RPC",
+	// Who leads, or that nobody does: tellLeader.
+	"entering follower state", "entering candidate state", "entering leader state", "election won",
+	"pre-vote successful, starting election", "pre-vote campaign failed, waiting for election timeout",
+	"heartbeat timeout reached, starting election", "Election timeout reached, restarting election",
+	"heartbeat timeout reached, not part of a stable configuration or a non-voter, not triggering a leader election",
+	"no known peers, aborting election", "not part of stable configuration, aborting election",
+	"failed to contact quorum of nodes, stepping down", "new leader elected, stepping down", "peer has newer term, stopping replication",
+	"removed ourself, transitioning to follower", "removed ourself, shutting down",
+	// A vote that is not given is a part of every election; what comes of it is who leads.
+	"rejecting vote request since node is not in configuration", "rejecting vote request since we have a leader",
+	"rejecting vote request since node is not a voter", "rejecting vote request since our last term is greater",
+	"rejecting vote request since our last index is greater", "rejecting pre-vote request since node is not in configuration",
+	"rejecting pre-vote request since we have a leader", "rejecting pre-vote request since node is not a voter",
+	"rejecting pre-vote request since our last term is greater", "rejecting pre-vote request since our last index is greater",
+	"duplicate requestVote for same term", "duplicate requestVote from",
+	// How a leader finds out what a follower's log holds, and replaces what was never committed: so it goes after every change of the
+	// leader, at every start, and when an entry that was sent early overtakes another.
+	"failed to get previous log", "previous log term mis-match", "appendEntries rejected, sending older logs", "clearing log suffix",
+	"skipping application of old log",
+	// The log's own trouble: logStore says it once.
+	"failed to commit logs", "failed to append to logs",
+	// Who takes part: serveJoin, promote and serveRemove.
+	"updating configuration", "added peer, starting replication", "updating peer", "removed peer, stopping replication",
+	// A snapshot here is one sync of the file. One that is sent is told by InstallSnapshot, and by the fsm of the receiver.
+	"starting snapshot up to", "snapshot complete up to", "compacting logs", "no logs to truncate", "removing all old logs from log store",
+	"opening snapshot", "installing snapshot on", "failed to install snapshot", "installSnapshot rejected to", "failed to send snapshot to",
+	"copied to local snapshot", "Installed remote snapshot", "snapshot network transfer progress", "snapshot restore progress",
+)
+
+func makeQuiet(list ...string) map[string]bool {
+	m := make(map[string]bool, len(list))
+	for _, msg := range list {
+		m[msg] = true
+	}
+	return m
 }
 
 // hclogger returns a logger for raft and raft-wal; nil is silence.
@@ -115,12 +159,15 @@ func (l raftLog) enabled(level hclog.Level) bool {
 // emit builds the record itself, so that a handler with AddSource shows the line in raft and not one of this file.
 // Exactly one method stands between it and the caller.
 func (l raftLog) emit(level hclog.Level, msg string, args []any) {
+	if quiet[msg] {
+		level = hclog.Debug
+	}
 	if !l.enabled(level) {
 		return
 	}
 	var pc [1]uintptr
 	runtime.Callers(3, pc[:]) // Callers, emit, the method
-	r := slog.NewRecord(time.Now(), slogLevel(level), msg, pc[0])
+	r := slog.NewRecord(time.Now(), slogLevel(level), shortIDs(msg), pc[0])
 	r.Add(attrs(args)...)
 	_ = l.log.Handler().Handle(context.Background(), r) // as slog.Logger does: nobody to tell
 }
@@ -153,17 +200,22 @@ func attrs(args []any) []any {
 	return out
 }
 
-// rendered resolves the types with which hclog's callers ask for a certain form; slog would print what is inside them.
+// rendered resolves the types with which hclog's callers ask for a certain form, and writes members as we do; slog would print what
+// is inside them.
 func rendered(v any) any {
 	switch v := v.(type) {
 	case hclog.Format:
 		if len(v) == 0 {
 			return ""
 		}
-		if format, ok := v[0].(string); ok {
-			return fmt.Sprintf(format, v[1:]...)
+		args := make([]any, len(v)-1)
+		for i, arg := range v[1:] {
+			args[i] = rendered(arg)
 		}
-		return fmt.Sprint(v...)
+		if format, ok := v[0].(string); ok {
+			return fmt.Sprintf(format, args...)
+		}
+		return fmt.Sprint(append([]any{v[0]}, args...)...)
 	case hclog.Hex:
 		return "0x" + strconv.FormatUint(uint64(v), 16)
 	case hclog.Octal:
@@ -172,6 +224,34 @@ func rendered(v any) any {
 		return "0b" + strconv.FormatUint(uint64(v), 2)
 	case hclog.Quote:
 		return strconv.Quote(string(v))
+	case raft.Server:
+		return peerName(v.ID, v.Address)
+	case []raft.Server:
+		names := make([]string, len(v))
+		for i, m := range v {
+			names[i] = peerName(m.ID, m.Address)
+		}
+		return strings.Join(names, ", ")
+	case raft.ServerID:
+		return shortID(string(v))
+	case *raft.ServerID:
+		if v != nil {
+			return shortID(string(*v))
+		}
+		return ""
+	case *raft.ServerAddress:
+		if v != nil {
+			return string(*v)
+		}
+		return ""
+	case string:
+		return shortIDs(v)
+	case error:
+		if text := v.Error(); wholeID.MatchString(text) {
+			return shortIDs(text)
+		}
+	case *raft.Raft:
+		return v.String()
 	}
 	return v
 }

@@ -7,11 +7,15 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
+	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 )
 
 // logTo returns a logger from this level on and the bytes that it writes, one line per record, without the time.
@@ -59,6 +63,20 @@ func TestHclogLines(t *testing.T) {
 		{"hex, octal, binary", func(l hclog.Logger) { l.Info("m", "h", hclog.Hex(255), "o", hclog.Octal(8), "b", hclog.Binary(5)) },
 			`level=INFO msg=m h=0xff o=010 b=0b101`},
 		{"quote", func(l hclog.Logger) { l.Info("m", "q", hclog.Quote("a\nb")) }, `level=INFO msg=m q="\"a\\nb\""`},
+		{"a member", func(l hclog.Logger) {
+			l.Info("m", "peer", raft.Server{ID: "547fe683d4355776d3b1727a609919de", Address: "a:1"}, "id", raft.ServerID("547fe683d4355776d3b1727a609919de"))
+		}, `level=INFO msg=m peer="a:1 (547fe683)" id=547fe683`},
+		{"members", func(l hclog.Logger) {
+			l.Info("m", "servers", hclog.Fmt("%+v", []raft.Server{{ID: "547fe683d4355776d3b1727a609919de", Address: "a:1"}, {ID: "1", Address: "b:1"}}))
+		}, `level=INFO msg=m servers="a:1 (547fe683), b:1 (1)"`},
+		{"a whole id in words", func(l hclog.Logger) {
+			l.Info("to 547fe683d4355776d3b1727a609919de", "e", errors.New("at 547fe683d4355776d3b1727a609919de"), "s", "547fe683d4355776d3b1727a609919de")
+		}, `level=INFO msg="to 547fe683" e="at 547fe683" s=547fe683`},
+		{"pointers", func(l hclog.Logger) {
+			id, addr := raft.ServerID("547fe683d4355776d3b1727a609919de"), raft.ServerAddress("a:1")
+			l.Info("m", "id", &id, "address", &addr, "none", (*raft.ServerID)(nil))
+		}, `level=INFO msg=m id=547fe683 address=a:1 none=""`},
+		{"one with a counterpart", func(l hclog.Logger) { l.Error("failed to heartbeat to", "peer", "a:1") }, `level=DEBUG msg="failed to heartbeat to" peer=a:1`},
 		{"with", func(l hclog.Logger) { l.With("id", hclog.Fmt("%03d", 7)).Info("m", "k", 1) }, `level=INFO msg=m id=007 k=1`},
 		{"with twice", func(l hclog.Logger) { l.With("a", 1).With("b", 2).Info("m") }, `level=INFO msg=m a=1 b=2`},
 		{"named", func(l hclog.Logger) { l.Named("raft").Named("snap").Info("m") }, `level=INFO msg=m logger=raft.snap`},
@@ -76,6 +94,51 @@ func TestHclogLines(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", got, tt.want)
 			}
 		})
+	}
+}
+
+// loud are raft's lines at Warn and above that keep their level: each is a fault of this machine's disk, or should never be seen.
+var loud = map[string]bool{
+	"pre-vote is disabled because it is not supported by the Transport": true, "failed to get log": true, "failed to list snapshots": true,
+	"restore committed logs enabled but log store does not support it": true, "failed to get commit index from store": true,
+	"failed to get last log index from store": true, "could not get configuration for stats": true, "failed to remove old logs": true,
+	"failed to stage commit index in commit tracking log store": true, "got unexpected command": true, "expected heartbeat, got": true,
+	"failed to get log entry": true, "failed to clear log suffix": true, "failed to append entry": true, "failed to get last vote term": true,
+	"failed to get last vote candidate": true, "failed to persist vote": true, "failed to create snapshot to install": true,
+	"failed to copy snapshot": true, "failed to receive whole snapshot": true, "failed to finalize snapshot": true,
+	"failed to restore snapshot": true, "failed to reset logs": true, "failed to compact logs": true,
+	"target does not support pre-vote RPC, treating as granted": true, "failed to start pipeline replication to": true,
+	"failed to open snapshot": true, "failed to pipeline appendEntries": true, "failed to take snapshot": true,
+	"failed to get last log index": true,
+}
+
+// TestRaftsLinesAreKnown reads raft's source: a line that a newer raft has, or has no more, is seen here.
+func TestRaftsLinesAreKnown(t *testing.T) {
+	t.Parallel()
+	file, _ := runtime.FuncForPC(reflect.ValueOf(raft.NewRaft).Pointer()).FileLine(0)
+	line := regexp.MustCompile(`logger\.(Debug|Info|Warn|Error)\("([^"]+)"`)
+	found := make(map[string]bool)
+	for _, name := range []string{"api.go", "raft.go", "replication.go", "snapshot.go", "fsm.go", "progress.go"} {
+		text, err := os.ReadFile(filepath.Join(filepath.Dir(file), name))
+		if err != nil {
+			t.Skip("raft's source is not there:", err)
+		}
+		for _, m := range line.FindAllStringSubmatch(string(text), -1) {
+			found[m[2]] = true
+			if (m[1] == "Warn" || m[1] == "Error") && !quiet[m[2]] && !loud[m[2]] {
+				t.Errorf("raft logs %q at %s, and nobody has thought about it", m[2], m[1])
+			}
+		}
+	}
+	for msg := range loud {
+		if !found[msg] {
+			t.Errorf("raft does not log %q", msg)
+		}
+	}
+	for msg := range quiet {
+		if !found[msg] && !strings.HasPrefix(msg, "snapshot ") {
+			t.Errorf("raft does not log %q", msg)
+		}
 	}
 }
 

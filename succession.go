@@ -77,7 +77,7 @@ func (s *Service) succeed(leader string) {
 	if !isHeir(own, answers, len(all)) || s.follows() != leader || s.leaderSilence() < leaderSilent || s.raft.Load().CurrentTerm() != own.Term {
 		return
 	}
-	s.log.Info("the leader is gone, this member stands for election", "leader", leader)
+	s.log.Info("the leader is gone, this member stands for election", "leader", s.name(leader))
 	if err := s.peer.stand(); err != nil {
 		s.log.Warn("stand for election", "error", err)
 	}

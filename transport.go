@@ -44,6 +44,7 @@ type transport struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	ahead    aheadTable
+	outages  outages
 	work     chan func() // to a goroutine of carry that has nothing to do
 	gap      gapGate
 
@@ -58,7 +59,7 @@ var (
 
 // transport makes the one that receives from now on, and closes the one before.
 func (p *peer) transport() *transport {
-	t := &transport{p: p, consumer: make(chan raft.RPC), work: make(chan func()), gap: gapGate{limit: gapWait}}
+	t := &transport{p: p, consumer: make(chan raft.RPC), outages: outages{log: p.log}, work: make(chan func()), gap: gapGate{limit: gapWait}}
 	t.ctx, t.cancel = context.WithCancel(p.ctx)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -120,7 +121,7 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 		// hear, that takes until the append's timeout, and all the while a leader that has stepped down would keep the others
 		// from electing one.
 		if !t.p.host.leading(args.Term) {
-			return fmt.Errorf("heartbeat to %s: not leader of term %d any more", id, args.Term)
+			return fmt.Errorf("heartbeat to %s: not leader of term %d any more", peerName(id, target), args.Term)
 		}
 		return t.append(id, target, encodeAppend(args), resp, voteTimeout)
 	}
@@ -131,7 +132,7 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	}
 	if addr, known, _ := t.p.host.server(string(id)); err == nil && known && addr != string(target) {
 		// Raft reads its record of the peer without the lock now, and may be writing the new address into it: let it ask again.
-		return fmt.Errorf("append to %s: its address is now %s", id, addr)
+		return fmt.Errorf("append to %s: its address is now %s", peerName(id, target), addr)
 	}
 	return err
 }
@@ -175,18 +176,18 @@ func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []b
 // hold tries until it works, or until nobody wants it any more. The conditions are looked at after a try: raft sends a last
 // append to a member that it has just removed.
 func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddress, term uint64, try func() error) error {
+	outage := t.outages.of(id)
 	for pause := holdSoon; ; pause = min(2*pause, holdInterval) {
-		held := pause > holdSoon
+		began := time.Now()
 		told := t.p.host.announced(string(id))
 		silent := t.p.host.silent()
 		err := silent
 		if silent == nil {
 			err = try()
 		}
+		peer := t.name(id, target)
 		if err == nil {
-			if held {
-				t.p.log.Info("member answers again", "what", what, "id", id)
-			}
+			outage.over(peer)
 			return nil
 		}
 		_, known, _ := t.p.host.server(string(id))
@@ -194,16 +195,18 @@ func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddres
 		case t.ctx.Err() != nil:
 			return errTransportClosed
 		case !t.p.host.leading(term):
-			return fmt.Errorf("%s to %s: not leader of term %d any more: %w", what, id, term, err)
+			outage.leftAlone()
+			return fmt.Errorf("%s to %s: not leader of term %d any more: %w", what, peer, term, err)
 		case !known:
-			return fmt.Errorf("%s to %s: not a member any more: %w", what, id, err)
+			outage.leftAlone()
+			return fmt.Errorf("%s to %s: not a member any more: %w", what, peer, err)
 		}
 		// An address that somebody announced for this member must lead to it, or anybody could cut it off by announcing one.
 		if told != "" && silent == nil && strays(err) {
 			t.p.host.unannounce(string(id), told)
 		}
-		if !held {
-			t.p.log.Warn("member does not answer, trying on", "what", what, "id", id, "err", explain(err, t.p.base(t.address(id, target))))
+		if silent == nil { // else this member is the one that is silent, which is a fault of its own
+			outage.goesOn(peer, began, explain(err, t.p.base(t.address(id, target))))
 		}
 		select {
 		case <-time.After(pause):
@@ -211,6 +214,10 @@ func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddres
 			return errTransportClosed
 		}
 	}
+}
+
+func (t *transport) name(id raft.ServerID, target raft.ServerAddress) string {
+	return peerName(id, t.address(id, target))
 }
 
 // strays: what a call met is not the member that it was meant for, or nobody.
@@ -276,7 +283,7 @@ func (t *transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, 
 	}
 	err := checkAnswer(t.postJSON("prevote", id, target, args, resp), &resp.Term)
 	if err != nil && strings.Contains(err.Error(), "unexpected command") {
-		return fmt.Errorf("prevote: %s answers with an error", id)
+		return fmt.Errorf("prevote: %s answers with an error", peerName(id, target))
 	}
 	return err
 }
@@ -298,6 +305,7 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 	if err != nil {
 		return err
 	}
+	began := time.Now()
 	t.p.host.snapshots(1)
 	defer t.p.host.snapshots(-1)
 	header, err := encodeSnapshotHeader(args)
@@ -320,11 +328,19 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 	case t.ctx.Err() != nil:
 		return errTransportClosed
 	case err != nil && context.Cause(ctx) == errStalled:
-		return fmt.Errorf("snapshot to %s: %w", id, errStalled)
+		err = fmt.Errorf("snapshot to %s: %w", t.name(id, target), errStalled)
 	case err != nil:
-		return explain(err, base)
+		err = explain(err, base)
+	default:
+		err = checkAnswer(json.Unmarshal(answer, resp), &resp.Term)
 	}
-	return checkAnswer(json.Unmarshal(answer, resp), &resp.Term)
+	if told := err; t.p.host.leading(args.Term) {
+		if err == nil && !resp.Success {
+			told = errors.New("its raft has rejected the state")
+		}
+		t.outages.of(id).sent(t.name(id, target), began, args.Size, told)
+	}
+	return err
 }
 
 // installTime divides first: in nanoseconds, more than 8 GiB would be a negative time.
@@ -408,7 +424,7 @@ func (p *peer) raftNow() (*transport, error) {
 // checkSender: raft believes the id in the message, the door has checked the one in the header.
 func (x *exchange) checkSender(h raft.RPCHeader) error {
 	if string(h.ID) != x.from {
-		return refuse(http.StatusBadRequest, codeBadRequest, "message of %q, sent by %q", h.ID, x.from)
+		return refuse(http.StatusBadRequest, codeBadRequest, "message of %q, sent by %q", shortID(string(h.ID)), shortID(x.from))
 	}
 	return nil
 }
@@ -850,10 +866,10 @@ func (p *peer) accept(resp *http.Response, r request, cluster string) error {
 		return fmt.Errorf("%s: answer in protocol %q, and this member speaks %d", r.route, v, protocolVersion)
 	}
 	if from := header(h, headerFrom); r.to != "" && from != r.to {
-		return fmt.Errorf("%s: member %q answers at %s instead of %s", r.route, from, r.base, r.to)
+		return fmt.Errorf("%s: member %q answers at %s instead of %s", r.route, shortID(from), r.base, shortID(r.to))
 	}
 	if theirs := header(h, headerCluster); r.to != "" && cluster != "" && theirs != cluster {
-		return fmt.Errorf("%s: %s answers for cluster %q", r.route, r.base, theirs)
+		return fmt.Errorf("%s: %s answers for cluster %q", r.route, r.base, shortID(theirs))
 	}
 	return nil
 }
@@ -867,5 +883,6 @@ func readRefusal(resp *http.Response) error {
 	if err := json.Unmarshal(data, &refused); err != nil || refused.Code == "" {
 		return &foreignAnswer{resp.StatusCode, string(data[:min(len(data), 512)])}
 	}
+	refused.Message = shortIDs(refused.Message) // release 0.1.0 writes them whole
 	return &refused
 }

@@ -1,0 +1,218 @@
+package quorate
+
+// What this member logs of the others while it runs: a member that does not answer, and who leads. It owns when such a line is
+// written: at the start of an outage, after one and after ten minutes of it, and at its end. It decides nothing. Control comes from
+// transport.hold, which meets the outages, and from startBackground. raft's own lines on the same subjects are Debug: see slog.go.
+
+import (
+	"context"
+	"log/slog"
+	"regexp"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	outageAfter  = time.Second      // a peer that answers again sooner is not spoken of
+	outageCalm   = 10 * time.Minute // after an outage; one that begins sooner is spoken of later, so that a bad line fills no log
+	leaderAfter  = 5 * time.Second  // without a leader; an election takes less
+	diagnoseTime = 2 * time.Second
+)
+
+// reminders are the ages of an outage at which it is logged once more.
+var reminders = []time.Duration{time.Minute, 10 * time.Minute}
+
+// peerName is how a member appears in logs and errors: its address and the first digits of its id.
+func peerName[I, A ~string](id I, addr A) string {
+	if addr == "" || placeholder(string(addr)) {
+		return shortID(string(id))
+	}
+	return string(addr) + " (" + shortID(string(id)) + ")"
+}
+
+var wholeID = regexp.MustCompile(`\b[0-9a-f]{32}\b`)
+
+// shortIDs leaves of each id in a text its first digits.
+func shortIDs(text string) string { return wholeID.ReplaceAllStringFunc(text, shortID) }
+
+// name is the peerName of a member by what is known of it here.
+func (s *Service) name(id string) string {
+	addr, _, _ := s.server(id)
+	if other := s.members.announcedAddr(id, addr); other != "" {
+		addr = other
+	}
+	return peerName(id, addr)
+}
+
+// A vigil counts the lines of one outage. The zero value is no outage.
+type vigil struct {
+	since  time.Time
+	after  time.Duration // the age at which the first line is due
+	logged int
+}
+
+// next is the age at which the next line is due; false: none is.
+func (v *vigil) next() (age time.Duration, ok bool) {
+	switch {
+	case v.since.IsZero() || v.logged > len(reminders):
+		return 0, false
+	case v.logged == 0:
+		return v.after, true
+	}
+	return reminders[v.logged-1], true
+}
+
+// due takes the next line, if its time has come. A line whose time has passed with an earlier one is left out.
+func (v *vigil) due() (age time.Duration, ok bool) {
+	for age = time.Since(v.since); ; ok = true {
+		if next, more := v.next(); !more || age < next {
+			return age, ok
+		}
+		v.logged++
+	}
+}
+
+// outages are the peers that do not answer what the leader keeps trying to tell them.
+type outages struct {
+	log *slog.Logger
+
+	mu   sync.Mutex // guards list; an outage itself belongs to the one goroutine of raft that replicates to the peer
+	list map[raft.ServerID]*outage
+}
+
+// An outage is what is known of one peer.
+type outage struct {
+	log       *slog.Logger
+	silent    vigil // it does not answer
+	ended     time.Time
+	after     time.Duration
+	stateless vigil // it answers, and has not taken the state that it needs
+}
+
+func (o *outages) of(id raft.ServerID) *outage {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.list == nil {
+		o.list = make(map[raft.ServerID]*outage)
+	}
+	if o.list[id] == nil {
+		o.list[id] = &outage{log: o.log}
+	}
+	return o.list[id]
+}
+
+// goesOn is called after every try that failed; the first one began then.
+func (o *outage) goesOn(peer string, began time.Time, why error) {
+	if o.silent.since.IsZero() {
+		if o.after = min(2*o.after, reminders[0]); o.ended.IsZero() || time.Since(o.ended) > outageCalm {
+			o.after = outageAfter
+		}
+		o.silent = vigil{since: began, after: o.after}
+	}
+	o.silent.warn(o.log, "a member does not answer", "a member still does not answer", peer, why)
+}
+
+// over is called when the peer has answered.
+func (o *outage) over(peer string) {
+	if o.silent.logged > 0 {
+		o.log.Info("a member answers again", "peer", peer, "after", time.Since(o.silent.since).Round(time.Second))
+		o.ended = time.Now()
+	}
+	o.silent = vigil{}
+}
+
+// leftAlone is called when nobody tries any more: another member leads, or this one was removed.
+func (o *outage) leftAlone() { o.silent, o.stateless = vigil{}, vigil{} }
+
+// sent is called when a peer has taken the state that it was sent since then, or has not.
+func (o *outage) sent(peer string, began time.Time, bytes int64, err error) {
+	if err == nil {
+		o.log.Info("a member has taken the state", "peer", peer, "bytes", bytes, "took", time.Since(began).Round(time.Millisecond))
+		o.stateless = vigil{}
+		return
+	}
+	if o.stateless.since.IsZero() {
+		o.stateless.since = began
+	}
+	o.stateless.warn(o.log, "a member has not taken the state", "a member has still not taken the state", peer, err)
+}
+
+// warn writes the line that is due.
+func (v *vigil) warn(log *slog.Logger, words, again, peer string, why error) {
+	first := v.logged == 0
+	age, due := v.due()
+	if !due {
+		return
+	}
+	if !first {
+		words = again
+	}
+	log.Warn(words, "peer", peer, "for", age.Round(time.Second), "why", why)
+}
+
+// A leadership is who leads in which term; the id is empty while nobody does.
+type leadership struct {
+	id, addr string
+	term     uint64
+}
+
+// whoLeads looks until the leader is of the term: raft changes them one after the other.
+func (s *Service) whoLeads() leadership {
+	r := s.raft.Load()
+	for {
+		term := r.CurrentTerm()
+		id, addr := s.leader()
+		if r.CurrentTerm() == term {
+			return leadership{id, addr, term}
+		}
+	}
+}
+
+// tellLeader logs each change of the leader, and that there is none if that lasts.
+func (s *Service) tellLeader() {
+	var told leadership
+	without := vigil{since: time.Now(), after: leaderAfter}
+	for s.ctx.Err() == nil {
+		changed := s.changes.wait()
+		switch now := s.whoLeads(); {
+		case now.id == "":
+			if without.since.IsZero() {
+				without = vigil{since: time.Now(), after: leaderAfter}
+			}
+			s.tellNoLeader(&without)
+		case now != told:
+			words := "another member leads now"
+			if now.id == s.ident().id {
+				words = "this member leads now"
+			}
+			s.log.Info(words, "leader", peerName(now.id, now.addr), "term", now.term)
+			told, without = now, vigil{}
+		default:
+			without = vigil{}
+		}
+		var due <-chan time.Time
+		if next, ok := without.next(); ok {
+			due = time.After(max(time.Until(without.since.Add(next)), 0))
+		}
+		select {
+		case <-changed:
+		case <-due:
+		case <-s.ctx.Done():
+		}
+	}
+}
+
+func (s *Service) tellNoLeader(without *vigil) {
+	age, due := without.due()
+	if !due || s.faults.first(faultRemoved) != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, diagnoseTime)
+	defer cancel()
+	why := s.diagnose(ctx)
+	if s.ctx.Err() == nil {
+		s.log.Warn("this member knows no leader", "for", age.Round(time.Second), "why", why)
+	}
+}
