@@ -552,7 +552,9 @@ func checkIdentity(application, version, page int64) error {
 }
 
 func (s *store) openWriter() error {
-	c, err := openConn(s.path, "mode=rw", "trusted_schema=OFF", "cache_size=-16000")
+	// Without temp_store SQLite journals a statement that changes many pages in a temporary file: a transaction that is larger than its
+	// cache would then depend on the space in /var/tmp, on the right to write there, and on a descriptor.
+	c, err := openConn(s.path, "mode=rw", "trusted_schema=OFF", "cache_size=-16000", "temp_store=MEMORY")
 	if err != nil {
 		return err
 	}
