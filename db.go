@@ -46,7 +46,8 @@
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
-// directory comes to life), copy.go (how a state travels), health.go (what is wrong now), journal.go (what is logged of the others), slog.go (what raft says).
+// directory comes to life), copy.go (how a state travels), restore.go (how a backup becomes a member),
+// health.go (what is wrong now), journal.go (what is logged of the others), slog.go (what raft says).
 package quorate
 
 import (
@@ -117,7 +118,8 @@ type Getter interface {
 
 // Config says how to open a member. The zero value of every field but Dir works.
 type Config struct {
-	// Dir holds everything that this member keeps. Required; created with mode 0700. One Service at a time.
+	// Dir holds everything that this member keeps. Required; created with mode 0700. One Service at a time. A relative path and
+	// symbolic links are resolved once, by Open; the result can have 486 bytes, for SQLite takes no more.
 	Dir string
 	// Addr is the host:port at which peers reach this member. Empty: one member, no network, nothing to serve. Such a
 	// directory can be opened with an Addr later and becomes the first member of a cluster.
@@ -227,8 +229,8 @@ func Open(ctx context.Context, c Config) (*Service, error) {
 
 func (c Config) resolve() (Config, error) {
 	var err error
-	if c.Dir == "" {
-		return c, fmt.Errorf("%w: Dir is empty", ErrInvalid)
+	if c.Dir, err = memberDir(c.Dir); err != nil {
+		return c, err
 	}
 	if c.Addr == "" && c.Join != "" {
 		return c, fmt.Errorf("%w: a member without Addr has no network and can't join %s: give the address at which peers reach it", ErrInvalid, c.Join)
@@ -661,13 +663,24 @@ func (s *Service) Backup(ctx context.Context, w io.Writer) (revision uint64, err
 	return m.revision, nil
 }
 
-// Restore makes dir a new cluster of one member out of a backup, or out of the snap of a member that is not running. Keys,
-// values and revisions are kept; cluster and member get new ids, so that members of the old cluster and this one never take
-// each other for their own. Open dir afterwards; other members join it with empty directories. What the old cluster
-// acknowledged after the backup was taken (or what this snap had not yet received) is lost, and its revisions are given to other
-// changes: whoever watched the old cluster watches the new one from 0. dir must be empty or missing.
+// Restore makes dir a new cluster of one member out of a backup, or out of the snap of a member that is not running (closed or
+// killed: then its write-ahead log must lie beside it). Keys, values and the versions of entries are kept; cluster and member get new
+// ids, so that members of the old cluster and this one never take each other for their own. Open dir afterwards; other members join
+// it with empty directories. What the old cluster acknowledged after the backup was taken (or what this snap had not yet received) is
+// lost.
+//
+// The revision goes on far above any that the old cluster has given out: at the time since 2020 in units of 2^-21 s, or, if this
+// machine's clock is behind that, 2^32 above the file's. The history begins there. So a token made of a revision is never given out
+// again, and a watch from a revision of the old cluster gets ErrCompacted (with Resync, EventReset and the entries as they are). Each
+// further Restore of the same file begins higher, as long as the clock does not go back. Revisions stay below 2^53 until 2156. A
+// state in which nothing was ever written begins at 0.
+//
+// from may be a symbolic link. dir must be empty or missing. Before it answers nil Restore reads back all that it has made; if it
+// answers an error, dir is as it was, and calling it again is safe. Errors: ErrLocked if a member has the file or dir open; ErrInvalid
+// if dir holds a member, or if from is not whole, as a copy of a running member's snap alone (the error says how to make a whole one);
+// ErrFormat, ErrCorrupt.
 func Restore(dir, from string) error {
-	if err := restore(dir, from); err != nil {
+	if err := restore(dir, from, time.Now); err != nil {
 		return fmt.Errorf("quorate: restore %s from %s: %w", dir, from, err)
 	}
 	return nil

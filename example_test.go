@@ -315,7 +315,7 @@ func ExampleRestore() {
 	}
 	defer restored.Close()
 	val, err := restored.Get(ctx, "color")
-	fmt.Println(string(val), err, restored.Status().Revision == revision, restored.Status().Cluster == db.Status().Cluster)
+	fmt.Println(string(val), err, restored.Status().Revision > revision, restored.Status().Cluster == db.Status().Cluster)
 	// Output: blue <nil> true false
 }
 

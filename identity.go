@@ -187,10 +187,54 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// SQLite takes no path over 512 bytes, with what it puts behind a name. The longest name that it is given in a member's directory is
+// that of a new file while it is made.
+const (
+	maxSQLitePath = 512 - len("-journal")
+	maxDir        = maxSQLitePath - len("/snap.incoming.new")
+)
+
+// memberDir is where a directory is, whatever becomes of the program's working directory, and of a link on the way, while a member is in
+// it: both would lead the next file of the log elsewhere.
+func memberDir(dir string) (string, error) {
+	if dir == "" {
+		return "", fmt.Errorf("%w: the data directory has no name", ErrInvalid)
+	}
+	dir, err := realPath(dir)
+	if err != nil {
+		return "", fmt.Errorf("%w: data directory: %w", ErrInvalid, err)
+	}
+	if len(dir) > maxDir {
+		return "", fmt.Errorf("%w: the data directory's path has %d bytes, and SQLite takes %d: give a shorter one: %s", ErrInvalid, len(dir), maxDir, dir)
+	}
+	return dir, nil
+}
+
+// realPath is path, absolute and without links as far as it exists.
+func realPath(path string) (string, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	for there, rest := abs, ""; ; {
+		real, err := filepath.EvalSymlinks(there)
+		if err == nil {
+			return filepath.Join(real, rest), nil
+		}
+		parent := filepath.Dir(there)
+		if !errors.Is(err, fs.ErrNotExist) || parent == there {
+			return abs, nil // whoever opens it is told what is wrong
+		}
+		there, rest = parent, filepath.Join(filepath.Base(there), rest)
+	}
+}
+
 // A dirLock keeps every other Service, of this process or another, out of a directory. The system drops it with the process.
 type dirLock struct {
 	flock  *flock.Flock
-	holder string // path of the file that tells others who holds the lock
+	holder string   // path of the file that tells others who holds the lock
+	made   []string // directories that were missing, outermost first
+	fresh  bool     // so was the lock's file
 
 	once sync.Once // guards err: a second unlock must not touch what a new holder has
 	err  error
@@ -211,8 +255,11 @@ func lockDir(dir, addr string) (*dirLock, error) {
 	l := &dirLock{
 		flock:  flock.New(filepath.Join(wal, "lock"), flock.SetFlag(os.O_CREATE|os.O_RDWR)),
 		holder: filepath.Join(wal, "holder"),
+		made:   made,
 	}
-	free, err := l.flock.TryLock()
+	_, err = os.Lstat(l.flock.Path())
+	l.fresh = errors.Is(err, fs.ErrNotExist)
+	free, err := l.tryLock()
 	if err != nil {
 		removeDirs(made)
 		return nil, fmt.Errorf("lock data directory: %w", err)
@@ -224,11 +271,29 @@ func lockDir(dir, addr string) (*dirLock, error) {
 		err = syncName(dir)
 	}
 	if err != nil {
-		err = errors.Join(err, l.unlock())
-		removeDirs(made)
+		l.takeBack()
 		return nil, fmt.Errorf("data directory: %w", err)
 	}
 	return l, nil
+}
+
+// tryLock locks the file that has the name now: one that takeBack has removed since it was opened keeps nobody out. A file system whose
+// files have no lasting numbers looks like that for ever, so the last try counts.
+func (l *dirLock) tryLock() (bool, error) {
+	for try := 1; ; try++ {
+		free, err := l.flock.TryLock()
+		if !free || err != nil || try == 10 {
+			return free, err
+		}
+		locked, err := l.flock.Stat()
+		named, missing := os.Stat(l.flock.Path())
+		if err == nil && missing == nil && os.SameFile(locked, named) {
+			return true, nil
+		}
+		if err := l.flock.Unlock(); err != nil {
+			return false, err
+		}
+	}
 }
 
 // syncName makes the name of a directory durable that is not a member's yet: the operator has made it, or a start that was killed, and
@@ -261,7 +326,7 @@ func (l *dirLock) settle(dir, addr string) error {
 	return os.WriteFile(l.holder, fmt.Appendf(nil, "%d %s\n", os.Getpid(), addr), 0o600)
 }
 
-// unlock may be called again. The lock file stays: removing it would let two processes lock two files of the same name.
+// unlock may be called again. The lock file stays, as a member's directory does.
 func (l *dirLock) unlock() error {
 	l.once.Do(func() {
 		_ = os.Remove(l.holder) // only a message, and Windows refuses while someone reads it
@@ -271,6 +336,18 @@ func (l *dirLock) unlock() error {
 	})
 	return l.err
 }
+
+// takeBack leaves the directory without what lockDir has made there, and unlocks it.
+func (l *dirLock) takeBack() {
+	_ = os.Remove(l.holder)
+	if l.fresh { // before it is free: tryLock sees it
+		_ = os.Remove(l.flock.Path())
+	}
+	_ = l.unlock()
+	removeDirs(l.made)
+}
+
+func (l *dirLock) owns(path string) bool { return path == l.holder || path == l.flock.Path() }
 
 // readHolder says who holds the lock, for a person. The file is apart from the lock, which Windows would not let us read.
 // Just after the lock changed hands it can be missing, or name a holder that was killed.

@@ -1037,3 +1037,121 @@ func TestJoinOverTLSALeaderThatMoved(t *testing.T) {
 	c.awaitVoters(t, 2)
 	c.awaitEqual(t)
 }
+
+// Where a directory is does not change with the working directory, nor with a link on the way.
+func TestDirIsResolvedOnce(t *testing.T) { // not parallel: the working directory is the process's
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	elsewhere := filepath.Join(base, "elsewhere")
+	must(t, os.Mkdir(elsewhere, 0o700))
+	t.Chdir(base)
+	linkTo(t, "real", "current")
+	must(t, os.Mkdir("real", 0o700))
+	s, err := Open(t.Context(), Config{Dir: "current/new/data", segment: 64 << 10})
+	must(t, err)
+	defer func() { s.Close() }()
+	f, err := os.Create("backup")
+	must(t, err)
+	_, err = s.Backup(t.Context(), f)
+	must(t, errors.Join(err, f.Close()))
+	must(t, Restore("restored", "backup"))
+
+	t.Chdir(elsewhere)
+	must(t, os.Remove(filepath.Join(base, "current")))
+	linkTo(t, elsewhere, filepath.Join(base, "current"))
+	segments := func() string { return names(t, filepath.Join(base, "real", "new", "data", "wal")) }
+	before := segments()
+	for i := range 40 { // into new segments
+		must(t, s.Set(t.Context(), fmt.Sprint(i%4), make([]byte, 16<<10)))
+	}
+	if now := segments(); now == before {
+		t.Errorf("the log is still %s", now)
+	}
+	c, err := s.store.copy(t.Context()) // a spool file, too
+	must(t, err)
+	c.spool()
+	if c.spooled == nil || c.failed != nil {
+		t.Errorf("the copy is not in a file: %v", c.failed)
+	}
+	must(t, c.Close())
+	must(t, s.Err())
+	must(t, s.Close())
+	if left := names(t, elsewhere); left != "" {
+		t.Errorf("in the new working directory: %s", left)
+	}
+	wantOnly(t, filepath.Join(base, "real", "new", "data"), "id", "snap", "wal")
+	if s, err = Open(t.Context(), Config{Dir: filepath.Join(base, "real/new/data")}); err != nil {
+		t.Fatal(err)
+	}
+	wantGet(t, s, "3", make([]byte, 16<<10))
+	wantOnly(t, filepath.Join(base, "restored"), "id", "snap", "wal")
+}
+
+func TestDirWithAnOddName(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{
+		"a?mode=ro#b", "50%41 &b=c", "file:x", ":memory:", "-readonly", `a'b"c;*`, "a\nb", "a\xffb", `a\b`, "~", "...", " ", "a//snap/wal",
+	} {
+		dir := filepath.Join(t.TempDir(), "d") + "/" + name
+		file := dir + ".backup"
+		s, err := Open(t.Context(), Config{Dir: dir})
+		if err != nil {
+			t.Errorf("%q: %v", name, err)
+			continue
+		}
+		must(t, s.Set(t.Context(), "k", []byte(name)))
+		f, err := os.Create(file)
+		must(t, err)
+		_, err = s.Backup(t.Context(), f)
+		must(t, errors.Join(err, f.Close(), s.Close()))
+		wantOnly(t, dir, "id", "snap", "wal")
+		must(t, Restore(dir+"2", file))
+		if m, err := checkFile(filepath.Join(dir+"2", "snap")); err != nil || m.keys != 1 {
+			t.Errorf("%q: %d keys are restored, %v", name, m.keys, err)
+		}
+	}
+}
+
+func TestDirWithALongName(t *testing.T) {
+	t.Parallel()
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	long := func(n int) string {
+		dir := base
+		for n-len(dir) > 102 {
+			dir += "/" + strings.Repeat("x", 100)
+		}
+		return dir + "/" + strings.Repeat("y", n-len(dir)-1)
+	}
+	s, err := Open(t.Context(), Config{Dir: long(maxDir)})
+	must(t, err)
+	f, err := os.Create(filepath.Join(base, "backup"))
+	must(t, err)
+	_, err = s.Backup(t.Context(), f)
+	must(t, errors.Join(err, f.Close(), s.Close()))
+	must(t, os.RemoveAll(long(maxDir)))
+	must(t, Restore(long(maxDir), f.Name()))
+	s, err = Open(t.Context(), Config{Dir: long(maxDir)})
+	must(t, err)
+	must(t, s.Close())
+	must(t, os.RemoveAll(filepath.Join(base, strings.Repeat("x", 100))))
+
+	real := filepath.Join(base, strings.Repeat("z", 100), strings.Repeat("z", 100), strings.Repeat("z", 100), strings.Repeat("z", 100))
+	must(t, os.MkdirAll(real, 0o700))
+	linkTo(t, real, filepath.Join(base, "short"))
+	before := tree(t, base)
+	_, err = Open(t.Context(), Config{Dir: long(maxDir + 1)})
+	is(t, err, ErrInvalid, "SQLite", fmt.Sprint(maxDir))
+	is(t, Restore(long(maxDir+1), f.Name()), ErrInvalid, "SQLite")
+	_, err = Open(t.Context(), Config{Dir: filepath.Join(base, "short", strings.Repeat("z", 100))})
+	is(t, err, ErrInvalid, "SQLite")
+	_, err = Open(t.Context(), Config{Dir: long(5000)})
+	is(t, err, ErrInvalid, "SQLite")
+	far := filepath.Join(real, strings.Repeat("z", 100))
+	must(t, os.WriteFile(far, nil, 0o600))
+	is(t, Restore(filepath.Join(base, "new"), far), ErrInvalid, "SQLite")
+	must(t, os.Remove(far))
+	if now := tree(t, base); now != before {
+		t.Errorf("there was\n%sand is\n%s", before, now)
+	}
+}

@@ -368,7 +368,7 @@ type store struct {
 
 // openStore creates the file if it is missing or empty, and otherwise checks what can be checked without reading kv.
 func openStore(o storeOptions) (*store, error) {
-	path, err := filepath.Abs(o.path)
+	path, err := realPath(o.path) // a link's log lies beside what it names
 	if err != nil {
 		return nil, err
 	}
@@ -404,6 +404,7 @@ func openStore(o storeOptions) (*store, error) {
 		}
 		return nil, s.explain("open", err)
 	}
+	s.enlist()
 	if fresh {
 		s.memory.empty()
 		s.scanned = true
@@ -447,7 +448,7 @@ func checkWhole(path string) error {
 
 // createFile builds the database aside and renames it into place, so that path never names half of one.
 func createFile(path string) error {
-	return buildFile(path, func(c *conn) error {
+	return buildFile(path, path+".incoming.new", func(c *conn) error {
 		for _, pragma := range []string{
 			fmt.Sprintf("page_size=%d", pageSize), "encoding='UTF-8'",
 			fmt.Sprintf("application_id=%d", applicationID), fmt.Sprintf("user_version=%d", firstFormat),
@@ -463,9 +464,9 @@ func createFile(path string) error {
 	}, nil)
 }
 
-// buildFile makes a database at path out of a copy of from, or of nothing, and a change. A crash leaves nothing at path.
-func buildFile(path string, change func(c *conn) error, from io.Reader) (err error) {
-	aside := path + ".incoming.new"
+// buildFile makes a database at path, which is first called aside, out of a copy of from, or of nothing, and a change. A crash leaves
+// nothing at path.
+func buildFile(path, aside string, change func(c *conn) error, from io.Reader) (err error) {
 	if err := os.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -619,6 +620,7 @@ func (s *store) close() error {
 	}
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
+	defer s.delist()
 	return s.explain("close", errors.Join(behind, s.closeWriter()))
 }
 

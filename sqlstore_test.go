@@ -1125,10 +1125,7 @@ func TestRestoreInto(t *testing.T) {
 	dir := t.TempDir()
 	dst := filepath.Join(dir, "snap")
 	change := func(m *meta) { m.applied, m.term, m.config = 1, 1, []byte("new") }
-	if _, err := restoreInto(dst, s.path, change); err == nil || !strings.Contains(err.Error(), "Backup") {
-		t.Fatalf("restore from a file in use: %v", err)
-	}
-	put(t, s, "still", "locked") // the refusal has not touched it
+	put(t, s, "still", "there")
 	if err := s.close(); err != nil {
 		t.Fatal(err)
 	}
@@ -1146,7 +1143,7 @@ func TestRestoreInto(t *testing.T) {
 	got := openTestStore(t, dst, testBudget)
 	keepUp(t, got)
 	waitVerified(t, got)
-	wantValue(t, got, "still", "locked")
+	wantValue(t, got, "still", "there")
 	for name, n := range map[string]func() (int, error){
 		"sessions": func() (int, error) { r, err := got.sessions(); return len(r), err },
 		"allowed":  func() (int, error) { r, err := got.allowed(); return len(r), err },

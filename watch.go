@@ -85,8 +85,7 @@ func Resync() WatchOption { return func(o *watchOptions) { o.resync = true } }
 // The error comes last, once, with a zero Event: ctx's cause (and ErrNoLeader, if no majority had answered by then); a
 // *CompactedError if the history (Config.History) does not reach back to since, also later on when the consumer is that far
 // behind; ErrSlow if the consumer takes no entry between EventReset and EventSynced for a minute; ErrInvalid and a LimitError
-// for the prefix (valid UTF-8 without NUL, at most 4 KiB), and ErrInvalid for a since that the cluster has not reached, as
-// after Restore from a backup; ErrClosed, ErrRemoved, the error of a failed disk; ErrCorrupt if the rows are damaged and there
+// for the prefix (valid UTF-8 without NUL, at most 4 KiB), and ErrInvalid for a since that the cluster has not reached; ErrClosed, ErrRemoved, the error of a failed disk; ErrCorrupt if the rows are damaged and there
 // is no other member to mend them. Watching again from the last Revision is safe after any error, and loses nothing if the
 // history reaches back to it.
 //
@@ -178,7 +177,7 @@ func (w *watcher) place() error {
 	case w.cursor < oldest:
 		return &CompactedError{Oldest: oldest}
 	default:
-		return fmt.Errorf("%w: since is %d and the newest revision is %d: was an older backup restored?", ErrInvalid, w.cursor, m.revision)
+		return fmt.Errorf("%w: since is %d and the newest revision is %d: is it of this cluster?", ErrInvalid, w.cursor, m.revision)
 	}
 	return nil
 }
