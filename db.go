@@ -185,6 +185,9 @@ type Service struct {
 	changing chan struct{}          // one change of the configuration at a time on this leader: see changeMembers
 	joined   chan struct{}          // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
 
+	strangers  strangers  // other clusters that call this address
+	confirming sync.Mutex // held by the one caller that has a quorum confirm the leader for an outsider
+
 	ctx       context.Context // of everything that runs in the background; ends in Close
 	cancel    context.CancelFunc
 	running   sync.WaitGroup // every goroutine of this Service
@@ -327,6 +330,7 @@ func (s *Service) startBackground() {
 	s.running.Go(s.tellLeader)
 	s.running.Go(s.announce)
 	s.running.Go(s.watchHealth)
+	s.running.Go(s.askStrangers)
 	s.running.Go(s.rebuildLoop)
 	s.running.Go(s.verifyLog)
 }

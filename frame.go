@@ -52,7 +52,8 @@ const (
 	maxAppendBody     = maxAppend + maxEntry + 256<<10 // headers, sums and varints of 1,024 entries fit in the rest
 	maxProposeBody    = maxEntry + 64<<10
 	maxSmallBody      = 64 << 10 // vote, join and the like, and the header of a snapshot
-	maxAnswerBody     = 1 << 20  // of every answer but a state
+	maxStatusBody     = 64 << 10 // a status may come from anybody
+	maxAnswerBody     = 1 << 20  // of every other answer but a state
 	maxSnapshot       = 64 << 30 // bytes
 	minSnapshot       = 33       // more than the checksum that ends the stream
 	minLogBytes       = 6        // encoded bytes of the smallest log entry
@@ -135,7 +136,8 @@ type statusAnswer struct {
 	Format        uint64       `json:"format"`
 	LeaderID      string       `json:"leaderid"`
 	LeaderAddr    string       `json:"leaderaddr"`
-	LeaderSilence int64        `json:"leadersilence"` // ms since the leader was last heard; 0 also if the release does not say
+	LeaderSilence int64        `json:"leadersilence"`       // ms since the leader was last heard; 0 also if the release does not say
+	Confirmed     int64        `json:"confirmed,omitempty"` // ms since a round began in which a quorum has confirmed the leader, and 1; 0 = none, or the release does not say
 	Healthy       bool         `json:"healthy"`
 	Members       []memberAddr `json:"members"`
 	Marks         []markAnswer `json:"marks,omitempty"`

@@ -22,7 +22,6 @@ import (
 const (
 	stallLimit    = 5 * time.Second // of one store or apply call; after it this member lets another lead
 	checkInterval = time.Second
-	strangerAge   = 15 * time.Second // how long a call from another cluster is remembered
 )
 
 // The kinds of fault, the gravest first: Err shows the first that it shows at all. Each has a row in faultTable.
@@ -81,7 +80,7 @@ var faultTable = [faultKinds]struct {
 	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
 	faultLogFull:    {"no space for the log, or no file descriptor", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
 	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
-	faultStranger:   {"another cluster calls this address", inErr, "15 s without a call"},
+	faultStranger:   {"another cluster has this address", notReady | inErr | refusesWrites | refusesReads, "`RemoveMember` there; 15 s without proof"},
 }
 
 type faults struct {
@@ -278,11 +277,6 @@ func (s *Service) watchHealth() {
 func (s *Service) checkStall() {
 	s.faults.set(faultStall, s.hangs())
 	s.faults.ofLog(s.wal.failed())
-	var err error
-	if len(s.fsm.members.Load().config.Servers) == 1 { // a cluster of several has proved that this address is its own
-		err = s.members.stranger(s.ident().cluster)
-	}
-	s.faults.set(faultStranger, err)
 }
 
 // checkFile finds what another program, or the disk, did to snap.

@@ -159,7 +159,12 @@ func TestWipedFirstMember(t *testing.T) {
 		}
 		return nil
 	})
-	first.must(order{Op: "set", Key: "foreign", Value: []byte("x")})
+	if r, err := first.do(order{Op: "set", Key: "foreign", Value: []byte("x")}); err != nil || r.Verdict != "not applied" {
+		t.Errorf("a write on the wiped member: %v %+v", err, r)
+	}
+	if r, err := first.do(order{Op: "get", Key: "k"}); err != nil || r.Verdict == "ok" {
+		t.Errorf("a read on the wiped member: %v %+v", err, r)
+	}
 	for _, p := range rest {
 		p.awaitReady()
 		p.must(order{Op: "set", Key: "k", Value: []byte("w")})

@@ -44,10 +44,6 @@ type peerTable struct {
 	sends     int                  // snapshots being sent
 	sent      time.Time            // when the last one ended
 	asks      map[string]int       // by id: read rounds' calls in progress
-	strange   struct {
-		at              time.Time
-		cluster, sender string
-	}
 }
 
 // An announced address stands as long as the configuration says what it said then, or nothing: after that the configuration
@@ -141,23 +137,6 @@ func (t *peerTable) sending() bool {
 	return t.sends > 0 || !t.sent.IsZero() && time.Since(t.sent) < keepAfterSend
 }
 
-func (t *peerTable) noteStranger(cluster, sender string) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.strange.at, t.strange.cluster, t.strange.sender = time.Now(), cluster, sender
-}
-
-// stranger is the fault of a member whose directory was emptied: the old cluster still calls its address.
-func (t *peerTable) stranger(own string) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.strange.cluster == "" || t.strange.cluster == own || time.Since(t.strange.at) > strangerAge {
-		return nil
-	}
-	return fmt.Errorf("members of cluster %s (%s) know this address as one of theirs, and this directory belongs to cluster %s: "+
-		"if its contents were lost, empty the directory and start with a bootURL", shortID(t.strange.cluster), t.strange.sender, shortID(own))
-}
-
 // startPeer makes the protocol's side of this member; its functions answer 503 until raft runs.
 func (s *Service) startPeer() {
 	raftNow := func() *raft.Raft { return s.raft.Load() }
@@ -181,7 +160,7 @@ func (s *Service) startPeer() {
 		termAt:     func(index uint64) (uint64, bool) { return s.wal.termAt(index) },
 		checkEntry: checkEntry,
 		formats:    s.formats,
-		stranger:   func(cluster, from, fromAddr, target string) { s.members.noteStranger(cluster, fromAddr) },
+		stranger:   s.noteStranger,
 		contact:    s.members.contact,
 		called:     s.reach.called,
 		propose:    s.servePropose,
@@ -190,6 +169,7 @@ func (s *Service) startPeer() {
 		join:       s.serveJoin,
 		remove:     s.serveRemove,
 		status:     s.statusAnswer,
+		confirm:    s.confirmLeader,
 		state:      s.serveState,
 		snapshots:  s.members.snapshots,
 		others:     s.others,
@@ -1257,7 +1237,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	last, lastTerm := s.lastEntry()
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
-		LeaderSilence: s.leaderSilence().Milliseconds(), Healthy: s.refusesReads() == nil && s.silent() == nil}
+		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter})
 	}

@@ -55,7 +55,7 @@ type peerHost struct {
 	termAt     func(index uint64) (uint64, bool)
 	checkEntry func(*raft.Log) error
 	formats    func() (state, reads uint64) // of this member: what its state is at, and the newest that it reads
-	stranger   func(cluster, from, fromAddr, target string)
+	stranger   func(fromAddr string)        // a call from there names another cluster
 	contact    func(id string)
 	called     func(id, base string, began time.Time, err error) // what became of a call to that member
 
@@ -65,6 +65,7 @@ type peerHost struct {
 	join      func(ctx context.Context, r joinRequest) (joinAnswer, error)
 	remove    func(ctx context.Context, addr string) error
 	status    func() statusAnswer
+	confirm   func(ctx context.Context) // has a quorum confirm the leader, for a status that somebody of another cluster asks for
 	state     func(ctx context.Context, w io.Writer) error
 	snapshots func(delta int)
 
@@ -287,9 +288,6 @@ func (p *peer) check(x *exchange, name string, r *route) error {
 		return p.notLeader()
 	}
 	if x.to != x.id {
-		if x.to != "" {
-			p.host.stranger(x.cluster, x.from, x.fromAddr, x.to)
-		}
 		return refuse(http.StatusPreconditionFailed, codeWrongTarget, "meant for member %s, and this is %s", shortID(x.to), shortID(x.id))
 	}
 	if p.host.removed(x.from) {
@@ -370,7 +368,7 @@ func (p *peer) checkCluster(x *exchange, name string) error {
 	case cluster == "": // the leader may know that we are a member before its answer to our join arrives
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "not yet a member of a cluster")
 	case x.cluster != "":
-		p.host.stranger(x.cluster, x.from, x.fromAddr, x.to)
+		p.host.stranger(x.fromAddr)
 	}
 	r := refuse(http.StatusPreconditionFailed, codeWrongCluster, "cluster %s, and this is %s", shortID(x.cluster), shortID(cluster))
 	r.Cluster, r.Member = cluster, x.id
@@ -484,7 +482,11 @@ func (p *peer) serveRemove(ctx context.Context, x *exchange) error {
 	return x.answerJSON(struct{}{})
 }
 
-func (p *peer) serveStatus(_ context.Context, x *exchange) error {
+// serveStatus: who asks from outside may do so to learn whether this cluster lives: see stranger.go.
+func (p *peer) serveStatus(ctx context.Context, x *exchange) error {
+	if _, cluster, _ := p.host.self(); x.from != "" && x.cluster != cluster {
+		p.host.confirm(ctx)
+	}
 	return x.answerJSON(p.host.status())
 }
 
@@ -756,6 +758,7 @@ func (p *peer) statusBy(ctx context.Context, base, way string) (statusAnswer, er
 
 func (p *peer) askedStatus(ctx context.Context, r request) (statusAnswer, error) {
 	var a statusAnswer
+	r.limit = maxStatusBody
 	data, err := p.call(ctx, r)
 	if err == nil {
 		err = json.Unmarshal(data, &a)

@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -35,6 +36,8 @@ type rounds struct {
 	ctx context.Context // ends at Close
 
 	kick chan struct{} // a round has formed while another was in flight
+
+	confirmed atomic.Int64 // when the newest round began in which a quorum has confirmed the leader, by monotonic; 0 = never
 
 	mu      sync.Mutex // guards the fields below
 	flying  bool       // or about to
@@ -96,10 +99,14 @@ func (r *rounds) join(ctx context.Context) (landing, error) {
 
 // fly runs a round and starts the next one if one has formed, or is likely to.
 func (r *rounds) fly(ctx context.Context, rd *round) {
+	began := monotonic()
 	rd.at.began = time.Now()
 	ctx, cancel := context.WithDeadline(ctx, rd.at.began.Add(roundTimeout))
 	rd.at.readPoint, rd.err = r.run(ctx)
 	cancel()
+	if rd.err == nil {
+		r.confirmed.Store(began)
+	}
 	close(rd.done)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -108,6 +115,23 @@ func (r *rounds) fly(ctx context.Context, rd *round) {
 		r.flying, r.landed = true, rd.n
 		r.kick <- struct{}{}
 	}
+}
+
+// confirmedFor is the time since a quorum has confirmed the leader, from before the question; long if it has not.
+func (r *rounds) confirmedFor() time.Duration {
+	at := r.confirmed.Load()
+	if at == 0 {
+		return time.Hour
+	}
+	return time.Duration(monotonic() - at)
+}
+
+// confirmedMillis is confirmedFor as a status says it.
+func (r *rounds) confirmedMillis() int64 {
+	if r.confirmed.Load() == 0 {
+		return 0
+	}
+	return r.confirmedFor().Milliseconds() + 1
 }
 
 // carry flies the rounds that formed while another was in flight, or just after. It runs until Close.

@@ -8,6 +8,7 @@ package quorate
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -735,6 +736,7 @@ type request struct {
 	size   int64
 	fresh  bool   // on a connection of its own
 	way    string // with fresh: the address to connect to instead of base's; "" is base's
+	limit  int    // bytes of the answer; 0 = maxAnswerBody
 	bound  bool   // its context ends with the peer
 	again  bool   // it may be sent twice, as is done when a kept connection turns out to be closed
 }
@@ -774,21 +776,21 @@ func (p *peer) call(ctx context.Context, r request) ([]byte, error) {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	return readAnswer(resp)
+	return readAnswer(resp, cmp.Or(r.limit, maxAnswerBody))
 }
 
 // readAnswer is ReadAll with a limit, and begins with a buffer of the size that the answer says it has: most are tiny.
-func readAnswer(resp *http.Response) ([]byte, error) {
+func readAnswer(resp *http.Response, limit int) ([]byte, error) {
 	size := resp.ContentLength
 	if size < 0 || size > 64<<10 {
 		size = 512
 	}
 	data := make([]byte, 0, size+1)
-	for len(data) <= maxAnswerBody {
+	for len(data) <= limit {
 		n, err := resp.Body.Read(data[len(data):cap(data)])
 		data = data[:len(data)+n]
 		switch {
-		case err == io.EOF && len(data) <= maxAnswerBody:
+		case err == io.EOF && len(data) <= limit:
 			return data, nil
 		case err != nil && err != io.EOF:
 			return nil, err
@@ -796,7 +798,7 @@ func readAnswer(resp *http.Response) ([]byte, error) {
 			data = slices.Grow(data, len(data))
 		}
 	}
-	return nil, fmt.Errorf("%w: answer of more than %d bytes", errFrame, maxAnswerBody)
+	return nil, fmt.Errorf("%w: answer of more than %d bytes", errFrame, limit)
 }
 
 // do returns an answer of the member that was asked, with its body still to be read. Anything else is an error.
@@ -875,7 +877,7 @@ func (p *peer) accept(resp *http.Response, r request, cluster string) error {
 }
 
 func readRefusal(resp *http.Response) error {
-	data, err := readAnswer(resp)
+	data, err := readAnswer(resp, maxSmallBody)
 	if err != nil {
 		return err
 	}

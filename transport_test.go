@@ -158,7 +158,7 @@ func (n *node) host() peerHost {
 		applied:    n.fsm.applied,
 		termAt:     n.termAt,
 		checkEntry: func(*raft.Log) error { return nil },
-		stranger:   func(string, string, string, string) {},
+		stranger:   func(string) {},
 		contact:    func(string) {},
 		called:     func(string, string, time.Time, error) {},
 		snapshots:  func(d int) { n.snapshots.Add(int64(d) << 32); n.snapshots.Add(1) },
