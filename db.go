@@ -47,7 +47,7 @@
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
 // directory comes to life), copy.go (how a state travels), restore.go (how a backup becomes a member),
-// health.go (what is wrong now), journal.go (what is logged of the others), slog.go (what raft says).
+// health.go (what is wrong now), stranger.go (who else has this address), journal.go (what is logged of the others), slog.go (what raft says).
 package quorate
 
 import (

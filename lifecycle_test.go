@@ -152,7 +152,7 @@ func TestWipedFirstMember(t *testing.T) {
 	eventually(t, patience, "its Err", func() error {
 		r, err := first.do(order{Op: "err"})
 		must(t, err)
-		for _, word := range []string{"members of cluster " + cluster, "know this address", "empty the directory and start with a bootURL"} {
+		for _, word := range []string{"members of cluster " + shortID(cluster), "know this address", "empty the directory and start with a bootURL"} {
 			if !strings.Contains(r.Error, word) {
 				return fmt.Errorf("Err is %q, without %q", r.Error, word)
 			}
