@@ -177,6 +177,8 @@ type Service struct {
 	faults   faults
 	changes  broadcast              // the leader, as this member knows it, or its state changed
 	members  peerTable              // what is known of the others beside the configuration
+	voteless waitingList            // by id: why a member has no vote
+	refused  waitingList            // by address: why nobody takes part from there
 	reach    reachTable             // what became of this member's calls to them
 	reign    reign                  // of the leader that this member knows
 	heldBack atomic.Pointer[string] // who keeps the state at its format, as this leader has found; nil = nobody
@@ -582,7 +584,7 @@ func (s *Service) Err() error { return s.faults.err() }
 // Ready waits until a write would be accepted and a linearizable read answered here, now: a leader is known, a majority answers it,
 // this member can send to it and has applied what was acknowledged before. When ctx ends it says what is missing, and wraps
 // ctx.Err(); one that has ended already is an error too. A member that has no vote yet can be Ready, as it forwards and reads: in
-// Status its Role is NonVoter until it votes.
+// Status its Role is NonVoter until it votes, and Member.NoVote says why.
 func (s *Service) Ready(ctx context.Context) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()

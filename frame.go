@@ -120,6 +120,8 @@ type memberAddr struct {
 	ID    string `json:"id"`
 	Addr  string `json:"addr"`
 	Voter bool   `json:"voter"`
+
+	NoVote string `json:"novote,omitempty"` // in a leader's status: why it has none; releases before 0.2 don't say
 }
 
 // A statusAnswer is for anyone who asks: it holds ids, roles and counters, never a key or a value.

@@ -245,6 +245,7 @@ func (s *Service) watchHealth() {
 		s.checkStall()
 		s.checkFile()
 		s.checkRemoved()
+		s.learnVote()
 		if s.refusesReads() != nil {
 			s.hub.wake()
 		}
@@ -586,6 +587,9 @@ func (s *Service) diagnose(ctx context.Context) string {
 	}
 	if own != "" {
 		words = append(words, own)
+	}
+	if moved := s.refused.of(s.conf.Addr); moved != "" {
+		words = append(words, moved)
 	}
 	what := strings.Join(words, "; ")
 	if len(all) == 0 {

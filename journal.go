@@ -1,8 +1,9 @@
 package quorate
 
 // What this member logs of the others while it runs: a member that does not answer, and who leads. It owns when such a line is
-// written: at the start of an outage, after one and after ten minutes of it, and at its end. It decides nothing. Control comes from
-// transport.hold, which meets the outages, and from startBackground. raft's own lines on the same subjects are Debug: see slog.go.
+// written: at the start of an outage, after one and after ten minutes of it, when its reason is another one, and at its end. It
+// decides nothing. Control comes from transport.hold, which meets the outages, and from startBackground. raft's own lines on the same
+// subjects are Debug: see slog.go.
 
 import (
 	"context"
@@ -17,6 +18,7 @@ import (
 const (
 	outageAfter  = time.Second      // a peer that answers again sooner is not spoken of
 	outageCalm   = 10 * time.Minute // after an outage; one that begins sooner is spoken of later, so that a bad line fills no log
+	reasonsMost  = 5                // that are logged in one outage
 	leaderAfter  = 5 * time.Second  // without a leader; an election takes less
 	diagnoseTime = 2 * time.Second
 )
@@ -85,7 +87,10 @@ type outages struct {
 // An outage is what is known of one peer.
 type outage struct {
 	log       *slog.Logger
-	silent    vigil // it does not answer
+	silent    vigil           // it does not answer
+	reason    string          // the gist of the newest error
+	lasts     time.Time       // since when it is that
+	reasons   map[string]bool // those that were logged in this outage
 	ended     time.Time
 	after     time.Duration
 	stateless vigil // it answers, and has not taken the state that it needs
@@ -112,6 +117,27 @@ func (o *outage) goesOn(peer string, began time.Time, why error) {
 		o.silent = vigil{since: began, after: o.after}
 	}
 	o.silent.warn(o.log, "a member does not answer", "a member still does not answer", peer, why)
+	o.another(peer, why)
+}
+
+// another logs a reason that has not been logged in this outage, once it has lasted: a server that does not listen may be one that
+// refuses later.
+func (o *outage) another(peer string, why error) {
+	is := gist(why)
+	if is != o.reason {
+		o.reason, o.lasts = is, time.Now()
+	}
+	switch {
+	case o.silent.logged == 0 || o.reasons[is] || len(o.reasons) >= reasonsMost:
+		return
+	case o.reasons == nil: // the line that has just been written gave it
+		o.reasons = make(map[string]bool)
+	case time.Since(o.lasts) < outageAfter:
+		return
+	default:
+		o.log.Warn("a member does not answer, for another reason now", "peer", peer, "for", time.Since(o.silent.since).Round(time.Second), "why", why)
+	}
+	o.reasons[is] = true
 }
 
 // over is called when the peer has answered.
@@ -120,11 +146,11 @@ func (o *outage) over(peer string) {
 		o.log.Info("a member answers again", "peer", peer, "after", time.Since(o.silent.since).Round(time.Second))
 		o.ended = time.Now()
 	}
-	o.silent = vigil{}
+	o.silent, o.reasons = vigil{}, nil
 }
 
 // leftAlone is called when nobody tries any more: another member leads, or this one was removed.
-func (o *outage) leftAlone() { o.silent, o.stateless = vigil{}, vigil{} }
+func (o *outage) leftAlone() { o.silent, o.stateless, o.reasons = vigil{}, vigil{}, nil }
 
 // sent is called when a peer has taken the state that it was sent since then, or has not.
 func (o *outage) sent(peer string, began time.Time, bytes int64, err error) {

@@ -230,3 +230,29 @@ func TestStateThatIsNotTaken(t *testing.T) {
 		}
 	})
 }
+
+// The reason of an outage is said again when it is another one, and lasts.
+func TestOutageForAnotherReason(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		words := newLogged("does not answer")
+		o := (&outages{log: slog.New(words)}).of("a")
+		began := time.Now()
+		refused, login, flap := errors.New("127.0.0.1:40123 refused"), errors.New("status 401"), errors.New("in between")
+		for i := range 100 { // ten seconds
+			why := refused
+			switch {
+			case i >= 40:
+				why = login
+			case i == 20:
+				why = flap
+			}
+			time.Sleep(100 * time.Millisecond)
+			o.goesOn("a:1", began, why)
+		}
+		if list := words.all(); len(list) != 2 || !strings.Contains(list[0], "refused") || !strings.Contains(list[1], "for another reason now") ||
+			!strings.Contains(list[1], "401") {
+			t.Errorf("%q", list)
+		}
+	})
+}

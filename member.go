@@ -572,6 +572,7 @@ func (s *Service) ownAddress() {
 		return
 	}
 	if !placeholder(addr) && len(s.others()) > 0 && !s.fsm.members.Load().allowed[s.conf.Addr] {
+		s.notMoved(addr)
 		return
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second)
@@ -587,7 +588,9 @@ func (s *Service) ownAddress() {
 	}
 	if err != nil {
 		s.log.Debug("this leader's address is not in the configuration yet", "error", err)
+		return
 	}
+	s.moved()
 }
 
 // changeMembers is this caller's turn to change the configuration; a turn may take as long as a majority does not answer, so
@@ -658,6 +661,7 @@ func (s *Service) promote() (promoted bool, err error) {
 		err := s.mayPromote(ctx, m, c)
 		cancel()
 		if err != nil {
+			s.noVote(string(m.ID), string(m.Address), err)
 			waiting = append(waiting, err)
 			continue
 		}
@@ -671,6 +675,7 @@ func (s *Service) promote() (promoted bool, err error) {
 		if err := await(ctx, r.AddVoter(m.ID, m.Address, c.index, 0)); err != nil {
 			return false, err
 		}
+		s.voteless.keep(func(who string) bool { return who != string(m.ID) })
 		s.log.Info("a member is a voter now", "peer", peerName(m.ID, m.Address))
 		return true, nil
 	}
@@ -681,8 +686,13 @@ func (s *Service) promote() (promoted bool, err error) {
 func (s *Service) mayPromote(ctx context.Context, m raft.Server, c configuration) error {
 	all := append(voters(c.Configuration), m)
 	for i, err := range s.probe(ctx, all, c.index) {
-		if err != nil {
-			return fmt.Errorf("member %s: %w", peerName(all[i].ID, s.addressOf(all[i])), err)
+		switch {
+		case err == nil:
+		case all[i].ID == m.ID:
+			return fmt.Errorf("the leader waits for it: %w", err)
+		default:
+			return fmt.Errorf("nobody gets a vote while a voter does not keep up: start member %s, or call RemoveMember(ctx, %q): %w",
+				peerName(all[i].ID, s.addressOf(all[i])), all[i].Address, err)
 		}
 	}
 	return nil
@@ -791,8 +801,14 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		return joinAnswer{}, refuse(http.StatusPreconditionFailed, codeProtocol, "the cluster writes entries of format %d and the joining "+
 			"member reads up to %d: upgrade it", format, req.Format)
 	case current != addr && !m.allowed[addr]:
-		return joinAnswer{}, refuse(http.StatusForbidden, codeNotAllowed, "%s is not on the list", addr)
+		err := refuse(http.StatusForbidden, codeNotAllowed, "%s is not on the list", addr)
+		if s.refused.note(addr, err, 0) {
+			s.log.Warn("refused a member whose address is not allowed: call AddAllowedMember with that address, if it is one of yours",
+				"peer", peerName(req.ID, addr))
+		}
+		return joinAnswer{}, err
 	}
+	s.refused.keep(func(who string) bool { return who != addr })
 	if current != addr {
 		makeRoom := s.replaceAt
 		if known {
@@ -804,7 +820,11 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		if err := s.setServer(ctx, req.ID, addr); err != nil {
 			return joinAnswer{}, refuse(http.StatusServiceUnavailable, codeNotReady, "change of the configuration: %v", err)
 		}
-		s.log.Info("a member joined or moved", "peer", peerName(req.ID, addr))
+		if known {
+			s.log.Info("a member has moved", "peer", peerName(req.ID, addr), "before", current)
+		} else {
+			s.log.Info("a member has joined, and gets a vote when it keeps up", "peer", peerName(req.ID, addr))
+		}
 		give(s.joined)
 	}
 	a := joinAnswer{Cluster: s.ident().cluster, LeaderID: s.ident().id, LeaderAddr: s.conf.Addr}
@@ -1029,6 +1049,7 @@ func (s *Service) announce() {
 			return
 		}
 		if s.announced() {
+			s.moved()
 			backoff = 500 * time.Millisecond
 		} else {
 			s.announceToAll()
@@ -1064,6 +1085,10 @@ func (s *Service) announceToAll() {
 		var r *refusal
 		if errors.As(err, &r) && r.Code == codeNotLeader && r.LeaderAddr != "" { // who may have moved too
 			err = s.announceTo(r.LeaderID, r.LeaderAddr)
+		}
+		if errors.As(err, &r) && r.Code == codeNotAllowed {
+			configured, _, _ := s.server(s.ident().id)
+			s.notMoved(configured)
 		}
 		if err != nil {
 			s.log.Debug("announce this member's address", "to", peerName(m.ID, m.Address), "answer", err)
@@ -1129,6 +1154,7 @@ type Status struct {
 type Member struct {
 	ID, Addr string
 	Voter    bool
+	NoVote   string        // why it has no vote yet; empty: it has one, or that is not known here. The leader knows it, and the member itself
 	Heard    time.Duration // since it was last heard from; 0 = this member itself, negative = not known here. Only the leader hears all
 
 	// Lag is how many entries of the leader's log it has not acknowledged. Only the leader knows it, of those that have answered since
@@ -1164,6 +1190,9 @@ func (s *Service) Status() Status {
 
 func (s *Service) memberStatus(v raft.Server, st Status) Member {
 	m := Member{ID: string(v.ID), Addr: string(v.Address), Voter: v.Suffrage == raft.Voter, Lag: -1}
+	if !m.Voter && (st.Role == Leader || m.ID == s.ident().id) {
+		m.NoVote = s.voteless.of(m.ID)
+	}
 	if m.ID == s.ident().id {
 		if st.Role == Leader {
 			m.Lag = 0
@@ -1239,7 +1268,7 @@ func (s *Service) statusAnswer() statusAnswer {
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
 	for _, m := range st.Members {
-		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter})
+		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter, NoVote: m.NoVote})
 	}
 	if marks, err := s.store.marks(); err == nil && s.refusesReads() == nil {
 		for _, k := range marks {

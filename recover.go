@@ -340,6 +340,9 @@ func (s *Service) returning() error {
 	if s.ident().cluster == "" {
 		return fmt.Errorf("%w: the directory holds state and id names no cluster", ErrCorrupt)
 	}
+	if s.conf.Join != "" {
+		s.log.Info("Join is ignored, for the directory holds the state of a member already", "join", s.conf.Join)
+	}
 	if n := len(s.fsm.members.Load().config.Servers); s.conf.Addr == "" && n > 1 {
 		return fmt.Errorf("%w: this directory is one of %d members and can't be opened without Addr: give the address at which the "+
 			"others reach it", ErrInvalid, n)

@@ -1,0 +1,160 @@
+package quorate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+func noVoteOf(s *Service, id string) string {
+	for _, m := range s.Status().Members {
+		if m.ID == id {
+			return m.NoVote
+		}
+	}
+	return "not a member"
+}
+
+func says(words string, want ...string) error {
+	for _, w := range want {
+		if !strings.Contains(words, w) {
+			return fmt.Errorf("%q does not say %q", words, w)
+		}
+	}
+	return nil
+}
+
+// The leader and the member itself know why it has no vote, and what to call.
+func TestWhyNoVote(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	down := c.follower(t)
+	m := newMember(t, c.leader(t).conf.Addr)
+	granted := newLogged("this member has a vote now")
+	m.conf.Logger = slog.New(granted)
+	must(t, c[0].s.AddAllowedMember(ctxFor(t, patience), m.conf.Addr))
+	down.stop()
+	m.start()
+	must(t, m.s.Ready(ctxFor(t, patience))) // which is not about the vote
+	id := m.s.Status().ID
+	for _, s := range []*Service{c.leader(t).s, m.s} {
+		eventually(t, patience, "the reason", func() error {
+			return says(noVoteOf(s, id), "nobody gets a vote while a voter does not keep up", fmt.Sprintf("RemoveMember(ctx, %q)", down.conf.Addr))
+		})
+	}
+	if words := noVoteOf(testCluster{c[0], c[1], c[2]}.follower(t).s, id); words != "" {
+		t.Errorf("a follower, which does not know, says %q", words)
+	}
+	down.start()
+	c.awaitMember(t, m)
+	for _, s := range []*Service{c.leader(t).s, m.s} {
+		eventually(t, patience, "no reason", func() error {
+			if words := noVoteOf(s, id); words != "" {
+				return errors.New(words)
+			}
+			return nil
+		})
+	}
+	eventually(t, patience, "the log of the new voter", func() error {
+		if len(granted.all()) != 1 {
+			return fmt.Errorf("%q", granted.all())
+		}
+		return nil
+	})
+}
+
+// One that the leader does not reach is told so through its own calls.
+func TestWhyNoVoteUnreached(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	m := newMember(t, c[0].conf.Addr)
+	m.wrap = func(http.Handler) http.Handler { return http.NotFoundHandler() }
+	must(t, c[0].s.AddAllowedMember(ctxFor(t, patience), m.conf.Addr))
+	m.start()
+	eventually(t, patience, "the reason", func() error {
+		return says(noVoteOf(c[0].s, m.s.Status().ID), "the leader waits for it: nothing answers at http://"+m.conf.Addr+"/raft/")
+	})
+}
+
+func TestWhenTheLogHearsOfIt(t *testing.T) {
+	t.Parallel()
+	var l waitingList
+	if l.note("a", errors.New("at 1 of 5"), time.Hour) {
+		t.Error("at once")
+	}
+	if !l.note("b", errors.New("at 1 of 5"), 0) || l.note("b", errors.New("at 22 of 5"), 0) {
+		t.Error("not once for the same reason")
+	}
+	if !l.note("b", errors.New("gone"), 0) || l.of("b") != "gone" {
+		t.Error("not again for another reason")
+	}
+	w := l.list["b"]
+	w.said = time.Now().Add(-sayAgain)
+	l.list["b"] = w
+	if !l.note("b", errors.New("gone"), 0) {
+		t.Error("not again after a minute")
+	}
+	if !l.keep(func(who string) bool { return who == "a" }) || l.of("b") != "" || l.of("a") == "" || l.keep(func(string) bool { return true }) {
+		t.Errorf("left: %v", l.list)
+	}
+	for i := range 2 * waitingMost {
+		l.note(fmt.Sprint(i), errors.New("x"), 0)
+	}
+	if len(l.list) != waitingMost || l.of(fmt.Sprint(2*waitingMost-1)) == "" {
+		t.Errorf("%d are kept", len(l.list))
+	}
+}
+
+func TestLeaderSaysWhomItRefuses(t *testing.T) {
+	t.Parallel()
+	words := newLogged("refused a member whose address is not allowed")
+	c := newCluster(t, 1, func(c *Config) { c.Logger = slog.New(words) })
+	m := newMember(t, c[0].conf.Addr)
+	_, err := m.openWithin(ctxFor(t, 300*time.Millisecond)) // asks several times
+	is(t, err, ErrNotAllowed)
+	if list := words.all(); len(list) != 1 || says(list[0], "AddAllowedMember", m.conf.Addr) != nil {
+		t.Errorf("%q", list)
+	}
+}
+
+// A member that comes back at an address that nobody has allowed says so, in the log and in Ready's error, until it is allowed.
+func TestMovedWithoutPermission(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	l, m := c.leader(t), c.follower(t)
+	m.stop()
+	before := m.conf.Addr
+	m.conf.Addr = freeAddr(t)
+	words := newLogged("address")
+	m.conf.Logger = slog.New(words)
+	m.start()
+	call := fmt.Sprintf("AddAllowedMember(ctx, %q)", m.conf.Addr)
+	eventually(t, patience, "a warning", func() error { return says(strings.Join(words.all(), "\n"), "is not allowed", call, before) })
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	is(t, m.s.Ready(ctx), context.DeadlineExceeded, call)
+	must(t, l.s.AddAllowedMember(ctxFor(t, patience), m.conf.Addr))
+	must(t, m.s.Ready(ctxFor(t, patience)))
+	eventually(t, patience, "the end of it", func() error { return says(strings.Join(words.all(), "\n"), "is known to the others") })
+	if n := strings.Count(strings.Join(words.all(), "\n"), "is not allowed"); n > 2 {
+		t.Errorf("said %d times", n)
+	}
+}
+
+func TestIgnoredJoinIsSaid(t *testing.T) {
+	t.Parallel()
+	m := newMember(t, "")
+	m.start()
+	m.stop()
+	words := newLogged("Join is ignored")
+	m.conf.Join, m.conf.Logger = freeAddr(t), slog.New(words)
+	m.start()
+	if list := words.all(); len(list) != 1 || !strings.Contains(list[0], m.conf.Join) {
+		t.Errorf("%q", list)
+	}
+}
