@@ -38,6 +38,7 @@ func (s *Service) join(ctx context.Context) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	j := joining{s: s, answers: make(map[string]error)}
+	var refused error // by the try before
 	for backoff := 10 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
 		a, err := j.pass(ctx)
 		if err == nil {
@@ -47,6 +48,10 @@ func (s *Service) join(ctx context.Context) error {
 		if final != nil && pause == 0 {
 			return final
 		}
+		if ctx.Err() != nil { // which has cut this try short
+			final = cmpErr(final, refused)
+		}
+		refused = final
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
@@ -63,7 +68,7 @@ type joining struct {
 	s       *Service
 	answers map[string]error // the last one of each place that was asked
 	told    bool             // that the boot address is this member's own
-	refused time.Time        // when the answer was first that this member is not allowed; zero = it was not, or not lately
+	refused time.Time        // when the answer was first that this member is not allowed; zero = it was not
 }
 
 // pass asks every address of the boot address once, until one admits this member or its answer is final. Its own is passed over,
@@ -153,7 +158,6 @@ func gist(err error) string {
 func (j *joining) judge(err error, backoff time.Duration) (pause time.Duration, final error) {
 	final = j.s.refusedForGood(err)
 	if !errors.Is(final, ErrNotAllowed) {
-		j.refused = time.Time{}
 		if final != nil {
 			return 0, final
 		}
