@@ -304,19 +304,28 @@ func (s *store) backup(ctx context.Context, w io.Writer) (meta, error) {
 	defer c.Close()
 	buf := make([]byte, copyPages*pageSize)
 	for left := c.size - sha256.Size; left > 0; {
-		if err := ctx.Err(); err != nil {
-			return meta{}, err
+		if ctx.Err() != nil {
+			return meta{}, context.Cause(ctx)
 		}
 		n, err := io.ReadFull(c, buf[:min(left, int64(len(buf)))])
 		if err != nil {
 			return meta{}, err
 		}
-		if _, err := w.Write(buf[:n]); err != nil {
+		if err := writeAll(w, buf[:n]); err != nil {
 			return meta{}, err
 		}
 		left -= int64(n)
 	}
 	return c.meta, nil
+}
+
+// writeAll is for somebody else's writer: one that takes less than it is given must say so, and not all of them do.
+func writeAll(w io.Writer, p []byte) error {
+	n, err := w.Write(p)
+	if err == nil && n != len(p) {
+		err = io.ErrShortWrite
+	}
+	return err
 }
 
 // receive stores the stream of a copy at path, once everything about it is right and it is on the disk.

@@ -653,8 +653,10 @@ func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behi
 }
 
 // Backup writes one consistent copy of the state to w while writes go on: an SQLite file that sqlite3 opens and Restore
-// takes. It holds every write that returned before the call. revision is the newest revision in it. A retry must start
-// with an empty w.
+// takes. It holds every write that returned before the call. revision is the newest revision in it. It needs a majority; where
+// there is none, take [View.Backup]. ctx ends it at any time, and Config.Timeout limits only the read round at its beginning. A w that
+// takes less than it is given without an error is io.ErrShortWrite. After an error what is in w is worth nothing, and a retry must
+// start with an empty w.
 func (s *Service) Backup(ctx context.Context, w io.Writer) (revision uint64, err error) {
 	round, cancel := s.limited(ctx)
 	err = s.catchUp(round)
@@ -662,6 +664,10 @@ func (s *Service) Backup(ctx context.Context, w io.Writer) (revision uint64, err
 	if err != nil {
 		return 0, fmt.Errorf("backup: %w", err)
 	}
+	return s.backup(ctx, w)
+}
+
+func (s *Service) backup(ctx context.Context, w io.Writer) (revision uint64, err error) {
 	m, err := s.store.backup(ctx, w)
 	if err != nil {
 		return 0, fmt.Errorf("backup: %w", err)

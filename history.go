@@ -18,8 +18,8 @@ const (
 	maxHistory     = 1 << 30 // changes
 	trimStep       = 256     // changes that are taken off together
 	changesAtOnce  = 16      // changes that one statement writes
-	pageRows       = 256     // changes that one read of the history returns
-	pageBytes      = 1 << 20 // of values, after which a page is cut short
+	pageRows       = 256     // changes after which a read of the history ends with the transaction
+	pageBytes      = 1 << 20 // of values, after which it does
 )
 
 // CompactedError says that changes which were asked for are gone from the history. It is ErrCompacted.
@@ -140,7 +140,8 @@ func (s *store) changes(ctx context.Context, after uint64) (list []past, err err
 	return list, err
 }
 
-// changesAfter reads a page and where the state stands in one snapshot.
+// changesAfter reads a page and where the state stands in one snapshot. A page ends where a transaction does, or Event.Last could not
+// be told; it is longer than a page by one transaction at most.
 func (c *conn) changesAfter(after uint64) (list []past, m meta, err error) {
 	if err := c.exec(qBeginRead); err != nil {
 		return nil, m, err
@@ -157,7 +158,7 @@ func (c *conn) changesAfter(after uint64) (list []past, m meta, err error) {
 	}
 	size := 0
 	err = c.each(qChanges, []driver.Value{int64(after)}, func(v []driver.Value) error {
-		if len(list) == pageRows || size > pageBytes {
+		if n := len(list); (n >= pageRows || size > pageBytes) && list[n-1].revision == list[n-1].last {
 			return io.EOF
 		}
 		p, err := c.past(v)
@@ -175,21 +176,11 @@ func (c *conn) changesAfter(after uint64) (list []past, m meta, err error) {
 		return nil
 	})
 	if err == io.EOF {
-		list, err = whole(list), nil
+		err = nil
 	} else if err == nil && after != m.revision {
 		err = corrupt("history ends at %d and should end at %d", after, m.revision)
 	}
 	return list, m, err
-}
-
-// whole cuts off a transaction of which a page has only the beginning. None is as large as a page.
-func whole(list []past) []past {
-	for n := len(list); n > 0; n-- {
-		if list[n-1].revision == list[n-1].last {
-			return list[:n]
-		}
-	}
-	return list
 }
 
 // scanHistory reads all of it once, a page and a snapshot at a time; what is trimmed meanwhile needs no check.

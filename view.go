@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync/atomic"
 	"time"
 )
@@ -125,6 +126,22 @@ func (v View) Lookup(key string) (Entry, error) {
 		return Entry{Key: key}, fmt.Errorf("lookup: %w", err)
 	}
 	return Entry{Key: key}, missingKey(key)
+}
+
+// Backup is [Service.Backup] of this member's copy as it is: it asks nobody, works without a majority and after removal, and holds
+// every write that returned on this member. What the others have beyond that is not in it: Freshness tells how old the copy can be. It
+// waits, for as long as ctx and Config.Timeout allow, until the check of the file that a start begins has ended. Errors: ErrClosed,
+// ErrCorrupt if this copy is damaged, io.ErrShortWrite, the writer's and the disk's. A retry must start with an empty w.
+func (v View) Backup(ctx context.Context, w io.Writer) (revision uint64, err error) {
+	wait, cancel := v.s.limited(ctx)
+	if err = v.open(wait); err == nil {
+		err = v.s.verified(wait) // a backup of damaged rows is one that Restore refuses
+	}
+	cancel()
+	if err != nil {
+		return 0, fmt.Errorf("backup: %w", err)
+	}
+	return v.s.backup(ctx, w)
 }
 
 // closed costs one atomic load; nothing hides this fault.

@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -305,5 +307,94 @@ func BenchmarkFreshness(b *testing.B) {
 	s, _ := benchSole(b)
 	for b.Loop() {
 		s.Local().Freshness()
+	}
+}
+
+// A copy without a majority, which is when a local one is needed; and what it holds is restored.
+func TestLocalBackup(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		c.obey("set F before 1")
+		c.obey("stop " + l.name)
+		c.obey("stop " + g.name)
+		file := filepath.Join(t.TempDir(), "backup")
+		local := func() (uint64, error) {
+			w, err := os.Create(file)
+			must(t, err)
+			defer w.Close()
+			return f.s.Local().Backup(t.Context(), w)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := f.s.Backup(ctx, io.Discard); !errors.Is(err, ErrNoLeader) {
+			t.Errorf("Backup without a majority: %v", err)
+		}
+		revision, err := local()
+		must(t, err)
+		m, err := checkFile(file)
+		must(t, err)
+		if want := f.s.Status().Revision; revision != want || m.revision != want {
+			t.Errorf("revision %d, the file is at %d, the member at %d", revision, m.revision, want)
+		}
+		dir := filepath.Join(t.TempDir(), "new")
+		must(t, Restore(dir, file))
+		s, err := Open(t.Context(), Config{Dir: dir})
+		must(t, err)
+		must(t, s.Ready(t.Context()))
+		if v := s.Stale().Get("before"); string(v) != "1" {
+			t.Errorf("restored: %q", v)
+		}
+		must(t, s.Close())
+
+		ended, end := context.WithCancelCause(t.Context())
+		boom := errors.New("boom")
+		end(boom)
+		_, err = f.s.Local().Backup(ended, io.Discard)
+		wantIs(t, "an ended context", err, boom)
+		f.s.store.setVerdict(corrupt("a test"))
+		_, err = local()
+		wantIs(t, "damage", err, ErrCorrupt)
+		must(t, f.s.Close())
+		_, err = local()
+		wantIs(t, "after Close", err, ErrClosed)
+	})
+}
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// A backup goes to whatever its caller has for a writer.
+func TestBackupToAnOddWriter(t *testing.T) {
+	t.Parallel()
+	s, err := Open(t.Context(), Config{Dir: t.TempDir()})
+	must(t, err)
+	defer s.Close()
+	must(t, s.Set(t.Context(), "k", make([]byte, 500_000)))
+	boom := errors.New("boom")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	for name, c := range map[string]struct {
+		w    writerFunc
+		want error
+	}{
+		"takes less":       {func(p []byte) (int, error) { return min(len(p), 10_000), nil }, io.ErrShortWrite},
+		"takes nothing":    {func(p []byte) (int, error) { return 0, nil }, io.ErrShortWrite},
+		"claims more":      {func(p []byte) (int, error) { return len(p) + 1, nil }, io.ErrShortWrite},
+		"less than none":   {func(p []byte) (int, error) { return -1, nil }, io.ErrShortWrite},
+		"fails":            {func(p []byte) (int, error) { return 0, boom }, boom},
+		"ends its context": {func(p []byte) (int, error) { cancel(boom); return len(p), nil }, boom},
+		"calls the store":  {func(p []byte) (int, error) { return len(p), s.Set(t.Context(), "x", nil) }, nil},
+	} {
+		for way, backup := range map[string]func(context.Context, io.Writer) (uint64, error){"Service": s.Backup, "View": s.Local().Backup} {
+			use := t.Context()
+			if name == "ends its context" {
+				if use = ctx; ctx.Err() != nil {
+					continue
+				}
+			}
+			if _, err := backup(use, c.w); !errors.Is(err, c.want) {
+				t.Errorf("%s, a writer that %s: %v, want %v", way, name, err, c.want)
+			}
+		}
 	}
 }

@@ -1100,3 +1100,84 @@ func TestWatchTravels(t *testing.T) {
 		t.Errorf("%d changes were seen, want %d", len(v.events)-2, len(want))
 	}
 }
+
+// Last is that of the whole transaction, however large its values are and wherever a page of the history ends.
+func TestLastOfALargeTransaction(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{pageBytes, pageBytes + 1, recentBytes + 1} {
+		for _, live := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%d bytes, live %v", size, live), func(t *testing.T) {
+				t.Parallel()
+				s, err := Open(t.Context(), Config{Dir: t.TempDir(), MaxValue: 16 << 20})
+				must(t, err)
+				defer s.Close()
+				_, err = s.Exec(t.Context(), Set("y", nil), Set("z", nil))
+				must(t, err)
+				exec := func() {
+					if _, err := s.Exec(t.Context(), Set("b", make([]byte, size)), Delete("y"), Delete("z")); err != nil {
+						t.Error(err)
+					}
+				}
+				if live {
+					go func() {
+						eventually(t, patience, "a watcher", func() error {
+							if s.hub.watchers.Load() == 0 {
+								return errors.New("none")
+							}
+							return nil
+						})
+						exec()
+					}()
+				} else {
+					exec()
+				}
+				want := uint64(3)
+				for e, err := range s.Watch(ctxFor(t, patience), "", 2) {
+					must(t, err)
+					if e.Revision != want || e.Last != 5 {
+						t.Errorf("%v of %s at %d has Last %d; want revision %d, Last 5", e.Kind, e.Entry.Key, e.Revision, e.Last, want)
+					}
+					if want++; want > 5 {
+						break
+					}
+				}
+			})
+		}
+	}
+}
+
+// Pages end with transactions, which are not all of one length.
+func TestLastAcrossPages(t *testing.T) {
+	t.Parallel()
+	s, err := Open(t.Context(), Config{Dir: t.TempDir()})
+	must(t, err)
+	defer s.Close()
+	lasts := []uint64{0}
+	for i := range 20 {
+		var ops []Op
+		for j := range 1 + i*61%maxOps {
+			ops = append(ops, Set(fmt.Sprintf("%d/%d", j%2, j), nil))
+		}
+		r, err := s.Exec(t.Context(), ops...)
+		must(t, err)
+		for range ops {
+			lasts = append(lasts, r)
+		}
+	}
+	if len(lasts) < 4*pageRows {
+		t.Fatalf("%d changes are not enough", len(lasts))
+	}
+	for _, prefix := range []string{"", "0/"} {
+		at := uint64(1)
+		for e, err := range s.Watch(ctxFor(t, patience), prefix, 1) {
+			must(t, err)
+			want := lasts[e.Revision]
+			if prefix == "" && e.Revision != at+1 || e.Last != want && (prefix == "" || e.Last != want-1) {
+				t.Fatalf("%d comes after %d, and its Last is %d; want %d", e.Revision, at, e.Last, want)
+			}
+			if at = e.Revision; at >= uint64(len(lasts)-2) {
+				break
+			}
+		}
+	}
+}
