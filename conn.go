@@ -176,7 +176,8 @@ func (c *conn) passive() error {
 	return c.exec(qPassive)
 }
 
-// checkSchema refuses what is not ours: a trigger or a view could run at our writes, and a copy would carry it on.
+// checkSchema refuses what is not ours: a trigger or a view could run at our writes, and a copy would carry it on. Where all of our
+// tables are as they should be, the error is a *strangeSchema.
 func (c *conn) checkSchema() error {
 	application, err := c.one(qApplicationID)
 	if err != nil {
@@ -197,20 +198,78 @@ func (c *conn) checkSchema() error {
 	for format := uint64(firstFormat); format <= uint64(version); format++ {
 		want = append(want, schema[format]...)
 	}
-	found := 0
+	found, strange := 0, &strangeSchema{}
 	err = c.each(qSchema, nil, func(v []driver.Value) error {
-		name, _ := v[0].(string)
-		sql, _ := v[1].(string)
+		name, _ := v[1].(string)
+		sql, _ := v[3].(string)
 		if slices.Contains(want, table{name, sql}) {
 			found++
-			return nil
+		} else if name != "sqlite_sequence" && !strings.HasPrefix(name, "sqlite_autoindex_") { // which nobody can drop, and they do nothing
+			kind, _ := v[0].(string)
+			on, _ := v[2].(string)
+			strange.objects = append(strange.objects, object{kind, name, on, sql})
 		}
-		return fmt.Errorf("%w: the schema has something that is not ours: %q; if someone has added it, drop it, else this copy of the state must be replaced", ErrCorrupt, name)
+		return nil
 	})
-	if err == nil && found != len(want) {
-		err = corrupt("%d of %d tables are missing", len(want)-found, len(want))
+	switch {
+	case err != nil:
+		return err
+	case found != len(want):
+		return corrupt("%d of %d tables are missing, or not as they were made", len(want)-found, len(want))
+	case len(strange.objects) > 0:
+		return strange
 	}
-	return err
+	return nil
+}
+
+// A strangeSchema is what somebody has put beside our tables: tables and indexes of another tool.
+type strangeSchema struct{ objects []object }
+
+type object struct{ kind, name, on, sql string }
+
+func (o object) drop() string { return fmt.Sprintf(`DROP %s "%s"`, strings.ToUpper(o.kind), strings.ReplaceAll(o.name, `"`, `""`)) }
+
+func (e *strangeSchema) Error() string {
+	var names, drops []string
+	for _, o := range e.objects {
+		name := fmt.Sprintf("%s %q", o.kind, o.name)
+		if o.on != o.name {
+			name += " on " + o.on
+		}
+		names, drops = append(names, name), append(drops, o.drop())
+	}
+	return fmt.Sprintf("%v: the schema has what is not ours, %s; if someone has added it, drop it with sqlite3: %s; else this copy of the state must be "+
+		"replaced", ErrCorrupt, listed(names), strings.Join(drops, "; "))
+}
+
+func (e *strangeSchema) Unwrap() error { return ErrCorrupt }
+
+// listed is a list for people, cut short.
+func listed(names []string) string {
+	if most := 8; len(names) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+	}
+	return strings.Join(names, ", ")
+}
+
+// dropTriggers takes away what would run at our writes. It says what that was.
+func (c *conn) dropTriggers() (dropped []string, err error) {
+	var list []object
+	err = c.each(qSchema, nil, func(v []driver.Value) error {
+		if kind, _ := v[0].(string); kind == "trigger" {
+			name, _ := v[1].(string)
+			sql, _ := v[3].(string)
+			list = append(list, object{kind: kind, name: name, sql: sql})
+		}
+		return nil
+	})
+	for _, o := range list {
+		if err := c.execText(o.drop()); err != nil {
+			return nil, err
+		}
+		dropped = append(dropped, o.sql)
+	}
+	return dropped, err
 }
 
 // createTables adds what a format has brought.

@@ -457,6 +457,7 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 	defer unlock()
 	if err = s.writer.replace(path); err == nil {
 		s.foreignly = nil
+		s.strange.Store(nil)
 	}
 	if s.foreignly == nil {
 		err = errors.Join(err, s.rebase())

@@ -739,6 +739,9 @@ func (s *store) forgive() error {
 			return err
 		}
 		return s.transact(func(m *meta, own map[ownKey]uint64) error {
+			if err := s.reclaim(m.format); err != nil {
+				return err
+			}
 			kept := *t
 			kept.past, kept.rows = nil, slices.Clone(t.rows) // the history begins anew
 			for i := range kept.rows {
@@ -754,8 +757,24 @@ func (s *store) forgive() error {
 		s.foreignly = cmpErr(s.foreignly, was)
 		return s.explain("take over", err)
 	}
+	if err := s.checkSchema(); err != nil {
+		s.log.Error("the next Open would refuse this file if this were not the only member", "err", err)
+	}
 	s.isReplaced()
 	return nil
+}
+
+// reclaim makes the file ours again before anything is written: it takes away what would run at our writes, and says which format
+// it is of.
+func (s *store) reclaim(format uint64) error {
+	dropped, err := s.writer.dropTriggers()
+	if err != nil {
+		return err
+	}
+	for _, sql := range dropped {
+		s.log.Error("a trigger in snap would change what this member writes: it is dropped", "path", s.path, "trigger", sql)
+	}
+	return errors.Join(s.writer.pragma(fmt.Sprintf("application_id=%d", applicationID)), s.writer.pragma(fmt.Sprintf("user_version=%d", format)))
 }
 
 // isReplaced has the state begin anew with what the file holds. fileMu and mu are held.

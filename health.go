@@ -38,6 +38,7 @@ const (
 	faultDiverged
 	faultDispute
 	faultLogDamage
+	faultSchema
 	faultStall
 	faultLogFull
 	faultStateWaits
@@ -77,6 +78,7 @@ var faultTable = [faultKinds]struct {
 	faultDiverged:   {"the state differs from a majority's", unfit | notReady | inErr | refusesReads, "the rebuild from the leader"},
 	faultDispute:    {"the states differ and there is no majority", inErr, "a backup, or the removal of the wrong members"},
 	faultLogDamage:  {"an old entry of the log is damaged", inErr, "an empty directory that joins anew"},
+	faultSchema:     {"a lone member's `snap` has tables or indexes of another program", inErr, "`DROP` of what Err names"},
 	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
 	faultLogFull:    {"no space for the log, or no file descriptor", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
 	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
@@ -288,6 +290,26 @@ func (s *Service) checkFile() {
 	if _, err := s.store.verified(); err != nil {
 		s.distrust(err)
 	}
+	s.checkSchema()
+}
+
+// checkSchema: what an Open would refuse in snap is in Err while this member is alone. As soon as another voter has the state, it is
+// rebuilt from there without it.
+func (s *Service) checkSchema() {
+	var strange error
+	if p := s.store.strange.Load(); p != nil {
+		strange = *p
+	}
+	s.faults.set(faultSchema, strange)
+	if strange != nil && !s.onlyVoter() {
+		s.distrust(errForeign)
+	}
+}
+
+// onlyVoter, as far as this member has applied: nobody else is bound to have its state.
+func (s *Service) onlyVoter() bool {
+	v := voters(s.fsm.members.Load().config)
+	return len(v) == 1 && string(v[0].ID) == s.ident().id
 }
 
 func (s *Service) raftLost() bool {
@@ -532,6 +554,7 @@ func (s *Service) forgive() error {
 	if err := s.fsm.reload(); err != nil {
 		return err
 	}
+	s.checkSchema()
 	s.trust()
 	return nil
 }

@@ -187,6 +187,82 @@ func testForeignWriteAlone(t *testing.T, memory int64) {
 	}
 }
 
+// What another program puts beside the tables of a lone member: Err names it with its repair as long as it is there, running and after
+// a restart, and the member works. With another voter it is gone.
+func TestForeignSchemaAlone(t *testing.T) {
+	t.Parallel()
+	m := newMember(t, "")
+	s := m.start()
+	must(t, s.Set(t.Context(), "k", []byte("good")))
+	sqlite3(t, m.snap(), `create table "a ""b" (id integer primary key autoincrement); insert into "a ""b" default values;
+		create index by_value on kv(value); create view v as select 1; create table own(key text primary key) without rowid;
+		create trigger evil after update on kv begin update kv set value = 'evil', version = 9; end;
+		pragma user_version = 77; pragma application_id = 78`)
+	works := func(key string) {
+		t.Helper()
+		eventually(t, patience, "Err names what is there", func() error {
+			err := s.Err()
+			for _, word := range []string{"by_value", `DROP TABLE "a ""b"`, "DROP VIEW", `"own"`, m.snap()} {
+				if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), word) {
+					return fmt.Errorf("%q is not in %v", word, err)
+				}
+			}
+			return nil
+		})
+		must(t, s.Set(ctxFor(t, patience), key, []byte("x")))
+		must(t, s.Set(ctxFor(t, patience), "k", []byte("better")))
+		must(t, s.store.sync(t.Context()))
+		wantGet(t, s, "k", []byte("better"))
+		must(t, s.Ready(ctxFor(t, patience)))
+	}
+	works("running")
+	m.stop()
+	s = m.start()
+	works("again")
+	if strings.Contains(s.Err().Error(), "evil") || strings.Contains(s.Err().Error(), "autoindex") {
+		t.Error(s.Err())
+	}
+	t.Run("dropped", func(t *testing.T) {
+		m := m.fork(t)
+		s := m.start()
+		sqlite3(t, m.snap(), `drop table "a ""b"; drop index by_value; drop view v; drop table own`)
+		eventually(t, patience, "well", s.Err)
+		must(t, s.Set(ctxFor(t, patience), "k", []byte("well")))
+		m.stop()
+		if _, err := checkFile(m.snap()); err != nil {
+			t.Error(err)
+		}
+	})
+	s = m.s
+	o := newMember(t, m.conf.Addr)
+	must(t, s.AddAllowedMember(t.Context(), o.conf.Addr))
+	o.start()
+	eventually(t, patience, "the other voter's state, without it", func() error {
+		if n, _ := m.counts(); n != 2 || s.Err() != nil {
+			return fmt.Errorf("%d voters, Err %v", n, s.Err())
+		}
+		return nil
+	})
+	must(t, s.Set(ctxFor(t, patience), "k", []byte("two")))
+	m.stop()
+	o.stop()
+	for _, m := range []*testMember{m, o} {
+		if _, err := checkFile(m.snap()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// fork is a member alone with a copy of this one's directory, which is closed meanwhile.
+func (m *testMember) fork(t *testing.T) *testMember {
+	t.Helper()
+	m.stop()
+	defer m.start()
+	o := newMember(t, "")
+	must(t, os.CopyFS(o.conf.Dir, os.DirFS(m.conf.Dir)))
+	return o
+}
+
 // A member whose state has left the others' path is found by the marks, though its own sums are right.
 func TestDivergedMemberRebuilds(t *testing.T) {
 	c := newCluster(t, 3)

@@ -114,7 +114,7 @@ func (s *Service) openState(ctx context.Context) error {
 	if err := s.recoverFile(ctx); err != nil {
 		return err
 	}
-	s.store, err = openStore(storeOptions{path: s.path("snap"), memory: s.conf.Memory, log: s.log})
+	s.store, err = openStore(storeOptions{path: s.path("snap"), memory: s.conf.Memory, log: s.log, lone: true})
 	if err != nil {
 		return err
 	}
@@ -124,6 +124,10 @@ func (s *Service) openState(ctx context.Context) error {
 	if s.fsm, err = newFSM(s.store, s.log); err != nil {
 		return err
 	}
+	if strange := s.store.strange.Load(); strange != nil && !s.onlyVoter() {
+		return *strange
+	}
+	s.checkSchema()
 	s.fsm.fault = s.faults.ofApply
 	s.fsm.distrust = s.distrust
 	s.snaps = &snapshotStore{fsm: s.fsm, path: s.path("snap.incoming")}

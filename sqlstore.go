@@ -187,7 +187,7 @@ var queryText = [queries]string{
 	qPageSize:      `PRAGMA page_size`,
 	qPageCount:     `PRAGMA page_count`,
 	qPages:         `SELECT data FROM sqlite_dbpage ORDER BY pgno`,
-	qSchema:        `SELECT name, sql FROM sqlite_schema`,
+	qSchema:        `SELECT type, name, tbl_name, sql FROM sqlite_schema`,
 	qQuickCheck:    `PRAGMA quick_check(1)`,
 	qPassive:       `PRAGMA wal_checkpoint(PASSIVE)`,
 	qBacklog:       `PRAGMA wal_checkpoint(NOOP)`, // only counts: busy, frames in the WAL, frames that are in the database
@@ -288,6 +288,7 @@ type ownKey struct {
 type storeOptions struct {
 	path   string       // dir/snap
 	memory int64        // budget in bytes of the in-memory copy; negative = none; never 0
+	lone   bool         // it may be a lone member's, and hold what is not ours beside our tables: see strange
 	log    *slog.Logger // never nil
 }
 
@@ -303,6 +304,9 @@ type store struct {
 	last   atomic.Pointer[meta]  // of the last commit that memory has too
 	inFile atomic.Pointer[meta]  // of the last one that the file has
 	failed atomic.Pointer[error] // the disk's first error: nothing is written any more
+
+	// strange is what an Open would refuse in the schema: a lone member has nobody to get a clean copy from, and goes on beside it.
+	strange atomic.Pointer[error]
 	uneasy func(error)           // told why the file could not be written; set before maintain, must not block
 
 	ending  chan struct{} // closed when close begins: maintain ends, nothing new starts
@@ -318,6 +322,7 @@ type store struct {
 	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
 	walChecked  int64             // the WAL's size after the writer's last checkpoint
 	foreignly   error             // errForeign, once met: nothing is written to the file as it is
+	lone        bool              // of the options
 	pace        pacer
 
 	// The witness tells apply whether the file is as we left it, whatever the writer is doing. Its data_version changes with every
@@ -378,6 +383,7 @@ func openStore(o storeOptions) (*store, error) {
 	}
 	s := &store{
 		path:    path,
+		lone:    o.lone,
 		log:     o.log,
 		memory:  newMemory(o.memory, o.log),
 		ending:  make(chan struct{}),
@@ -560,7 +566,7 @@ func (s *store) openWriter() error {
 		return err
 	}
 	s.writer = c
-	if err := c.checkSchema(); err != nil {
+	if err := s.checkSchema(); err != nil && !(s.lone && errors.As(err, new(*strangeSchema))) {
 		return err
 	}
 	mode, err := c.text("PRAGMA journal_mode=WAL")
@@ -588,6 +594,18 @@ func (s *store) openWriter() error {
 		return err
 	}
 	return s.rebase()
+}
+
+// checkSchema keeps what it finds. fileMu is held, or nobody else is there yet.
+func (s *store) checkSchema() error {
+	err := s.writer.checkSchema()
+	if err == nil {
+		s.strange.Store(nil)
+	} else {
+		told := fmt.Errorf("%s: %w", s.path, err)
+		s.strange.Store(&told)
+	}
+	return err
 }
 
 // close is idempotent. Afterwards only the database is left, in the rollback journal mode in which it may be copied.
@@ -682,7 +700,12 @@ func (s *store) closeWriter() error {
 func (s *store) meta() meta { return *s.last.Load() }
 
 // explain says which file an error is about, and turns SQLite's corruption codes into ErrCorrupt.
-func (s *store) explain(doing string, err error) error { return aboutFile(doing, s.path, err) }
+func (s *store) explain(doing string, err error) error {
+	if strange := s.strange.Load(); strange != nil && sqliteCode(err) == sqliteConstraint { // of an index that is not ours
+		return fmt.Errorf("%s %s: %w (%v)", doing, s.path, err, *strange)
+	}
+	return aboutFile(doing, s.path, err)
+}
 
 // damages are SQLite's codes for a file that is not what we have written. Our own statements break no constraint of the tables
 // unless there are rows that we did not put there.

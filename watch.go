@@ -212,8 +212,7 @@ func (s *Service) mends() bool {
 	if s.faults.first(faultState) == nil {
 		return true
 	}
-	v := voters(s.fsm.members.Load().config)
-	return len(v) != 1 || string(v[0].ID) != s.ident().id // alone there is nobody to rebuild it from
+	return !s.onlyVoter() // alone there is nobody to rebuild it from
 }
 
 // deliver is the only way to the loop's body.
