@@ -61,6 +61,7 @@ type aheadPeer struct {
 	pause time.Time     // nothing is sent early before
 	spare bool          // others are enough for a majority, and answer faster
 	took  time.Duration // its append answers, an exponential average
+	pace  pace          // the newest of them
 	held  uint64        // the newest entry that it is known to hold, as far as its answers say; 0 = not known
 	since time.Time     // when raft's own append that waits for its answer began; zero = none
 	sends []*early      // those that raft has not asked for, each the next one's predecessor
@@ -357,7 +358,10 @@ func (a *aheadTable) acknowledged(id raft.ServerID, term uint64) (index uint64, 
 	return a.peers[id].held, a.peers[id].held != 0
 }
 
-func (p *aheadPeer) average(took time.Duration) { p.took += (took - p.took) / 8 }
+func (p *aheadPeer) average(took time.Duration) {
+	p.took += (took - p.took) / 8
+	p.pace.add(took)
+}
 
 func lastSent(args *raft.AppendEntriesRequest) uint64 {
 	return args.PrevLogEntry + uint64(len(args.Entries))

@@ -8,6 +8,8 @@
 //	http.Handle("/raft/", s)
 //	go http.ListenAndServe(":7001", nil)
 //	err = s.Set(ctx, "flags/new-checkout", []byte("on"))
+//	…
+//	err = s.Close() // and then the server's Shutdown, not the other way round
 //
 // # What an acknowledged write means
 //
@@ -47,7 +49,8 @@
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
 // directory comes to life), copy.go (how a state travels), restore.go (how a backup becomes a member),
-// health.go (what is wrong now), stranger.go (who else has this address), journal.go (what is logged of the others), slog.go (what raft says).
+// health.go (what is wrong now), pace.go (how fast disks are), reach.go (who reaches whom), status.go (a Status as JSON),
+// stranger.go (who else has this address), journal.go (what is logged of the others), slog.go (what raft says).
 package quorate
 
 import (
@@ -175,17 +178,18 @@ type Service struct {
 	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
 	starts   atomic.Uint64             // odd while raft is started and s.raft may not be the one that votes
 	faults   faults
-	changes  broadcast              // the leader, as this member knows it, or its state changed
-	members  peerTable              // what is known of the others beside the configuration
-	voteless waitingList            // by id: why a member has no vote
-	refused  waitingList            // by address: why nobody takes part from there
-	reach    reachTable             // what became of this member's calls to them
-	reign    reign                  // of the leader that this member knows
-	heldBack atomic.Pointer[string] // who keeps the state at its format, as this leader has found; nil = nobody
-	panel    panel                  // whom this leader's read rounds ask
-	telling  sync.Mutex             // held by the one caller that tells raft of a commit (awaitApplied)
-	changing chan struct{}          // one change of the configuration at a time on this leader: see changeMembers
-	joined   chan struct{}          // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
+	changes  broadcast                           // the leader, as this member knows it, or its state changed
+	members  peerTable                           // what is known of the others beside the configuration
+	voteless waitingList                         // by id: why a member has no vote
+	refused  waitingList                         // by address: why nobody takes part from there
+	ranking  atomic.Pointer[func(id string) int] // of the voters by how much better each is reached than this leader: see views.rank
+	reach    reachTable                          // what became of this member's calls to them
+	reign    reign                               // of the leader that this member knows
+	heldBack atomic.Pointer[string]              // who keeps the state at its format, as this leader has found; nil = nobody
+	panel    panel                               // whom this leader's read rounds ask
+	telling  sync.Mutex                          // held by the one caller that tells raft of a commit (awaitApplied)
+	changing chan struct{}                       // one change of the configuration at a time on this leader: see changeMembers
+	joined   chan struct{}                       // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
 
 	strangers  strangers  // other clusters that call this address
 	confirming sync.Mutex // held by the one caller that has a quorum confirm the leader for an outsider
@@ -212,7 +216,8 @@ func Start(laddr, dir, bootURL string, httpClient *http.Client, useTLS bool) (*S
 //
 // Errors: ErrInvalid, ErrLocked, ErrNotAllowed (an existing member must call AddAllowedMember first; a permission that is under way is
 // waited for, with a warning in the log, for up to 10 s), ErrRemoved, ErrFormat,
-// ErrCorrupt. Whatever the error, calling Open again is safe.
+// ErrCorrupt. Whatever the error, calling Open again is safe. At the end call Close, and only then Shutdown of the server that serves
+// this member: see ServeHTTP.
 func Open(ctx context.Context, c Config) (*Service, error) {
 	c, err := c.resolve()
 	if err != nil {
@@ -333,6 +338,8 @@ func (s *Service) startBackground() {
 	s.running.Go(s.announce)
 	s.running.Go(s.watchHealth)
 	s.running.Go(s.askStrangers)
+	s.running.Go(s.watchReach)
+	s.running.Go(s.watchPace)
 	s.running.Go(s.rebuildLoop)
 	s.running.Go(s.verifyLog)
 }
@@ -362,7 +369,8 @@ func (s *Service) abandon() {
 
 // Close ends this member's part: calls in flight return, a leader hands over first, the files are closed, and snap is a
 // plain database that can be copied. It takes under a second with a healthy majority and ten in the worst case. Calling it
-// again returns the same error. A closed directory can be opened again.
+// again returns the same error. A closed directory can be opened again. Stop the http.Server that serves it afterwards, not before: see
+// ServeHTTP.
 func (s *Service) Close() error {
 	s.closing.Do(func() {
 		s.closeErr = s.close()

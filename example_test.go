@@ -53,7 +53,11 @@ func ExampleStart() {
 	mux := http.NewServeMux()
 	mux.Handle("/raft/", s) // beside the routes of your own
 	server := &http.Server{Addr: ":7001", Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	go func() { log.Fatal(server.ListenAndServe()) }()
+	go func() {
+		if err := server.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+			log.Fatal(err)
+		}
+	}()
 
 	ctx := context.Background()
 	for _, addr := range []string{"10.0.0.2:7001", "10.0.0.3:7001"} {
@@ -62,6 +66,11 @@ func ExampleStart() {
 		}
 	}
 	if err := s.Set(ctx, "region", []byte("eu-west")); err != nil {
+		log.Fatal(err)
+	}
+
+	// At the end the member, which hands over if it leads, and after it the server: not the other way round.
+	if err := errors.Join(s.Close(), server.Shutdown(ctx)); err != nil {
 		log.Fatal(err)
 	}
 }

@@ -126,23 +126,33 @@ type memberAddr struct {
 
 // A statusAnswer is for anyone who asks: it holds ids, roles and counters, never a key or a value.
 type statusAnswer struct {
-	ID            string       `json:"id"`
-	Cluster       string       `json:"cluster"`
-	Addr          string       `json:"addr"`
-	Role          string       `json:"role"`
-	Term          uint64       `json:"term"`
-	LastIndex     uint64       `json:"lastindex"`
-	LastTerm      uint64       `json:"lastterm"` // of the entry at LastIndex
-	CommitIndex   uint64       `json:"commitindex"`
-	Applied       uint64       `json:"applied"`
-	Format        uint64       `json:"format"`
-	LeaderID      string       `json:"leaderid"`
-	LeaderAddr    string       `json:"leaderaddr"`
-	LeaderSilence int64        `json:"leadersilence"`       // ms since the leader was last heard; 0 also if the release does not say
-	Confirmed     int64        `json:"confirmed,omitempty"` // ms since a round began in which a quorum has confirmed the leader, and 1; 0 = none, or the release does not say
-	Healthy       bool         `json:"healthy"`
-	Members       []memberAddr `json:"members"`
-	Marks         []markAnswer `json:"marks,omitempty"`
+	ID            string        `json:"id"`
+	Cluster       string        `json:"cluster"`
+	Addr          string        `json:"addr"`
+	Role          string        `json:"role"`
+	Term          uint64        `json:"term"`
+	LastIndex     uint64        `json:"lastindex"`
+	LastTerm      uint64        `json:"lastterm"` // of the entry at LastIndex
+	CommitIndex   uint64        `json:"commitindex"`
+	Applied       uint64        `json:"applied"`
+	Format        uint64        `json:"format"`
+	LeaderID      string        `json:"leaderid"`
+	LeaderAddr    string        `json:"leaderaddr"`
+	LeaderSilence int64         `json:"leadersilence"`       // ms since the leader was last heard; 0 also if the release does not say
+	Confirmed     int64         `json:"confirmed,omitempty"` // ms since a round began in which a quorum has confirmed the leader, and 1; 0 = none, or the release does not say
+	Healthy       bool          `json:"healthy"`
+	Fsync         int64         `json:"fsync,omitempty"` // µs that its appends to the log take, with their fsync; 0 = none yet, or the release does not say
+	Members       []memberAddr  `json:"members"`
+	Reached       []reachAnswer `json:"reached,omitempty"` // a release that does not say gives none
+	Marks         []markAnswer  `json:"marks,omitempty"`
+}
+
+// A reachAnswer is what became of the calls of the member that answers to another one. Times are ms before the answer.
+type reachAnswer struct {
+	ID      string `json:"id"`
+	Tried   int64  `json:"tried"`             // when the newest call ended
+	Failing int64  `json:"failing,omitempty"` // when the first of those began that were not answered since; 0 = the newest was answered
+	Error   string `json:"error,omitempty"`   // what the newest met
 }
 
 type markAnswer struct {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,6 +43,8 @@ const (
 	faultStall
 	faultLogFull
 	faultStateWaits
+	faultUnreached
+	faultSlow
 	faultStranger
 	faultKinds
 )
@@ -82,6 +85,8 @@ var faultTable = [faultKinds]struct {
 	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
 	faultLogFull:    {"no space for the log, or no file descriptor", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
 	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
+	faultUnreached:  {"voters do not reach the leader, and more of them another one", unfit, "the next leader is heard"},
+	faultSlow:       {"the log of the leader is slow, and a majority of the others is faster", unfit, "a minute, doubled each time up to ten, and appends of under 1 s"},
 	faultStranger:   {"another cluster has this address", notReady | inErr | refusesWrites | refusesReads, "`RemoveMember` there; 15 s without proof"},
 }
 
@@ -590,22 +595,26 @@ func (s *Service) diagnose(ctx context.Context) string {
 		})
 	}
 	wg.Wait()
+	id, addr := s.leader()
+	reach, mute := len(all), s.muteLeader(id, addr)
 	var words []string
 	for i, t := range trouble {
 		if t != "" {
+			reach--
+		}
+		if t != "" && (mute == "" || string(all[i].ID) != id) {
 			words = append(words, t)
 		}
 		leader = cmp.Or(leader, leaders[i])
 	}
-	reach := len(all) - len(words)
-	switch id, addr := s.leader(); {
+	switch {
 	case len(all) == 0:
 		words = append(words, "the leader has not sent this member anything yet")
 	case id == "" && leader == "":
 		words = append(words, "no leader is elected")
 	case id == "":
 		words = append(words, fmt.Sprintf("the leader, %s, has not reached this member", leader))
-	case len(words) == 0:
+	case len(words) == 0 && mute == "":
 		words = append(words, "waiting for the leader at "+addr)
 	}
 	if own != "" {
@@ -614,11 +623,22 @@ func (s *Service) diagnose(ctx context.Context) string {
 	if moved := s.refused.of(s.conf.Addr); moved != "" {
 		words = append(words, moved)
 	}
+	if mute != "" {
+		words = slices.Insert(words, 0, mute)
+	}
 	what := strings.Join(words, "; ")
-	if len(all) == 0 {
+	if len(all) == 0 || mute != "" && reach > len(all)/2 {
 		return what
 	}
 	return fmt.Sprintf("%d of %d voters reachable, need %d: %s", reach, len(all), len(all)/2+1, what)
+}
+
+// muteLeader says that the leader is there and that this member can't call it; empty if it can, or the leader is this member.
+func (s *Service) muteLeader(id, addr string) string {
+	if r := s.reach.of(id); id != "" && id != s.ident().id && r.err != nil {
+		return fmt.Sprintf("the leader at %s does not answer calls of this member: %s", peerName(id, addr), r.reason())
+	}
+	return ""
 }
 
 // askOwnAddress calls this member as the others do: a handler that is not registered, or a server that does not listen, shows

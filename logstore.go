@@ -87,6 +87,7 @@ type logStore struct {
 	size     int64
 	cache    logCache
 	pace     pace                    // of the appends, each with its fsync
+	writing  time.Time               // when the one began that goes on; zero = none
 	calls    map[*time.Time]struct{} // when the store calls in progress began
 	sticky   error                   // the first fault that does not pass; only a restart clears it
 	waiting  error                   // a passing error, such as a full disk, until a store call works again
@@ -263,6 +264,8 @@ func (l *logStore) StoreLogs(entries []*raft.Log) error {
 			return err
 		}
 		began := time.Now()
+		l.writes(began)
+		defer l.writes(time.Time{})
 		if err := l.wal.StoreLogs(entries); err != nil {
 			return err
 		}
@@ -442,6 +445,25 @@ func (l *logStore) fsync() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.pace.median()
+}
+
+// appends are the newest times that an append took with its fsync, of those after the first so many, and how many there were in all.
+// One that is still going on is among them if it is slow already.
+func (l *logStore) appends(after int) (took []time.Duration, n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	took = l.pace.after(after)
+	if d := time.Since(l.writing); !l.writing.IsZero() && d > slowAppend {
+		took = append(took, d)
+	}
+	return took[max(len(took)-paceKept, 0):], l.pace.n
+}
+
+// writes notes when the append began that raft-wal does now; zero = none.
+func (l *logStore) writes(began time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.writing = began
 }
 
 // failed is the sticky fault, else the passing error that store calls wait for, else nil.

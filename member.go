@@ -182,6 +182,10 @@ func (s *Service) startPeer() {
 
 // ServeHTTP answers the other members at /raft/. Register the Service for the pattern "/raft/" on a server that listens on
 // Addr. Without client certificates it belongs on a trusted network.
+//
+// The server must go on serving until Close has returned: call http.Server.Shutdown after it. A leader that nobody reaches looks alive
+// to the others, which can forward neither writes nor reads to it until it has noticed; and Shutdown waits for handlers that wait for
+// this Service, such as a page that ranges over Watch.
 func (s *Service) ServeHTTP(w http.ResponseWriter, req *http.Request) { s.peer.ServeHTTP(w, req) }
 
 // formats is asked before there is a state, by what fetches one.
@@ -517,7 +521,7 @@ func (s *Service) allRead(format uint64, up *raising) bool {
 		if err == nil {
 			continue
 		}
-		held := shortText(fmt.Sprintf("%s (%s): %v", list[i].Address, shortID(string(list[i].ID)), err))
+		held := shortText(fmt.Sprintf("%s: %v", peerName(list[i].ID, list[i].Address), err))
 		s.heldBack.Store(&held)
 		if m := list[i]; !up.told[m.ID] && s.ctx.Err() == nil {
 			up.told[m.ID] = true
@@ -1267,6 +1271,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
+	a.Fsync, a.Reached = st.Fsync.Microseconds(), s.reached()
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter, NoVote: m.NoVote})
 	}

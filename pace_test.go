@@ -1,8 +1,15 @@
 package quorate
 
 import (
+	"context"
+	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	walfs "github.com/hashicorp/raft-wal/fs"
+	"github.com/hashicorp/raft-wal/types"
 )
 
 func TestPace(t *testing.T) {
@@ -19,4 +26,165 @@ func TestPace(t *testing.T) {
 	if (&pace{}).median() != 0 {
 		t.Error("nothing has a pace")
 	}
+}
+
+func TestQuorumPace(t *testing.T) {
+	t.Parallel()
+	for _, x := range []struct {
+		answers []time.Duration
+		voters  int
+		want    time.Duration // 0 = too few
+	}{
+		{nil, 1, 0}, {[]time.Duration{1}, 2, 0}, {[]time.Duration{1}, 3, 0},
+		{[]time.Duration{7, 1}, 3, 7},
+		{[]time.Duration{9, 1, 5}, 5, 9}, {[]time.Duration{9, 1, 5, 3}, 5, 5},
+		{[]time.Duration{9, 1}, 5, 0},
+	} {
+		if got, ok := quorumPace(x.answers, x.voters); got != x.want || ok != (x.want != 0) {
+			t.Errorf("%v of %d voters: %v, %v", x.answers, x.voters, got, ok)
+		}
+	}
+}
+
+// A slow disk is one of which three of the last five appends were slow and the others' were not; it is held against the member for a
+// minute, then for twice as long if it happens again, at most ten.
+func TestSlowness(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const quick, late = 10 * time.Millisecond, 2 * time.Second
+		for _, x := range []struct {
+			appends []time.Duration
+			others  time.Duration
+			known   bool
+			slow    bool
+		}{
+			{[]time.Duration{late, late, late}, quick, true, true},
+			{[]time.Duration{late, quick, late, quick, late}, quick, true, true},
+			{[]time.Duration{late, late, quick, quick, quick}, quick, true, false},
+			{[]time.Duration{late, late}, quick, true, false},
+			{[]time.Duration{late, late, late}, late / slowTimes, true, false}, // no more than five times as slow
+			{[]time.Duration{late, late, late}, late/slowTimes - 1, true, true},
+			{[]time.Duration{late, late, late}, quick, false, false}, // it does not lead, or the others are not known
+			{[]time.Duration{slowAppend, slowAppend, slowAppend}, 0, true, false},
+		} {
+			var j slowness
+			if err := j.judge(x.appends, len(x.appends), x.others, x.known); (err != nil) != x.slow {
+				t.Errorf("%+v: %v", x, err)
+			}
+		}
+		var j slowness
+		slow := []time.Duration{late, late, 3 * time.Second, quick, quick}
+		n := 0
+		again := func(slow []time.Duration, known bool) error {
+			n += len(slow)
+			return j.judge(slow, n, quick, known)
+		}
+		if err := again(slow, true); err == nil || !strings.Contains(err.Error(), "takes 2s") || !strings.Contains(err.Error(), "in 10ms") {
+			t.Errorf("the fault is %v", err)
+		}
+		for i, minutes := range []time.Duration{1, 2, 4, 8, 10, 10} {
+			time.Sleep(minutes*time.Minute - 1)
+			if again(nil, true) == nil || j.judged > n {
+				t.Errorf("fault %d has ended too soon", i)
+			}
+			time.Sleep(1)
+			if i%2 == 0 { // it goes on, also where it follows by now
+				if again(slow, false) == nil {
+					t.Errorf("fault %d ends while appends are slow", i)
+				}
+				continue
+			}
+			if err := again(nil, true); err != nil {
+				t.Errorf("fault %d goes on: %v", i, err)
+			}
+			if again(slow, true) == nil {
+				t.Errorf("fault %d is not followed by another", i)
+			}
+		}
+		time.Sleep(slowMost)
+		again(nil, true)
+		time.Sleep(slowMost + 1)
+		again(slow, true)
+		time.Sleep(slowPause)
+		if err := again(nil, true); err != nil {
+			t.Errorf("after a long time without: %v", err)
+		}
+	})
+}
+
+// A slowFS is raft-wal's file system on a disk whose fsync takes a while.
+type slowFS struct {
+	types.VFS
+	fsync *atomic.Int64
+}
+
+type slowFile struct {
+	types.WritableFile
+	fsync *atomic.Int64
+}
+
+func (f slowFS) Create(dir, name string, size uint64) (types.WritableFile, error) {
+	w, err := f.VFS.Create(dir, name, size)
+	return slowFile{w, f.fsync}, err
+}
+
+func (f slowFS) OpenWriter(dir, name string) (types.WritableFile, error) {
+	w, err := f.VFS.OpenWriter(dir, name)
+	return slowFile{w, f.fsync}, err
+}
+
+func (f slowFile) Sync() error {
+	time.Sleep(time.Duration(f.fsync.Load()))
+	return f.WritableFile.Sync()
+}
+
+// slowBubble is a bubble of members with disks that can be slowed down, by address.
+func slowBubble(t *testing.T, f func(c *script, l, f, g *scriptMember, slow func(*scriptMember, time.Duration))) {
+	t.Helper()
+	bubbleOf(t, func(c *Config) { c.vfs = slowFS{walfs.New(), new(atomic.Int64)} }, func(t *testing.T, c *script, l, f1, f2 *scriptMember) {
+		slow := func(m *scriptMember, d time.Duration) { m.conf.vfs.(slowFS).fsync.Store(int64(d)) }
+		f(c, l, f1, f2, slow)
+		for _, m := range c.members {
+			slow(m, 0)
+		}
+		time.Sleep(10 * time.Second)
+	})
+}
+
+// write has a writer write on a member until the end, and counts what is acknowledged and what is not.
+func (c *script) write(m *scriptMember, every time.Duration) (end func() (good int, bad []error)) {
+	ctx, cancel := context.WithCancel(c.t.Context())
+	done := make(chan struct{})
+	good, bad := 0, []error(nil)
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			one, stop := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+			if err := m.s.Set(one, "k", nil); err != nil {
+				bad = append(bad, err)
+			} else {
+				good++
+			}
+			stop()
+			time.Sleep(every)
+		}
+	}()
+	return func() (int, []error) { cancel(); <-done; return good, bad }
+}
+
+// Where nobody is faster, nobody else leads.
+func TestSlowDiskOfAll(t *testing.T) {
+	t.Parallel()
+	slowBubble(t, func(c *script, l, f, g *scriptMember, slow func(*scriptMember, time.Duration)) {
+		term := l.s.Status().Term
+		for _, m := range c.members {
+			slow(m, 2*time.Second)
+		}
+		end := c.write(f, 10*time.Millisecond)
+		time.Sleep(2 * time.Minute)
+		good, bad := end()
+		if st := l.s.Status(); st.Role != Leader || st.Term != term || good < 20 || bad != nil {
+			c.t.Errorf("%v in term %d, it began in %d; %d writes; %v", st.Role, st.Term, term, good, bad)
+		}
+	})
 }

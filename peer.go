@@ -146,6 +146,15 @@ func (p *peer) acknowledged(id raft.ServerID, term uint64) (index uint64, ok boo
 	return t.ahead.acknowledged(id, term)
 }
 
+// pace is that of the transport of the raft that runs.
+func (p *peer) pace(id raft.ServerID, term uint64) (took time.Duration, ok bool) {
+	t := p.current.Load()
+	if t == nil {
+		return 0, false
+	}
+	return t.ahead.pace(id, term)
+}
+
 // close is idempotent and waits for nobody.
 func (p *peer) close() {
 	p.cancel()

@@ -1,15 +1,21 @@
 package quorate
 
-// Whom this member's calls reach. It owns what became of the newest calls to each of the others, by id: notes of this member, never a
-// proof. It never decides who takes part. Control comes from the peer, after every call to a known member, and goes to Status and to
-// what this member answers when another one asks for its status.
+// Whom this member's calls reach, and who reaches the leader. It owns what became of the newest calls to each of the others, the calls
+// that are made to learn it, and the decision that a leader which can send but not be reached hands over: to its followers it looks
+// alive, so that no election ends it, and whatever they forward fails. All of it is notes, never a proof: a wrong one costs a change
+// of the leader. Control comes from the peer, after every call to a known member, and from startBackground; it goes to Status, to what
+// this member answers when another one asks for its status, and to handover.go.
 
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 const maxReason = 256 // bytes of an error that is kept for people: the other side may have written it
@@ -94,4 +100,195 @@ func shortText(s string) string {
 		s = s[:maxReason] + "…"
 	}
 	return strings.ToValidUTF8(s, "")
+}
+
+// answer is what this member tells others of it.
+func (r reach) answer(id string) reachAnswer {
+	a := reachAnswer{ID: id, Tried: time.Since(r.tried).Milliseconds(), Error: r.reason()}
+	if !r.failing.IsZero() {
+		a.Failing = max(time.Since(r.failing).Milliseconds(), 1)
+	}
+	return a
+}
+
+const (
+	probeVoters = 5 * time.Second // between two calls of a voter to another one; to the leader every checkInterval
+	reachOld    = 3 * probeVoters // what a member says of calls before that is not counted
+)
+
+// watchReach calls whom this member has not called lately, so that it notices when it reaches them no more; and looks at what the
+// others say of their calls to this member, if it leads.
+func (s *Service) watchReach() {
+	tick := time.NewTicker(checkInterval)
+	defer tick.Stop()
+	mute := ""
+	for {
+		select {
+		case <-tick.C:
+		case <-s.ctx.Done():
+			return
+		}
+		s.probeReach()
+		mute = s.noteMute(mute)
+		s.checkReached()
+	}
+}
+
+// probeReach asks for a term, the cheapest of questions, to be answered: the leader, which hears nothing else of a member without
+// callers, and on a voter the other voters, so that a leader can find out whom more of them reach. Older releases answer it too.
+func (s *Service) probeReach() {
+	leader := s.follows()
+	_, _, voter := s.server(s.ident().id)
+	var wg sync.WaitGroup
+	for _, m := range s.others() {
+		pause := probeVoters
+		switch {
+		case string(m.ID) == leader:
+			pause = checkInterval
+		case !voter || m.Suffrage != raft.Voter:
+			continue
+		}
+		if time.Since(s.reach.of(string(m.ID)).tried) < pause-checkInterval/2 {
+			continue
+		}
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
+			defer cancel()
+			s.peer.askTerm(ctx, string(m.ID), s.addressOf(m)) // the outcome is in the table
+		})
+	}
+	wg.Wait()
+}
+
+// mute is the leader's id, address and why, if this member hears it and has not reached it for the stall limit.
+func (s *Service) mute() (id, addr string, err error) {
+	id, addr = s.leader()
+	if id == "" || id == s.ident().id || s.leaderSilence() > heartbeatTimeout {
+		return "", "", nil
+	}
+	r := s.reach.of(id)
+	if r.failing.IsZero() || time.Since(r.failing) < stallLimit {
+		return "", "", nil
+	}
+	return id, addr, explain(r.err, r.base)
+}
+
+// noteMute writes to the log once that the leader can't be reached, and once that it can. was and now are its id, empty if it can.
+func (s *Service) noteMute(was string) (now string) {
+	id, addr, err := s.mute()
+	switch leader, _ := s.leader(); {
+	case id != "" && id != was:
+		s.log.Warn("the leader is heard and does not answer calls of this member: its address, its listener or a firewall",
+			"leader", peerName(id, addr), "why", err)
+	case id == "" && was != "" && leader == was && s.reach.of(was).err == nil:
+		s.log.Info("the leader answers calls of this member again", "leader", s.name(was))
+	case id == "" && was != "" && (leader == was || leader == ""):
+		return was // not decided yet
+	}
+	return id
+}
+
+// views are what voters say of their calls to others: by caller and called, with this member's own.
+type views map[string]map[string]reachAnswer
+
+func (v views) add(id string, reached []reachAnswer) {
+	v[id] = make(map[string]reachAnswer)
+	for _, r := range reached {
+		if r.Tried <= reachOld.Milliseconds() {
+			v[id][r.ID] = r
+		}
+	}
+}
+
+// lost: from says that it has not reached to for the stall limit. A release that says nothing has not lost anybody.
+func (v views) lost(from, to string) bool {
+	return v[from][to].Failing >= stallLimit.Milliseconds()
+}
+
+// reaches: from says that its newest call to to was answered.
+func (v views) reaches(from, to string) bool {
+	r, said := v[from][to]
+	return said && r.Failing == 0
+}
+
+// standing is by how many of those that say anything a member is reached, and how many it reaches.
+func (v views) standing(id string) (by, of int) {
+	for other := range v {
+		if v.reaches(other, id) {
+			by++
+		}
+		if v.reaches(id, other) {
+			of++
+		}
+	}
+	return by, of
+}
+
+// rank says how much better off the cluster would be with each voter as its leader than with the one of that id, if some of them have
+// lost it: by how many more it is reached. Negative: not at all, or it does not reach a majority itself. voters are all there are.
+func (v views) rank(leader string, voters int) (rank func(id string) int, lost []string) {
+	keep := 0
+	for id := range v {
+		switch {
+		case id == leader:
+		case v.lost(id, leader):
+			lost = append(lost, id)
+		default:
+			keep++
+		}
+	}
+	slices.Sort(lost)
+	return func(id string) int {
+		by, of := v.standing(id)
+		if of+1 <= voters/2 || by <= keep {
+			return -1
+		}
+		return by - keep
+	}, lost
+}
+
+// reached is what this member tells of its calls to the others.
+func (s *Service) reached() []reachAnswer {
+	var list []reachAnswer
+	for _, m := range s.others() {
+		if r := s.reach.of(string(m.ID)); !r.tried.IsZero() {
+			list = append(list, r.answer(string(m.ID)))
+		}
+	}
+	return list
+}
+
+// checkReached looks whether voters have lost this leader, and another one would be reached by more. A member that led keeps the fault
+// until it hears a leader: it may be reached by nobody.
+func (s *Service) checkReached() {
+	switch {
+	case s.role() == Leader:
+		s.faults.set(faultUnreached, s.unreached())
+	case s.follows() != "" && s.leaderSilence() < heartbeatTimeout:
+		s.faults.set(faultUnreached, nil)
+	}
+}
+
+// unreached asks the voters. With two of them the other one could not reach this member as its leader either.
+func (s *Service) unreached() error {
+	all := voters(s.raft.Load().GetConfiguration().Configuration())
+	if len(all) < 3 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, probeTimeout)
+	defer cancel()
+	id, v := s.ident().id, make(views)
+	v.add(id, s.reached())
+	s.askOthers(ctx, all, func(i int, a statusAnswer, err error) {
+		if err == nil {
+			v.add(a.ID, a.Reached)
+		}
+	})
+	rank, lost := v.rank(id, len(all))
+	s.ranking.Store(&rank)
+	if len(lost) == 0 || !slices.ContainsFunc(all, func(m raft.Server) bool { return rank(string(m.ID)) > 0 }) {
+		return nil
+	}
+	return fmt.Errorf("%d of %d voters do not reach this leader at %s, and would reach another one: %s: %s", len(lost), len(all),
+		s.conf.Addr, s.name(lost[0]), v[lost[0]][id].Error)
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -125,4 +127,126 @@ func TestReachTable(t *testing.T) {
 			t.Errorf("a reason of %d bytes", n)
 		}
 	})
+}
+
+// viewsOf makes views of lines "CALLER CALLED CALLED!": it reaches the first and has not reached the second for the stall limit; with ?
+// it has failed to reach it for less.
+func viewsOf(lines ...string) views {
+	v := make(views)
+	for _, line := range lines {
+		words := strings.Fields(line)
+		var list []reachAnswer
+		for _, w := range words[1:] {
+			r := reachAnswer{ID: strings.TrimRight(w, "!?")}
+			switch w[len(w)-1] {
+			case '!':
+				r.Failing = stallLimit.Milliseconds()
+			case '?':
+				r.Failing = stallLimit.Milliseconds() - 1
+			}
+			list = append(list, r)
+		}
+		v.add(words[0], list)
+	}
+	return v
+}
+
+// To whom a leader hands over that some voters have lost: to those that more of them reach, and that reach a majority.
+func TestReachedByMore(t *testing.T) {
+	t.Parallel()
+	for _, x := range []struct {
+		what   string
+		said   []string
+		voters int
+		lost   string
+		better string // with how many more
+	}{
+		{"all is well", []string{"l a b", "a l b", "b l a"}, 3, "", ""},
+		{"nobody reaches it", []string{"l a b", "a l! b", "b l! a"}, 3, "a b", "a2 b2"},
+		{"not for long", []string{"l a b", "a l? b", "b l? a"}, 3, "", "a1 b1"},
+		{"one has lost it, and the other does not", []string{"l a b", "a l! b", "b l a"}, 3, "a", "a1 b1"},
+		{"one has lost all", []string{"l a b", "a l! b!", "b l a"}, 3, "a", ""},
+		{"one has lost it, the other is down", []string{"l a b!", "a l! b!"}, 3, "a", ""},
+		{"older releases say nothing", []string{"l a b", "a", "b"}, 3, "", ""},
+		{"one of an older release", []string{"l a b", "a l! b", "b"}, 3, "a", ""},
+		{"nobody of five reaches it", []string{"l a b c d", "a l! b c d", "b l! a c d", "c l! a b d", "d l! a b c"}, 5, "a b c d", "a4 b4 c4 d4"},
+		{"one side of five calls nobody of the other", []string{"l a b c d", "a l b c d", "b l a c d", "c l! a! b! d", "d l! a! b! c"}, 5, "c d", ""},
+		{"the other side leads", []string{"l a b! c! d!", "a l b! c! d!", "b l a c d", "c l a b d", "d l a b c"}, 5, "", ""},
+		{"one way of five is cut", []string{"l a b c d", "a l! b c d", "b l a c d", "c l a b d", "d l a b c"}, 5, "a", "a1 b1 c1 d1"},
+		{"as is one to each", []string{"l a! b c d", "a l! b c d", "b l a c! d", "c l a b! d", "d l! a b c"}, 5, "a d", "a1 b1 c1 d2"},
+	} {
+		v := viewsOf(x.said...)
+		rank, lost := v.rank("l", x.voters)
+		var better []string
+		for _, id := range []string{"l", "a", "b", "c", "d"} {
+			if n := rank(id); n > 0 {
+				better = append(better, fmt.Sprint(id, n))
+			}
+		}
+		if got := strings.Join(lost, " "); got != x.lost || x.lost != "" && strings.Join(better, " ") != x.better {
+			t.Errorf("%s: lost %q, better %q, want %q and %q", x.what, got, better, x.lost, x.better)
+		}
+	}
+	v := make(views)
+	v.add("a", []reachAnswer{{ID: "l", Failing: 60_000, Tried: reachOld.Milliseconds() + 1}})
+	if v.lost("a", "l") || v.reaches("a", "l") {
+		t.Error("what is old counts")
+	}
+}
+
+// deafen has nothing of what these members ask reach a member, as behind a firewall, while it goes on asking them. None is all.
+func (c *script) deafen(m *scriptMember, to ...*scriptMember) {
+	c.net.serve(m.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if len(to) == 0 || slices.ContainsFunc(to, func(other *scriptMember) bool { return other.conf.Addr == req.RemoteAddr }) {
+			<-req.Context().Done()
+			return
+		}
+		m.s.ServeHTTP(w, req)
+	}))
+}
+
+func (c *script) undeafen(m *scriptMember) { c.net.serve(m.conf.Addr, m.s) }
+
+// clusterOf is a bubble of so many members, with a log of each.
+func clusterOf(t *testing.T, n int, f func(c *script, log *logged, l *scriptMember, others []*scriptMember)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		log := newLogged("")
+		c.change = func(conf *Config) { conf.Logger = slog.New(log) }
+		c.obey("start a")
+		for _, name := range simulatedNames[1:n] {
+			c.obey("join " + name + " via a")
+		}
+		c.obey(fmt.Sprint("await voters ", n))
+		l, err := leaderOf(c.members)
+		must(t, err)
+		time.Sleep(2 * time.Second)
+		f(c, log, l, slices.DeleteFunc(slices.Clone(c.members), func(m *scriptMember) bool { return m == l }))
+	})
+}
+
+// Members that can call nobody of the other side do not lead, and move nobody who does.
+func TestOneSideCallsNobodyOfTheOther(t *testing.T) {
+	t.Parallel()
+	for n, deaf := range map[int]int{3: 1, 5: 2} {
+		t.Run(fmt.Sprintf("%d of %d", deaf, n), func(t *testing.T) {
+			t.Parallel()
+			clusterOf(t, n, func(c *script, log *logged, l *scriptMember, others []*scriptMember) {
+				term := l.s.Status().Term
+				side := others[:deaf]
+				for _, m := range append(slices.Clone(others[deaf:]), l) {
+					c.deafen(m, side...)
+				}
+				for range dose(1, 5) {
+					time.Sleep(time.Minute)
+				}
+				if st := l.s.Status(); st.Role != Leader || st.Term != term {
+					c.t.Errorf("the leader of term %d is %v in term %d", term, st.Role, st.Term)
+				}
+				c.obey("set " + others[deaf].name + " k v")
+			})
+		})
+	}
 }

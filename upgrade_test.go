@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -76,6 +77,11 @@ func (l *logged) Handle(_ context.Context, r slog.Record) error {
 	defer l.mu.Unlock()
 	l.texts = append(l.texts, text)
 	return nil
+}
+
+// with are the records that hold these words too.
+func (l *logged) with(words string) []string {
+	return slices.DeleteFunc(l.all(), func(text string) bool { return !strings.Contains(text, words) })
 }
 
 func (l *logged) all() []string {

@@ -84,6 +84,7 @@ func rollingUpgrade(t *testing.T, program string) {
 		switch i {
 		case 0:
 			checkFirstFormat(t, c[i], list[1:])
+			checkOthers(t, c[i], list[1:])
 		case 1:
 			oneOfUsLeads(t, c[:2], list[2])
 			eventually(t, patience, "that the leader has looked", func() error {
@@ -95,6 +96,8 @@ func rollingUpgrade(t *testing.T, program string) {
 				return nil
 			})
 			checkFirstFormat(t, c[i], list[2:])
+			checkOthers(t, c[0], list[2:])
+			checkOthers(t, c[1], list[2:])
 		}
 	}
 	eventually(t, patience, "the new format", func() error {
@@ -185,6 +188,27 @@ func checkFirstFormat(t *testing.T, m *testMember, older []*process) {
 			t.Errorf("%s, of the first release, reads %q", p.addr, v)
 		}
 	}
+}
+
+// checkOthers: this version learns of members of the first release, whichever leads, what it learns of its own; that they say nothing of
+// their calls is held against nobody.
+func checkOthers(t *testing.T, m *testMember, older []*process) {
+	t.Helper()
+	eventually(t, patience, "a call to each", func() error {
+		st := m.s.Status()
+		for _, o := range st.Members {
+			if !slices.ContainsFunc(older, func(p *process) bool { return p.addr == o.Addr }) {
+				continue
+			}
+			if r := m.s.reach.of(o.ID); r.answered.IsZero() || o.LastError != "" || !o.FailingSince.IsZero() || (st.Role == Leader) != (o.Lag >= 0) {
+				return fmt.Errorf("%v says of a member of the first release %+v, %+v", st.Role, o, r)
+			}
+			if st.Role == Leader && !strings.HasPrefix(st.FormatHeldBy, o.Addr) {
+				return fmt.Errorf("format %d is held by %q", st.Format, st.FormatHeldBy)
+			}
+		}
+		return m.s.unreached()
+	})
 }
 
 // goingBackInTime: at the first format the state of this version is what the first release takes for its own, as a snapshot that

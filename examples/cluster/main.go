@@ -47,7 +47,7 @@ func member(addr, dir, join string) {
 	server := &http.Server{Addr: addr, Handler: handler(db), ReadHeaderTimeout: 5 * time.Second}
 	go func() { check(server.ListenAndServe(), "serve") }()
 	io.Copy(io.Discard, os.Stdin) // until the driver closes it or is gone
-	check(db.Close(), "close")
+	check(db.Close(), "close")    // before the server, which ends with the process: a member is reached as long as it is one
 }
 
 func handler(db *quorate.Service) http.Handler {

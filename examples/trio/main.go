@@ -29,7 +29,7 @@ func main() {
 	check(err)
 	log.Printf("%s: the first member was started at %s; Ctrl-C ends this one", addr, val)
 	<-ctx.Done()
-	check(db.Close())
+	check(db.Close()) // while the server still serves: a leader hands over, and is reached until then
 }
 
 func check(err error) {
