@@ -591,6 +591,10 @@ func (s *Service) diagnose(ctx context.Context) string {
 				trouble[i] = fmt.Sprintf("at the address of %s there is now %s", peerName(m.ID, s.addressOf(m)), shortID(a.ID))
 			case !a.Healthy:
 				trouble[i] = fmt.Sprintf("%s has a fault of its own", peerName(m.ID, s.addressOf(m)))
+			default:
+				if err := s.peer.tryPost(ctx, string(m.ID), s.addressOf(m)); err != nil && (strays(err) || tooLarge(err)) {
+					trouble[i] = fmt.Sprintf("%s: %v", peerName(m.ID, s.addressOf(m)), explain(err, base))
+				}
 			}
 		})
 	}
@@ -641,18 +645,22 @@ func (s *Service) muteLeader(id, addr string) string {
 	return ""
 }
 
-// askOwnAddress calls this member as the others do: a handler that is not registered, or a server that does not listen, shows
-// here and nowhere else on this member.
+// askOwnAddress calls this member as the others do: a handler that is not registered, or not for all that is sent, or a server that
+// does not listen, shows here and nowhere else on this member.
 func (s *Service) askOwnAddress(ctx context.Context) string {
 	if s.conf.Addr == "" {
 		return ""
 	}
 	base := baseURL(s.conf.Addr, s.conf.TLS)
-	switch a, err := s.peer.status(ctx, base); {
-	case err != nil:
-		return fmt.Sprintf("this member does not reach itself: %v", explain(err, base))
-	case a.ID != s.ident().id:
+	a, err := s.peer.status(ctx, base)
+	if err == nil && a.ID != s.ident().id {
 		return fmt.Sprintf("at this member's own address, %s, %s answers", s.conf.Addr, shortID(a.ID))
+	}
+	if err == nil {
+		err = s.peer.tryPost(ctx, s.ident().id, s.conf.Addr)
+	}
+	if err != nil {
+		return fmt.Sprintf("this member does not reach itself: %v", explain(err, base))
 	}
 	return ""
 }

@@ -226,7 +226,11 @@ func (p *peer) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 func (p *peer) serve(x *exchange) error {
 	name, ok := strings.CutPrefix(x.req.URL.Path, "/raft/")
 	r := p.routes[name]
-	if !ok || r == nil {
+	if !ok {
+		return refuse(http.StatusNotFound, codeBadRequest, "the path arrives here as %q: register the Service for the pattern \"/raft/\", and not "+
+			"behind http.StripPrefix", shortText(x.req.URL.Path))
+	}
+	if r == nil {
 		return refuse(http.StatusNotFound, codeBadRequest, "no such route")
 	}
 	if x.req.Method != r.method {
@@ -597,6 +601,10 @@ func (x *exchange) body(limit int64) ([]byte, error) {
 	b.Grow(bytes.MinRead + int(min(max(x.req.ContentLength, 0), 512<<10)))
 	if _, err := b.ReadFrom(http.MaxBytesReader(x.w, x.req.Body, limit)); err != nil {
 		x.w.Header().Set("Connection", "close")
+		if outer := (*http.MaxBytesError)(nil); errors.As(err, &outer) && outer.Limit < limit {
+			return nil, refuse(http.StatusRequestEntityTooLarge, codeBadRequest, "a handler before the Service takes %d bytes of a request: raise the "+
+				"limit of http.MaxBytesHandler or MaxBytesReader", outer.Limit)
+		}
 		return nil, refuse(http.StatusBadRequest, codeBadRequest, "body: %v", err)
 	}
 	// net/http is reading ahead by now, to see the client go away: an old deadline would look like that.
@@ -744,6 +752,12 @@ func (p *peer) askTerm(ctx context.Context, to, addr string) (uint64, error) {
 	return a.Term, err
 }
 
+// tryPost sends a request that means nothing, of the size that every way to a member must let pass.
+func (p *peer) tryPost(ctx context.Context, to, addr string) error {
+	_, err := p.call(ctx, request{route: "term", base: p.base(addr), to: to, body: bytes.Repeat([]byte{' '}, maxSmallBody)})
+	return err
+}
+
 // join connects by way of an address of base's name; "" leaves the choice to the system.
 func (p *peer) join(ctx context.Context, base, to, way string, r joinRequest) (joinAnswer, error) {
 	var a joinAnswer
@@ -812,6 +826,7 @@ func (r *stateReader) Close() error {
 // explain says what a failed call means for the person who runs the members. errors.Is and As still see what is in err.
 func explain(err error, base string) error {
 	var foreign *foreignAnswer
+	var encoded *encodedAnswer
 	var refused *refusal
 	var dns *net.DNSError
 	var name x509.HostnameError
@@ -829,6 +844,8 @@ func explain(err error, base string) error {
 		return fmt.Errorf("%s answers %w", base, err)
 	case errors.As(err, &foreign):
 		return explainForeign(foreign, base, err)
+	case errors.As(err, &encoded):
+		return fmt.Errorf("what stands before %s/raft/ compresses its answers: leave /raft/ out of that: %w", base, err)
 	case errors.Is(err, http.ErrSchemeMismatch):
 		return fmt.Errorf("%s speaks plain http, this member expects TLS: %w", base, err)
 	case errors.As(err, &name):
@@ -859,20 +876,54 @@ func closedOnUs(err error) bool {
 type foreignAnswer struct {
 	status int
 	body   string // its beginning
+	allow  string // the methods that would be taken
+	server string // what answers says it is
+}
+
+func foreign(resp *http.Response) *foreignAnswer {
+	start, _ := io.ReadAll(io.LimitReader(resp.Body, 512)) // only to explain it
+	return &foreignAnswer{resp.StatusCode, string(start), header(resp.Header, "Allow"), shortText(header(resp.Header, "Server"))}
 }
 
 func (f *foreignAnswer) Error() string {
+	if f.server != "" {
+		return fmt.Sprintf("an answer that is not ours, status %d, by %q", f.status, f.server)
+	}
 	return fmt.Sprintf("an answer that is not ours, status %d", f.status)
 }
 
+// tooLarge: something on the way, a proxy or a handler before the Service, takes no body of this size. The member has seen none of it.
+func tooLarge(err error) bool {
+	var f *foreignAnswer
+	var r *refusal
+	return errors.As(err, &f) && f.status == http.StatusRequestEntityTooLarge || errors.As(err, &r) && r.Status == http.StatusRequestEntityTooLarge
+}
+
+// An encodedAnswer is a member's answer that was changed on its way.
+type encodedAnswer struct{ coding string }
+
+func (e *encodedAnswer) Error() string { return fmt.Sprintf("an answer in the coding %q", e.coding) }
+
+// explainForeign tells what stands in place of a member, or before it, by what it answers.
 func explainForeign(f *foreignAnswer, base string, err error) error {
+	why := fmt.Sprintf("what answers at %s/raft/ is no member", base)
 	switch {
 	case f.status == http.StatusBadRequest && strings.Contains(f.body, "HTTPS"): // what Go's and nginx's TLS ports say
-		return fmt.Errorf("%s speaks TLS, this member plain http: %w", base, err)
+		why = fmt.Sprintf("%s speaks TLS, this member plain http", base)
 	case f.status == http.StatusNotFound:
-		return fmt.Errorf("nothing answers at %s/raft/: register the Service there: %w", base, err)
+		why = fmt.Sprintf("nothing answers at %s/raft/: register the Service there", base)
+	case f.status == http.StatusMethodNotAllowed:
+		why = fmt.Sprintf("%s/raft/ takes only some methods (%s): register the Service for the pattern \"/raft/\" without a method", base, f.allow)
+	case f.status == http.StatusUnauthorized, f.status == http.StatusProxyAuthRequired:
+		why = fmt.Sprintf("%s/raft/ asks for a login, and a member has none: leave /raft/ out of it", base)
+	case f.status == http.StatusForbidden, f.status == http.StatusTooManyRequests:
+		why = fmt.Sprintf("what stands before %s/raft/ lets this member not pass: leave /raft/ out of its rules", base)
+	case f.status == http.StatusRequestEntityTooLarge:
+		why = fmt.Sprintf("what stands before %s/raft/ limits the size of a request: raise that, client_max_body_size in nginx", base)
+	case f.status == http.StatusBadGateway, f.status == http.StatusServiceUnavailable, f.status == http.StatusGatewayTimeout:
+		why = fmt.Sprintf("a proxy answers at %s/raft/, and the member behind it does not", base)
 	case f.status >= 300 && f.status < 400:
-		return fmt.Errorf("%s/raft/ redirects, which is not followed: %w", base, err)
+		why = fmt.Sprintf("%s/raft/ redirects, which is not followed", base)
 	}
-	return fmt.Errorf("what answers at %s/raft/ is no member: %w", base, err)
+	return fmt.Errorf("%s: %w", why, err)
 }

@@ -106,7 +106,7 @@ func TestReachTable(t *testing.T) {
 			{refuse(http.StatusMisdirectedRequest, codeNotLeader, ""), time.Now(), true, false},
 			{refuse(http.StatusForbidden, codeTLS, "no"), time.Now(), false, true},
 			{nil, time.Now(), true, false},
-			{&foreignAnswer{404, "not found"}, time.Now(), false, true},
+			{&foreignAnswer{status: 404, body: "not found"}, time.Now(), false, true},
 			{nil, time.Now(), true, false},
 		} {
 			table.called("x", "http://x:1", x.began, x.err)

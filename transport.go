@@ -858,8 +858,10 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 func (p *peer) accept(resp *http.Response, r request, cluster string) error {
 	h := resp.Header
 	if header(h, headerProtocol) == "" {
-		start, _ := io.ReadAll(io.LimitReader(resp.Body, 512)) // only to explain it
-		return &foreignAnswer{resp.StatusCode, string(start)}
+		return foreign(resp)
+	}
+	if coding := header(h, "Content-Encoding"); coding != "" {
+		return &encodedAnswer{coding}
 	}
 	if resp.StatusCode != http.StatusOK {
 		return readRefusal(resp)
@@ -883,7 +885,7 @@ func readRefusal(resp *http.Response) error {
 	}
 	refused := refusal{Status: resp.StatusCode}
 	if err := json.Unmarshal(data, &refused); err != nil || refused.Code == "" {
-		return &foreignAnswer{resp.StatusCode, string(data[:min(len(data), 512)])}
+		return &foreignAnswer{status: resp.StatusCode, body: string(data[:min(len(data), 512)])}
 	}
 	refused.Message = shortIDs(refused.Message) // release 0.1.0 writes them whole
 	return &refused

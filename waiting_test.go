@@ -1,11 +1,13 @@
 package quorate
 
 import (
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -156,5 +158,84 @@ func TestIgnoredJoinIsSaid(t *testing.T) {
 	m.start()
 	if list := words.all(); len(list) != 1 || !strings.Contains(list[0], m.conf.Join) {
 		t.Errorf("%q", list)
+	}
+}
+
+// Whatever is wrong with the way to a member, both sides' Ready says what it is and what to do.
+func TestWrongMounts(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	l, m := c.leader(t), c.follower(t)
+	only := func(method string) func(http.Handler) http.Handler {
+		return func(h http.Handler) http.Handler {
+			mux := http.NewServeMux()
+			mux.Handle(method+" /raft/", h)
+			return mux
+		}
+	}
+	answers := func(status int) func(http.Handler) http.Handler {
+		return func(http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", status) })
+		}
+	}
+	for what, mount := range map[string]struct {
+		wrap func(http.Handler) http.Handler
+		want string
+	}{
+		"StripPrefix": {func(http.Handler) http.Handler { return http.StripPrefix("/raft", m.s) },
+			`the path arrives here as "/status": register the Service for the pattern "/raft/", and not behind http.StripPrefix`},
+		"another path": {func(http.Handler) http.Handler {
+			mux := http.NewServeMux()
+			mux.Handle("/api/raft/", http.StripPrefix("/api", m.s))
+			return mux
+		}, "nothing answers at {base}/raft/: register the Service there"},
+		"POST only": {only("POST"), `{base}/raft/ takes only some methods (POST): register the Service for the pattern "/raft/" without a method`},
+		"GET only":  {only("GET"), `{base}/raft/ takes only some methods (GET, HEAD): register the Service for the pattern "/raft/" without a method`},
+		"MaxBytesHandler": {func(h http.Handler) http.Handler { return http.MaxBytesHandler(h, 100) },
+			"a handler before the Service takes 100 bytes of a request: raise the limit of http.MaxBytesHandler"},
+		"gzip": {func(h http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+				rec := httptest.NewRecorder()
+				h.ServeHTTP(rec, req)
+				for name, values := range rec.Header() {
+					w.Header()[name] = values
+				}
+				w.Header().Set("Content-Encoding", "gzip")
+				w.Header().Del("Content-Length")
+				w.WriteHeader(rec.Code)
+				z := gzip.NewWriter(w)
+				rec.Body.WriteTo(z)
+				z.Close()
+			})
+		}, "what stands before {base}/raft/ compresses its answers: leave /raft/ out of that"},
+		"a login":     {answers(401), "{base}/raft/ asks for a login, and a member has none: leave /raft/ out of it"},
+		"a rule":      {answers(403), "what stands before {base}/raft/ lets this member not pass"},
+		"a dead end":  {answers(502), "a proxy answers at {base}/raft/, and the member behind it does not"},
+		"a limit":     {answers(413), "what stands before {base}/raft/ limits the size of a request: raise that, client_max_body_size in nginx"},
+		"another one": {answers(200), "what answers at {base}/raft/ is no member"},
+	} {
+		m.conf.Client.Transport.(*http.Transport).DisableCompression = true // where it isn't, this member reads what is compressed
+		l.conf.Client.Transport.(*http.Transport).DisableCompression = true
+		m.behind(mount.wrap)
+		want := strings.ReplaceAll(mount.want, "{base}", "http://"+m.conf.Addr)
+		for i, s := range []*Service{l.s, m.s} {
+			if words := s.diagnose(ctxFor(t, patience)); !strings.Contains(words, want) {
+				t.Errorf("%s: member %d says %q, want %q", what, i, words, want)
+			}
+		}
+		if what == "StripPrefix" { // and so does Ready on the one that needs the other: this one can still call, and lead
+			eventually(t, patience, "Ready's error", func() error {
+				ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+				defer cancel()
+				return says(fmt.Sprint(l.s.Ready(ctx)), "not ready: ", want)
+			})
+		}
+	}
+	m.behind(nil)
+	for _, m := range c {
+		must(t, m.s.Ready(ctxFor(t, patience)))
+		if words := m.s.diagnose(ctxFor(t, patience)); strings.Contains(words, m.conf.Addr+"/raft/") {
+			t.Error(words)
+		}
 	}
 }
