@@ -47,10 +47,11 @@
 // raft and logstore.go (the log), ahead.go (to the others meanwhile) → fsm.go (apply) → sqlstore.go and memory.go (the state) →
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
-// member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), identity.go (who this member is), recover.go (how a
-// directory comes to life), copy.go (how a state travels), restore.go (how a backup becomes a member),
-// health.go (what is wrong now), pace.go (how fast disks are), reach.go (who reaches whom), status.go (a Status as JSON),
-// stranger.go (who else has this address), journal.go (what is logged of the others), slog.go (what raft says).
+// member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), handover.go (who
+// leads when the leader should not), identity.go (who this member is), recover.go (how a directory comes to life), copy.go (how a state
+// travels), restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
+// reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), journal.go (what is logged of the others),
+// slog.go (what raft says).
 package quorate
 
 import (
@@ -191,6 +192,12 @@ type Service struct {
 	changing chan struct{}                       // one change of the configuration at a time on this leader: see changeMembers
 	joined   chan struct{}                       // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
 
+	begun   atomic.Int64  // when the raft that runs was started, by monotonic
+	handing chan struct{} // one hand-over at a time: see handOver
+	turns   turns
+	relief  relief
+	fitness chan struct{} // has room for one: this member's fitness to lead may have changed
+
 	strangers  strangers  // other clusters that call this address
 	confirming sync.Mutex // held by the one caller that has a quorum confirm the leader for an outsider
 
@@ -225,11 +232,12 @@ func Open(ctx context.Context, c Config) (*Service, error) {
 	}
 	s := &Service{
 		conf: c, log: c.Logger, closed: make(chan struct{}), changing: make(chan struct{}, 1), joined: make(chan struct{}, 1),
+		handing: make(chan struct{}, 1), fitness: make(chan struct{}, 1),
 		rebuildCh: make(chan struct{}, 1),
 	}
 	s.asOf.begin = time.Now()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.faults.log = c.Logger
+	s.faults.log, s.faults.moved = c.Logger, func() { give(s.fitness) }
 	if err := s.open(ctx); err != nil {
 		s.abandon()
 		return nil, fmt.Errorf("quorate: open %s: %w", c.Dir, err)
@@ -340,6 +348,7 @@ func (s *Service) startBackground() {
 	s.running.Go(s.askStrangers)
 	s.running.Go(s.watchReach)
 	s.running.Go(s.watchPace)
+	s.running.Go(s.watchFitness)
 	s.running.Go(s.rebuildLoop)
 	s.running.Go(s.verifyLog)
 }
@@ -386,7 +395,7 @@ func (s *Service) close() error {
 	s.changes.notify()
 	s.batch.refuse(ErrClosed)
 	s.drain(2 * time.Second)
-	s.handOver(2 * time.Second)
+	s.leave()
 	s.batch.stop(ErrClosed)
 	s.cancel()
 	close(s.fsm.closing)
@@ -423,15 +432,13 @@ func (s *Service) drain(limit time.Duration) {
 	}
 }
 
-// handOver lets another voter lead, so that the others need not wait for an election timeout.
-func (s *Service) handOver(limit time.Duration) {
-	r := s.raft.Load()
-	if r.State() != raft.Leader || len(voters(r.GetConfiguration().Configuration())) < 2 {
-		return
-	}
-	ctx, cancel := context.WithTimeout(s.ctx, limit)
+// leave lets another voter lead, so that the others need not wait for an election timeout.
+func (s *Service) leave() {
+	ctx, cancel := context.WithTimeout(s.ctx, handOverLimit)
 	defer cancel()
-	await(ctx, r.LeadershipTransfer())
+	if err := s.handOver(ctx, choice{leaving: true}); err != nil && len(s.others()) > 0 {
+		s.log.Info("closing without handing over", "why", err)
+	}
 }
 
 // stopRaft ends raft and everything that waits for it. A goroutine of raft that is parked in a store call because of a disk

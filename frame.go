@@ -141,6 +141,7 @@ type statusAnswer struct {
 	LeaderSilence int64         `json:"leadersilence"`       // ms since the leader was last heard; 0 also if the release does not say
 	Confirmed     int64         `json:"confirmed,omitempty"` // ms since a round began in which a quorum has confirmed the leader, and 1; 0 = none, or the release does not say
 	Healthy       bool          `json:"healthy"`
+	Unfit         string        `json:"unfit,omitempty"` // why it should not lead; a release that does not say is fit if it is healthy
 	Fsync         int64         `json:"fsync,omitempty"` // µs that its appends to the log take, with their fsync; 0 = none yet, or the release does not say
 	Members       []memberAddr  `json:"members"`
 	Reached       []reachAnswer `json:"reached,omitempty"` // a release that does not say gives none
@@ -175,6 +176,11 @@ type termAnswer struct {
 }
 
 type removeRequest struct {
+	Addr string `json:"addr"`
+}
+
+// A transferRequest asks the leader to hand over, to the voter at Addr or to the best one. Release 0.1.0 answers 404.
+type transferRequest struct {
 	Addr string `json:"addr"`
 }
 

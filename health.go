@@ -518,10 +518,8 @@ func (s *Service) rebuild() error {
 		return s.forgive()
 	}
 	if r.State() == raft.Leader {
-		ctx, cancel := context.WithTimeout(s.ctx, 2*time.Second)
-		defer cancel()
-		await(ctx, r.LeadershipTransfer())
-		return errors.New("this member led; another one must")
+		give(s.fitness)
+		return errors.New("this member leads; another one must")
 	}
 	id, addr := s.leader()
 	if id == "" || id == s.ident().id {

@@ -168,6 +168,9 @@ func (s *Service) startPeer() {
 		readIndex:  s.serveReadIndex,
 		join:       s.serveJoin,
 		remove:     s.serveRemove,
+		transfer:   s.serveTransfer,
+		standsLast: s.standsLast,
+		answers:    s.turns.answers,
 		status:     s.statusAnswer,
 		confirm:    s.confirmLeader,
 		state:      s.serveState,
@@ -984,7 +987,9 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 			return err
 		}
 		if string(target.ID) == s.ident().id {
-			await(ctx, r.LeadershipTransfer()) // whoever leads then removes this member
+			if err := s.handOver(ctx, choice{leaving: true}); err != nil { // whoever leads then removes this member
+				return refuse(http.StatusServiceUnavailable, codeNotReady, "the leader can't hand over before it is removed: %v", err)
+			}
 			return refuse(http.StatusMisdirectedRequest, codeNotLeader, "the leader hands over before it is removed")
 		}
 	}
@@ -1272,6 +1277,9 @@ func (s *Service) statusAnswer() statusAnswer {
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
 	a.Fsync, a.Reached = st.Fsync.Microseconds(), s.reached()
+	if err := s.unfitToLead(); err != nil {
+		a.Unfit = err.Error()
+	}
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter, NoVote: m.NoVote})
 	}

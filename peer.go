@@ -64,10 +64,14 @@ type peerHost struct {
 	readIndex func(ctx context.Context) (readPoint, error)
 	join      func(ctx context.Context, r joinRequest) (joinAnswer, error)
 	remove    func(ctx context.Context, addr string) error
+	transfer  func(ctx context.Context, addr string) error
 	status    func() statusAnswer
 	confirm   func(ctx context.Context) // has a quorum confirm the leader, for a status that somebody of another cluster asks for
 	state     func(ctx context.Context, w io.Writer) error
 	snapshots func(delta int)
+
+	standsLast func() bool                         // this member does not stand for election yet
+	answers    func(id raft.ServerID, term uint64) // a peer has answered an append of raft's
 
 	others    func() []raft.Server // of the configuration that raft uses now
 	committed func() uint64        // raft's commit index
@@ -191,12 +195,13 @@ func (p *peer) makeRoutes() map[string]*route {
 		"term":       post(1024, p.serveTerm),
 		"join":       post(16, p.serveJoin),
 		"remove":     post(16, p.serveRemove),
+		"transfer":   post(16, p.serveTransfer),
 		"status":     {method: http.MethodGet, gate: gate(64), serve: p.serveStatus, bare: true},
 		"state":      {method: http.MethodGet, gate: gate(2), serve: p.serveState, member: true},
 	}
 	routes["append"].large = gate(8) // apart from the small ones, so that a follower's catching up delays no heartbeat
 	routes["propose"].large = gate(32)
-	for _, name := range []string{"propose", "readindex", "remove"} {
+	for _, name := range []string{"propose", "readindex", "remove", "transfer"} {
 		routes[name].member = true
 	}
 	return routes
@@ -495,6 +500,19 @@ func (p *peer) serveRemove(ctx context.Context, x *exchange) error {
 	return x.answerJSON(struct{}{})
 }
 
+func (p *peer) serveTransfer(ctx context.Context, x *exchange) error {
+	var r transferRequest
+	if err := x.bodyJSON(&r); err != nil {
+		return err
+	}
+	ctx, cancel := p.bind(ctx)
+	defer cancel()
+	if err := p.host.transfer(ctx, r.Addr); err != nil {
+		return err
+	}
+	return x.answerJSON(struct{}{})
+}
+
 // serveStatus: who asks from outside may do so to learn whether this cluster lives: see stranger.go.
 func (p *peer) serveStatus(ctx context.Context, x *exchange) error {
 	if _, cluster, _ := p.host.self(); x.from != "" && x.cluster != cluster {
@@ -768,6 +786,11 @@ func (p *peer) join(ctx context.Context, base, to, way string, r joinRequest) (j
 func (p *peer) remove(ctx context.Context, to, addr, target string) error {
 	var a struct{}
 	return p.callJSON(ctx, request{route: "remove", base: p.base(addr), to: to}, removeRequest{target}, &a)
+}
+
+func (p *peer) transfer(ctx context.Context, to, addr, target string) error {
+	var a struct{}
+	return p.callJSON(ctx, request{route: "transfer", base: p.base(addr), to: to}, transferRequest{target}, &a)
 }
 
 func (p *peer) status(ctx context.Context, base string) (statusAnswer, error) {

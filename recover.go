@@ -432,6 +432,7 @@ func (s *Service) startRaftLocked(ctx context.Context) error {
 			}
 		}
 	})
+	s.begun.Store(monotonic())
 	s.raft.Store(r)
 	s.starts.Add(1)
 	s.ended = nil

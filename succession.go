@@ -109,7 +109,7 @@ func isHeir(own statusAnswer, answers []statusAnswer, all int) bool {
 			return false // somebody has been faster
 		case !a.Healthy, a.Role != Follower.String(), follows && a.LeaderSilence < leaderLate.Milliseconds():
 			// It does not vote, or it hears the leader.
-		case follows && cmp.Or(log, cmp.Compare(own.ID, a.ID)) > 0:
+		case follows && a.Unfit == "" && cmp.Or(log, cmp.Compare(own.ID, a.ID)) > 0:
 			return false // it stands itself
 		case log <= 0:
 			willing++

@@ -36,6 +36,8 @@ func TestHeir(t *testing.T) {
 		{"its log is longer and of an older term", []statusAnswer{with(func(a *statusAnswer) { a.LastIndex, a.LastTerm = 200, 4 })}, 3, true},
 		{"its log is longer and it can't lead: the third one is enough",
 			[]statusAnswer{with(func(a *statusAnswer) { a.LastIndex, a.Healthy = 101, false }), same, same}, 5, true},
+		{"it is unfit to lead, and votes", []statusAnswer{with(func(a *statusAnswer) { a.ID, a.Unfit = "b", "full" })}, 3, true},
+		{"it is unfit to lead, and its log is longer", []statusAnswer{with(func(a *statusAnswer) { a.LastIndex, a.Unfit = 101, "full" })}, 3, false},
 		{"its disk has failed", []statusAnswer{with(func(a *statusAnswer) { a.Healthy = false })}, 3, false},
 		{"it is a candidate", []statusAnswer{with(func(a *statusAnswer) { a.Role, a.LeaderID = "candidate", "" }), same, same}, 5, false},
 		{"it has given the leader up", []statusAnswer{with(func(a *statusAnswer) { a.LeaderID = "" }), same, same}, 5, false},

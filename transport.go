@@ -131,6 +131,9 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	if !t.sentAhead(id, args, resp) {
 		err = t.appendNow(id, target, args, resp)
 	}
+	if err == nil {
+		t.p.host.answers(id, args.Term)
+	}
 	if addr, known, _ := t.p.host.server(string(id)); err == nil && known && addr != string(target) {
 		// Raft reads its record of the peer without the lock now, and may be writing the new address into it: let it ask again.
 		return fmt.Errorf("append to %s: its address is now %s", peerName(id, target), addr)
@@ -281,6 +284,9 @@ func checkAnswer(err error, term *uint64) error {
 func (t *transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
 	if t.p.host.silent() != nil {
 		return fmt.Errorf("prevote: this member is silent")
+	}
+	if t.p.host.standsLast() {
+		return fmt.Errorf("prevote: this member is unfit to lead, and the others stand first")
 	}
 	err := checkAnswer(t.postJSON("prevote", id, target, args, resp), &resp.Term)
 	if err != nil && strings.Contains(err.Error(), "unexpected command") {

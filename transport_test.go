@@ -133,9 +133,10 @@ func (n *node) host() peerHost {
 			s, _ := addr.(string)
 			return s
 		},
-		formats: func() (uint64, uint64) { return firstFormat, entryFormat },
-		removed: func(string) bool { return false },
-		silent:  func() error { return nil },
+		formats:    func() (uint64, uint64) { return firstFormat, entryFormat },
+		removed:    func(string) bool { return false },
+		silent:     func() error { return nil },
+		standsLast: func() bool { return false }, answers: func(raft.ServerID, uint64) {},
 		leading: func(term uint64) bool {
 			r := n.raft.Load()
 			return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term

@@ -98,6 +98,7 @@ func rollingUpgrade(t *testing.T, program string) {
 			checkFirstFormat(t, c[i], list[2:])
 			checkOthers(t, c[0], list[2:])
 			checkOthers(t, c[1], list[2:])
+			handOverBeside(t, c[:2], list[2])
 		}
 	}
 	eventually(t, patience, "the new format", func() error {
@@ -143,6 +144,17 @@ func oneOfUsLeads(t *testing.T, c testCluster, last *process) {
 		}
 		return errors.New("none of them does")
 	})
+}
+
+// handOverBeside: a leader of this version hands over to a member of the first release, which does not say whether it is fit, and is
+// told by one that leads that it can't be asked.
+func handOverBeside(t *testing.T, c testCluster, old *process) {
+	t.Helper()
+	eventually(t, patience, "the first release to lead", func() error {
+		return c[1].s.TransferLeader(ctxFor(t, patience), old.addr)
+	})
+	is(t, c[0].s.TransferLeader(ctxFor(t, patience), c[0].conf.Addr), ErrNotApplied, "release", old.addr)
+	oneOfUsLeads(t, c, old)
 }
 
 // checkFirstFormat: the state is at the first format, and what that version did not know works all the same on this one.

@@ -1,0 +1,416 @@
+package quorate
+
+// Handing over: how a leader that should not lead has another voter lead. It owns the choice of that voter, and how often a member
+// that is unfit to lead is relieved. The transfer and the election are raft's. Control comes from Close, a rebuild, the removal of
+// the leader, TransferLeader, and watchFitness, which acts on the column "unfit" of faultTable.
+//
+// Two ways in which raft v1.8.0 turns a hand-over into an outage, both reproduced, and what is done about them:
+//
+//  1. LeadershipTransfer picks the voter with the highest nextIndex. In an idle cluster all are equal, and the first in the
+//     configuration may be dead: half a second without writes, and no new leader. So the voters are asked for their status first,
+//     and LeadershipTransferToServer names the best of those that answer, are fit to lead and have the log but for one append.
+//  2. A transfer leaves a token in a channel with room for one, which the replication to that voter takes after its append. While
+//     that append is held, a second transfer to the same voter blocks in the send, and raft refuses every write until the voter
+//     answers. So nobody is handed over to who has not just answered an append, and never a second time before another answer.
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	handOverLimit = 2 * time.Second        // of one hand-over, where the caller has no limit of its own
+	handOverGrace = 100 * time.Millisecond // for the other voters' answers after the first one that can lead
+	turnFresh     = time.Second            // a voter whose last answer to an append is older is not handed over to
+	reliefPause   = time.Minute            // between two times that a member is relieved because it is unfit, and then twice as long, up to
+	reliefMost    = 10 * time.Minute
+	reliefAgain   = 5 * time.Second      // after a hand-over that raft did not carry out
+	lastTurn      = 6 * heartbeatTimeout // of silence of the leader, before a member that is unfit stands: the others have tried by then
+)
+
+// A choice says to whom a leader hands over.
+type choice struct {
+	addr    string                 // the voter at this address; "" = any
+	leaving bool                   // this member is about to stop: it takes one that is unfit if none is fit
+	rank    func(statusAnswer) int // the greater the better, negative = not this one; nil = all alike
+}
+
+// errNobody: no voter can take over, and this member stays the leader.
+var errNobody = errors.New("no other voter can lead now")
+
+// handOver has another voter lead, and returns nil once this member does not. An error leaves it the leader; one that wraps errNobody
+// says of each voter why it can't.
+func (s *Service) handOver(ctx context.Context, c choice) error {
+	select {
+	case s.handing <- struct{}{}:
+		defer func() { <-s.handing }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	r := s.raft.Load()
+	term := r.CurrentTerm()
+	if !s.leading(term) {
+		return nil
+	}
+	to, err := s.successor(ctx, term, c)
+	if err != nil {
+		return err
+	}
+	s.log.Info("handing over", "to", peerName(to.ID, to.Address))
+	s.turns.transfers(to.ID, term)
+	future := r.LeadershipTransferToServer(to.ID, to.Address)
+	err = await(ctx, future)
+	s.turns.transfers(to.ID, term) // raft may have begun it only now
+	if s.leading(term) {
+		return fmt.Errorf("hand over to %s: %w", peerName(to.ID, to.Address), cmp.Or(err, errors.New("it did not win the election")))
+	}
+	return nil
+}
+
+// A candidate is a voter that this leader could hand over to.
+type candidate struct {
+	raft.Server
+	answer statusAnswer
+	rank   int
+}
+
+func (c *candidate) better(than *candidate) bool {
+	if than == nil {
+		return true
+	}
+	fit := func(c *candidate) int {
+		if c.answer.Unfit == "" {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(fit(c)-fit(than), c.rank-than.rank, cmp.Compare(c.answer.LastIndex, than.answer.LastIndex), cmp.Compare(than.ID, c.ID)) > 0
+}
+
+// successor is the best of the voters that can lead. It asks all of them, and waits for none much longer than for the first one.
+func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Server, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	type reply struct {
+		m   raft.Server
+		a   statusAnswer
+		err error
+	}
+	var list []raft.Server
+	for _, m := range s.others() {
+		if m.Suffrage == raft.Voter && (c.addr == "" || string(m.Address) == c.addr) {
+			list = append(list, m)
+		}
+	}
+	replies := make(chan reply, len(list))
+	go s.askOthers(ctx, list, func(i int, a statusAnswer, err error) { replies <- reply{list[i], a, err} })
+	var best *candidate
+	var enough <-chan time.Time
+	var reasons []string
+	for range list {
+		select {
+		case r := <-replies:
+			rank, err := s.mayLead(r.m, r.a, r.err, term, c)
+			if err != nil {
+				reasons = append(reasons, fmt.Sprintf("%s: %v", peerName(r.m.ID, r.m.Address), err))
+			} else if one := (&candidate{r.m, r.a, rank}); one.better(best) {
+				best = one
+			}
+			if best != nil && enough == nil {
+				enough = time.After(handOverGrace)
+			}
+			continue
+		case <-enough:
+		case <-ctx.Done():
+		}
+		break
+	}
+	if best != nil {
+		return best.Server, nil
+	}
+	if len(list) == 0 {
+		return raft.Server{}, fmt.Errorf("%w: there is none", errNobody)
+	}
+	if len(reasons) < len(list) {
+		reasons = append(reasons, fmt.Sprintf("%d did not answer in time", len(list)-len(reasons)))
+	}
+	return raft.Server{}, fmt.Errorf("%w: %s", errNobody, strings.Join(reasons, "; "))
+}
+
+// mayLead says why a voter that has answered so can't take over, or how good it would be.
+func (s *Service) mayLead(m raft.Server, a statusAnswer, err error, term uint64, c choice) (rank int, _ error) {
+	if c.rank != nil && err == nil {
+		rank = c.rank(a)
+	}
+	last, _ := s.wal.last()
+	switch {
+	case err != nil:
+		return 0, err
+	case !a.Healthy:
+		return 0, errors.New("it has a fault of its own")
+	case a.Unfit != "" && !c.leaving:
+		return 0, fmt.Errorf("it is unfit to lead: %s", a.Unfit)
+	case a.Role != Follower.String():
+		return 0, fmt.Errorf("it takes itself for a %s", a.Role)
+	case a.Term != term:
+		return 0, fmt.Errorf("it is in term %d, the leader in %d", a.Term, term)
+	case a.LastIndex+promoteLag < last:
+		return 0, fmt.Errorf("its log ends at %d, the leader's at %d", a.LastIndex, last)
+	case rank < 0:
+		return 0, errors.New("it would be no better")
+	}
+	return rank, s.turns.mayTake(m.ID, term)
+}
+
+// turns are the answers of this leader's peers to raft's replication, in one term.
+type turns struct {
+	mu    sync.Mutex // guards the fields below
+	term  uint64
+	peers map[raft.ServerID]turn
+}
+
+type turn struct {
+	answered    time.Time // an append, last
+	transferred time.Time // the lead, last
+}
+
+func (t *turns) peerLocked(id raft.ServerID, term uint64) turn {
+	if term > t.term || t.peers == nil {
+		t.term, t.peers = term, make(map[raft.ServerID]turn)
+	}
+	return t.peers[id]
+}
+
+func (t *turns) answers(id raft.ServerID, term uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.peerLocked(id, term); term == t.term {
+		p.answered = time.Now()
+		t.peers[id] = p
+	}
+}
+
+func (t *turns) transfers(id raft.ServerID, term uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.peerLocked(id, term); term == t.term {
+		p.transferred = time.Now()
+		t.peers[id] = p
+	}
+}
+
+// mayTake: see the second way above.
+func (t *turns) mayTake(id raft.ServerID, term uint64) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch p := t.peerLocked(id, term); {
+	case p.answered.IsZero():
+		return errors.New("it has answered no append yet")
+	case !p.answered.After(p.transferred):
+		return errors.New("it has answered no append since the last hand-over to it")
+	case time.Since(p.answered) > turnFresh:
+		return fmt.Errorf("it has answered no append for %v", time.Since(p.answered).Round(time.Millisecond))
+	}
+	return nil
+}
+
+// A relief is how often this member was relieved because it was unfit to lead. A fault that comes and goes on all members must not
+// send the lead around.
+type relief struct {
+	mu    sync.Mutex // guards the fields below
+	last  time.Time
+	next  time.Time // not before
+	pause time.Duration
+}
+
+func (r *relief) due() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !time.Now().Before(r.next)
+}
+
+// tried takes the outcome of a hand-over.
+func (r *relief) tried(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	switch {
+	case errors.Is(err, errNobody): // the lead has not moved, and nothing was disturbed
+		return
+	case err != nil:
+		r.next = now.Add(reliefAgain)
+		return
+	case r.last.IsZero(), now.Sub(r.last) > 2*r.pause:
+		r.pause = reliefPause
+	default:
+		r.pause = min(2*r.pause, reliefMost)
+	}
+	r.last, r.next = now, now.Add(r.pause)
+}
+
+var errTooSoon = errors.New("this member was relieved not long ago")
+
+// relieve hands over because this leader is unfit to lead: to a voter that is fit, at most once a minute and then twice as long, up to
+// ten. rank is that of a choice. With an error this member stays the leader: errNobody, errTooSoon, or what raft says.
+func (s *Service) relieve(why error, rank func(statusAnswer) int) error {
+	if !s.relief.due() {
+		return errTooSoon
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, handOverLimit)
+	defer cancel()
+	err := s.handOver(ctx, choice{rank: rank})
+	s.relief.tried(err)
+	if err == nil {
+		s.log.Warn("this member led and was unfit to, so it has handed over", "why", why)
+	}
+	return err
+}
+
+// watchFitness relieves this member as long as it leads and is unfit to. One that is silent is replaced by the others.
+func (s *Service) watchFitness() {
+	tick := time.NewTicker(checkInterval)
+	defer tick.Stop()
+	for {
+		changed := s.changes.wait()
+		if why := s.unfitToLead(); why != nil && s.role() == Leader && s.silent() == nil {
+			if err := s.relieve(why, s.preference(why)); err != nil {
+				s.log.Debug("this member is unfit to lead and stays the leader", "why", why, "error", err)
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-changed:
+		case <-s.fitness:
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+// preference ranks the voters for a leader that is unfit for this reason; nil = all alike.
+func (s *Service) preference(why error) func(statusAnswer) int {
+	if rank := s.ranking.Load(); rank != nil && why == s.faults.first(faultUnreached) {
+		return func(a statusAnswer) int { return (*rank)(a.ID) }
+	}
+	return nil
+}
+
+// standsLast reports whether this member does not stand for election yet: it is unfit to lead, and the others have not had their turn.
+func (s *Service) standsLast() bool {
+	return s.unfitToLead() != nil && min(s.leaderSilence(), time.Duration(monotonic()-s.begun.Load())) < lastTurn
+}
+
+// TransferLeader has another voter lead: the one that peers reach at addr (host:port), or with "" the best of them, which is one
+// that answers, is fit to lead and keeps up. It works on every member, leading or not, and returns nil once this member follows that
+// one, also if it led before. Writes wait for the new leader meanwhile, some ten milliseconds.
+//
+// It is ErrNotApplied if the lead has not moved, with the reason: nobody can take over, or (ErrInvalid) no voter is at addr. It is
+// ErrUncertain if ctx ended before the outcome was known. Either way a retry is safe. Close and RemoveMember hand over by themselves.
+func (s *Service) TransferLeader(ctx context.Context, addr string) error {
+	if addr != "" {
+		var err error
+		if addr, err = canonicalAddr(addr); err != nil {
+			return notApplied(err)
+		}
+	}
+	ctx, cancel := s.limited(ctx)
+	defer cancel()
+	ctx, release := s.untilClose(ctx)
+	defer release()
+	was, sent := "", false
+	for backoff := resendMin; ; backoff = min(2*backoff, resendMax) {
+		changed := s.changes.wait()
+		if err := s.faults.first(faultClosed, faultRemoved); err != nil {
+			return notApplied(err)
+		}
+		id, leaderAddr := s.leader()
+		switch {
+		case id == "":
+		case addr != "" && leaderAddr == addr, addr == "" && was != "" && id != was:
+			return nil
+		default:
+			was = cmp.Or(was, id)
+		}
+		err := s.askToTransfer(ctx, id, leaderAddr, addr)
+		var r *refusal
+		refused := errors.As(err, &r)
+		switch {
+		case refused && r.Code == codeConflict:
+			return notApplied(fmt.Errorf("%w: %s", ErrInvalid, r.Message))
+		case refused && r.Code == codeNotApplied:
+			return notApplied(errors.New(r.Message))
+		case refused && r.Status == http.StatusNotFound:
+			return notApplied(fmt.Errorf("the leader at %s is of a release without TransferLeader: upgrade it, or close it and another one leads", leaderAddr))
+		case err == nil, !refused && !errors.Is(err, ErrNoLeader), refused && !r.definite():
+			sent = true
+		}
+		if err == nil {
+			backoff = resendMin // it is about to lead
+		}
+		select {
+		case <-changed:
+		case <-time.After(backoff):
+		case <-ctx.Done():
+			if err == nil {
+				err = errors.New("the new leader has not made itself known here")
+			}
+			if sent {
+				return fmt.Errorf("%w: %w: %v", ErrUncertain, context.Cause(ctx), err)
+			}
+			return notApplied(fmt.Errorf("%w: %w", err, context.Cause(ctx)))
+		}
+	}
+}
+
+func (s *Service) askToTransfer(ctx context.Context, id, leaderAddr, addr string) error {
+	switch id {
+	case "":
+		return ErrNoLeader
+	case s.ident().id:
+		return s.serveTransfer(ctx, addr)
+	}
+	ctx, cancel := s.whileLed(ctx, id)
+	defer cancel()
+	return s.peer.transfer(ctx, id, leaderAddr, addr)
+}
+
+// serveTransfer hands over on the leader.
+func (s *Service) serveTransfer(ctx context.Context, addr string) error {
+	if s.raft.Load().State() != raft.Leader {
+		return s.notLeader()
+	}
+	if addr != "" {
+		m, found := s.memberAt(addr)
+		switch {
+		case !found:
+			return refuse(http.StatusConflict, codeConflict, "no member is at %s", addr)
+		case string(m.ID) == s.ident().id:
+			return nil
+		case m.Suffrage != raft.Voter:
+			return refuse(http.StatusConflict, codeConflict, "the member at %s has no vote", addr)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, handOverLimit)
+	defer cancel()
+	if err := s.handOver(ctx, choice{addr: addr}); err != nil {
+		return refuse(http.StatusServiceUnavailable, codeNotApplied, "%s stays the leader: %v", s.conf.Addr, err)
+	}
+	return nil
+}
+
+func (s *Service) memberAt(addr string) (raft.Server, bool) {
+	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
+		if string(m.Address) == addr {
+			return m, true
+		}
+	}
+	return raft.Server{}, false
+}
