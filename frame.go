@@ -140,6 +140,8 @@ type statusAnswer struct {
 	LeaderAddr    string        `json:"leaderaddr"`
 	LeaderSilence int64         `json:"leadersilence"`       // ms since the leader was last heard; 0 also if the release does not say
 	Confirmed     int64         `json:"confirmed,omitempty"` // ms since a round began in which a quorum has confirmed the leader, and 1; 0 = none, or the release does not say
+	Founders      []string      `json:"founders,omitempty"`  // Config.Bootstrap of a member that has no cluster yet: see founding.go
+	Empty         bool          `json:"empty,omitempty"`     // it is a member of nothing, and asks nobody to be admitted
 	Healthy       bool          `json:"healthy"`
 	Unfit         string        `json:"unfit,omitempty"` // why it should not lead; a release that does not say is fit if it is healthy
 	Fsync         int64         `json:"fsync,omitempty"` // µs that its appends to the log take, with their fsync; 0 = none yet, or the release does not say
