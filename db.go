@@ -50,7 +50,7 @@
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), handover.go (who
 // leads when the leader should not), identity.go (who this member is), recover.go (how a directory comes to life), copy.go (how a state
 // travels), restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
-// reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), journal.go (what is logged of the others),
+// reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), certificate.go (how long certificates are valid), journal.go (what is logged of the others),
 // slog.go (what raft says).
 package quorate
 
@@ -324,6 +324,7 @@ func (s *Service) open(ctx context.Context) error {
 		return err
 	}
 	s.startBackground()
+	s.watchCertificates()
 	s.awaitOwnLog(ctx)
 	return nil
 }

@@ -46,6 +46,7 @@ const (
 	faultUnreached
 	faultSlow
 	faultStranger
+	faultExpired
 	faultKinds
 )
 
@@ -88,6 +89,7 @@ var faultTable = [faultKinds]struct {
 	faultUnreached:  {"voters do not reach the leader, and more of them another one", unfit, "the next leader is heard"},
 	faultSlow:       {"the log of the leader is slow, and a majority of the others is faster", unfit, "a minute, doubled each time up to ten, and appends of under 1 s"},
 	faultStranger:   {"another cluster has this address", notReady | inErr | refusesWrites | refusesReads, "`RemoveMember` there; 15 s without proof"},
+	faultExpired:    {"this member's certificate has ended", inErr, "one that is valid: seen within a minute, on its server within an hour"},
 }
 
 type faults struct {

@@ -7,15 +7,11 @@ package quorate
 import (
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"net/url"
 	"os"
@@ -544,77 +540,4 @@ func bootAddr(bootURL string, useTLS bool) (string, error) {
 		return bad(err)
 	}
 	return u.Scheme + "://" + host + ":" + port, nil
-}
-
-// checkCertificate refuses a client whose own certificate is not valid for addr's host: a member uses one certificate as
-// client and as server, so its peers, which dial addr, would refuse it one by one and later. addr is canonical. A transport
-// that is not net/http's cannot be looked into: log says so once. Without an address there are no peers and nothing to check.
-func checkCertificate(client *http.Client, addr string, log *slog.Logger) error {
-	if addr == "" {
-		return nil
-	}
-	transport := http.DefaultTransport
-	if client != nil && client.Transport != nil {
-		transport = client.Transport
-	}
-	t, ok := transport.(*http.Transport)
-	if !ok {
-		if log != nil {
-			log.Warn("certificate not checked: the client's transport is not an *http.Transport", "transport", fmt.Sprintf("%T", transport))
-		}
-		return nil
-	}
-	leaf, err := clientCertificate(t.TLSClientConfig)
-	if err != nil {
-		return fmt.Errorf("%w: the client's certificate: %w", ErrInvalid, err)
-	}
-	if leaf == nil {
-		return nil
-	}
-	host, _, err := net.SplitHostPort(addr)
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrInvalid, err)
-	}
-	if leaf.VerifyHostname(host) != nil {
-		return fmt.Errorf("%w: the client's certificate is valid for %s, not for %s, the host of this member's address; "+
-			"a member uses one certificate as client and as server", ErrInvalid, certificateNames(leaf), host)
-	}
-	return nil
-}
-
-// clientCertificate returns the certificate that a handshake would send, nil if there is none.
-func clientCertificate(c *tls.Config) (*x509.Certificate, error) {
-	var cert tls.Certificate
-	switch {
-	case c == nil:
-	case c.GetClientCertificate != nil: // takes precedence in crypto/tls too
-		got, err := c.GetClientCertificate(&tls.CertificateRequestInfo{
-			Version: tls.VersionTLS13,
-			SignatureSchemes: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256, tls.ECDSAWithP384AndSHA384,
-				tls.ECDSAWithP521AndSHA512, tls.Ed25519, tls.PSSWithSHA256, tls.PSSWithSHA384, tls.PSSWithSHA512},
-		})
-		if err != nil {
-			return nil, err
-		}
-		if got != nil {
-			cert = *got
-		}
-	case len(c.Certificates) > 0:
-		cert = c.Certificates[0]
-	}
-	if cert.Leaf != nil || len(cert.Certificate) == 0 {
-		return cert.Leaf, nil
-	}
-	return x509.ParseCertificate(cert.Certificate[0])
-}
-
-func certificateNames(c *x509.Certificate) string {
-	names := append([]string(nil), c.DNSNames...)
-	for _, ip := range c.IPAddresses {
-		names = append(names, ip.String())
-	}
-	if len(names) == 0 {
-		return fmt.Sprintf("no host (its common name %q does not count)", c.Subject.CommonName)
-	}
-	return strings.Join(names, ", ")
 }

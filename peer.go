@@ -92,6 +92,7 @@ type peer struct {
 	ctx    context.Context // ends with close, and with it every call, every held append and every waiting handler
 	cancel context.CancelFunc
 
+	shown   shownTable
 	callers sync.Map // member id → *atomic.Int64: when it last forwarded a write or a read, by monotonic
 
 	mu      sync.Mutex // held by the replacement of current, so that there is one newest
@@ -260,6 +261,7 @@ func (p *peer) serve(x *exchange) error {
 		}
 		if known {
 			p.host.contact(x.from)
+			p.shown.note(x.from, x.req.TLS)
 		}
 	}
 	return r.serve(x.req.Context(), x)
