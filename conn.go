@@ -227,7 +227,9 @@ type strangeSchema struct{ objects []object }
 
 type object struct{ kind, name, on, sql string }
 
-func (o object) drop() string { return fmt.Sprintf(`DROP %s "%s"`, strings.ToUpper(o.kind), strings.ReplaceAll(o.name, `"`, `""`)) }
+func (o object) drop() string {
+	return fmt.Sprintf(`DROP %s "%s"`, strings.ToUpper(o.kind), strings.ReplaceAll(o.name, `"`, `""`))
+}
 
 func (e *strangeSchema) Error() string {
 	var names, drops []string

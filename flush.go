@@ -881,6 +881,20 @@ func (s *store) walSize() int64 {
 	return info.Size()
 }
 
+// warnOfReader says, once each time, that a reader in another program keeps the WAL from beginning anew: without its end the WAL grows
+// by all that is written. What this program's own readers keep is bounded.
+func (s *store) warnOfReader(long *bool) {
+	size := s.walSize()
+	switch {
+	case size <= s.walLong:
+		*long = false
+	case !*long && !s.pinned():
+		*long = true
+		s.log.Warn("another program has snap open in a transaction that does not end, a shell in BEGIN or a reader that stopped half-way: snap-wal "+
+			"grows by everything that is written until that transaction ends", "path", s.path, "snap-wal bytes", size, "limit", s.walLong)
+	}
+}
+
 // shrink gives back the memory of the writer's cache, of a store that nobody writes to. The system still has the pages.
 func (s *store) shrink() {
 	s.tailMu.Lock()
@@ -907,9 +921,10 @@ func (s *store) checkpoint(ctx context.Context) {
 		}
 	}()
 	var seen *meta
-	tended, quiet, warned := time.Now(), 0, false
+	tended, quiet, warned, long := time.Now(), 0, false, false
 	for s.pause(ctx, 100*time.Millisecond) {
 		s.tendHolds(&tended)
+		s.warnOfReader(&long)
 		if m := s.inFile.Load(); m == seen {
 			if quiet++; quiet == quietRounds {
 				s.shrink()

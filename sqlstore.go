@@ -38,6 +38,7 @@ const (
 	walLimit      = 24 << 20 // the writer itself checkpoints above this
 	walBackground = 16 << 20 // another connection checkpoints when this much of the WAL waits
 	walKept       = 16 << 20 // SQLite cuts the file to this when it begins anew
+	walLong       = 80 << 20 // nothing of ours lets it become so long
 	walAgain      = 4 << 20  // while a reader keeps the WAL from restarting, the writer checkpoints once per this growth
 
 	pinLimit = 32 << 20 // WAL that a copy or a listing may keep from restarting; then what is left of it moves into a file
@@ -307,7 +308,7 @@ type store struct {
 
 	// strange is what an Open would refuse in the schema: a lone member has nobody to get a clean copy from, and goes on beside it.
 	strange atomic.Pointer[error]
-	uneasy func(error)           // told why the file could not be written; set before maintain, must not block
+	uneasy  func(error) // told why the file could not be written; set before maintain, must not block
 
 	ending  chan struct{} // closed when close begins: maintain ends, nothing new starts
 	reload  chan struct{} // holds one token when a scan is due
@@ -320,6 +321,7 @@ type store struct {
 	writer      *conn
 	dataVersion int64             // PRAGMA data_version of the writer as of its last transaction
 	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
+	walLong     int64             // the WAL's size that is worth a warning
 	walChecked  int64             // the WAL's size after the writer's last checkpoint
 	foreignly   error             // errForeign, once met: nothing is written to the file as it is
 	lone        bool              // of the options
@@ -384,6 +386,7 @@ func openStore(o storeOptions) (*store, error) {
 	s := &store{
 		path:    path,
 		lone:    o.lone,
+		walLong: walLong,
 		log:     o.log,
 		memory:  newMemory(o.memory, o.log),
 		ending:  make(chan struct{}),

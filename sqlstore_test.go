@@ -1270,6 +1270,67 @@ func BenchmarkStoreGet(b *testing.B) {
 	}
 }
 
+// A logText is what a handler of slog writes, to be read meanwhile.
+type logText struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+func (l *logText) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logText) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// A reader in another program keeps the WAL from restarting, for as long as it likes: the log says so once, with the size.
+func TestLongReaderIsWarnedOf(t *testing.T) {
+	var said logText
+	s, err := openStore(storeOptions{path: filepath.Join(t.TempDir(), "snap"), memory: testBudget, log: slog.New(slog.NewTextHandler(&said, nil))})
+	must(t, err)
+	t.Cleanup(func() { s.close() })
+	s.walLong = 1 << 20
+	keepUp(t, s)
+	write := func(n int) {
+		for range n {
+			apply(t, s, func(tx *storeTx) {
+				must(t, tx.set("k", row{value: strings.Repeat(fmt.Sprint(tx.meta.applied%10), 64<<10), version: tx.meta.applied, created: 1}))
+			})
+		}
+	}
+	warnings := func() int { return strings.Count(said.String(), "snap-wal bytes") }
+	write(10)
+	c, err := openReader(s.path)
+	must(t, err)
+	defer c.close()
+	must(t, c.exec(qBeginRead))
+	_, err = c.one(qUserVersion)
+	must(t, err)
+	write(20)
+	soon(t, "a warning", func() bool { return warnings() == 1 })
+	write(10)
+	var long bool
+	s.warnOfReader(&long)
+	s.warnOfReader(&long)
+	if n := warnings(); n != 2 { // once for this caller too
+		t.Errorf("%d warnings", n)
+	}
+	must(t, c.exec(qRollback))
+	s.fileMu.Lock()
+	_, err = s.writer.one(qTruncate)
+	s.fileMu.Unlock()
+	must(t, err)
+	s.warnOfReader(&long)
+	if long {
+		t.Error("the episode has no end")
+	}
+}
+
 // A copy that nobody reads from keeps the WAL from restarting. It must not keep it for ever, and stay right all the same.
 func TestSlowCopyLetsGoOfTheWAL(t *testing.T) {
 	s := newTestStore(t, testBudget)
