@@ -50,6 +50,27 @@ func readmeSession(t *testing.T, text string) (commands, outputs []string) {
 	return nil, nil
 }
 
+// TestExamplesTakeErrors: what a reader copies neither drops the error of a loop nor asks for a prefix with LIKE.
+func TestExamplesTakeErrors(t *testing.T) {
+	t.Parallel()
+	code := map[string]string{"README.md": strings.Join(readmeBlocks(t, "go"), "\n")}
+	files, err := filepath.Glob("examples/*/*.go")
+	must(t, err)
+	for _, file := range append(files, "example_test.go") {
+		text, err := os.ReadFile(file)
+		must(t, err)
+		code[file] = string(text)
+	}
+	for file, text := range code {
+		if m := regexp.MustCompile(`for \w+ := range .*\.(List|Watch)\(`).FindString(text); m != "" {
+			t.Errorf("%s drops an error: %s", file, m)
+		}
+		if m := regexp.MustCompile(`LIKE '[^%']*%'`).FindString(text); m != "" {
+			t.Errorf("%s asks for a prefix with %s", file, m)
+		}
+	}
+}
+
 // buildExample builds an example into a new directory, where its shell lines then run.
 func buildExample(t *testing.T, name string) (dir string) {
 	t.Helper()

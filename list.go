@@ -65,7 +65,8 @@ func Reverse() ListOption {
 // snapshot of the copy in memory, or in SQLite, or in a temporary file in Config.Dir when the loop is slow. Leaving the loop
 // gives all of it back.
 //
-// An error comes last, once, with a zero Entry; a list that is complete ends without one. What came before an error was right.
+// An error comes last, once, with a zero Entry; a list that is complete ends without one. What came before an error was right. Take
+// both values: a loop of the form "for e := range" drops the error, and a list that was cut short looks complete.
 // Errors: ErrInvalid (the prefix is no valid UTF-8 without NUL, or a Limit is negative), ErrTooLarge (a prefix of more than 4096
 // bytes), ErrNoLeader while no majority answers, ErrSlow (the list was longer than about a hundred entries or 64 KiB, and the loop
 // took nothing for a minute, or for a moment in which so much was written that the rest could not be put aside in time),

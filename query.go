@@ -59,7 +59,8 @@ var queryLimits = []struct{ id, limit int }{
 // Rows, and ask for their Err after the last one.
 //
 // What is not one reading statement is ErrInvalid: a statement that writes, a PRAGMA, BEGIN, ATTACH, two statements, wrong SQL, a
-// private table. A statement has 1 MiB at most (*LimitError), and a value in it or out of it 64 MiB. What is sorted or grouped and
+// private table. A prefix of keys is key GLOB 'a/*' or key >= 'a/' AND key < 'a0', through the index; LIKE takes no notice of
+// case and reads the whole table. A statement has 1 MiB at most (*LimitError), and a value in it or out of it 64 MiB. What is sorted or grouped and
 // takes more than about 2 MB goes into the system's directory for temporary files meanwhile.
 //
 // Query waits as Get does, with the same errors, for at most Config.Timeout if ctx has no deadline. From then on the Rows end

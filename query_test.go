@@ -67,6 +67,26 @@ func wantRows(t *testing.T, s *Service, want []string, query string, args ...any
 	}
 }
 
+// TestPrefixInSQL holds what the documentation says of the ways to ask for a prefix.
+func TestPrefixInSQL(t *testing.T) {
+	t.Parallel()
+	s := newLone(t, "done/1", "", "Done/2", "", "done0", "", "doing/3", "")
+	for _, tt := range []struct {
+		where string
+		want  []string
+		plan  string
+	}{
+		{"key GLOB 'done/*'", []string{"done/1"}, "SEARCH"},
+		{"key >= 'done/' AND key < 'done0'", []string{"done/1"}, "SEARCH"},
+		{"key LIKE 'done/%'", []string{"Done/2", "done/1"}, "SCAN"},
+	} {
+		wantRows(t, s, tt.want, "SELECT key FROM kv WHERE "+tt.where)
+		if plan, err := ask(t, s, "EXPLAIN QUERY PLAN SELECT key FROM kv WHERE "+tt.where); err != nil || !strings.Contains(strings.Join(plan, " "), tt.plan) {
+			t.Errorf("%s: %q, %v, want a %s", tt.where, plan, err, tt.plan)
+		}
+	}
+}
+
 const endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n) "
 
 func TestQueryReads(t *testing.T) {

@@ -12,7 +12,8 @@ import (
 )
 
 // An Op is a part of a transaction: a condition, an effect, or several of them (All). Exec carries it out. It is a value: it
-// holds copies of what it was made of, may be used again and by several goroutines. The zero Op is nothing.
+// holds copies of what it was made of, may be used again and by several goroutines. The zero Op is nothing:
+// where it stands for a condition that was forgotten, the write is unconditional.
 type Op struct{ ops transaction }
 
 // Set sets key to val; nil is the empty value. It is a change also if key has this value already.

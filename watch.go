@@ -82,7 +82,7 @@ func Resync() WatchOption { return func(o *watchOptions) { o.resync = true } }
 // The watch begins with a read round, so that it includes every write that returned before; it waits for that round as long as
 // ctx allows, and Config.Timeout does not limit it.
 //
-// The error comes last, once, with a zero Event: ctx's cause (and ErrNoLeader, if no majority had answered by then); a
+// The error comes last, once, with a zero Event, and a loop of the form "for e := range" drops it: ctx's cause (and ErrNoLeader, if no majority had answered by then); a
 // *CompactedError if the history (Config.History) does not reach back to since, also later on when the consumer is that far
 // behind; ErrSlow if the consumer takes no entry between EventReset and EventSynced for a minute; ErrInvalid and a LimitError
 // for the prefix (valid UTF-8 without NUL, at most 4 KiB), and ErrInvalid for a since that the cluster has not reached; ErrClosed, ErrRemoved, the error of a failed disk; ErrCorrupt if the rows are damaged and there

@@ -48,7 +48,7 @@ func use(ctx context.Context, db *quorate.Service) error {
 	if err := db.Set(ctx, "color", []byte("blue")); err != nil {
 		return err
 	}
-	// Of all that insert one key, one wins: a lease, a name, a job that must be done once.
+	// Of all that insert one key, one wins: a name, a job that must be done once.
 	for _, worker := range []string{"ann", "bob"} {
 		switch err := db.Insert(ctx, "jobs/42", []byte(worker)); {
 		case err == nil:

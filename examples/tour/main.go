@@ -103,7 +103,7 @@ func follow(ctx context.Context, db *quorate.Service, since uint64) error {
 
 // query is SQL that can only read.
 func query(ctx context.Context, db *quorate.Service) error {
-	rows, err := db.Query(ctx, "SELECT key, value->>'$.by', value->>'$.seconds' FROM kv WHERE key LIKE 'done/%'")
+	rows, err := db.Query(ctx, "SELECT key, value->>'$.by', value->>'$.seconds' FROM kv WHERE key GLOB 'done/*'")
 	if err != nil {
 		return err
 	}
