@@ -837,6 +837,19 @@ func TestStopAnswersEverybody(t *testing.T) {
 	})
 }
 
+// The last send was refused, and an earlier one may be in the log.
+func TestStopBetweenSends(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		c := l.set("k")
+		l.next().lose()
+		l.next().refuse()
+		synctest.Wait()
+		l.stop(ErrClosed)
+		c.verdict(t, ErrUncertain)
+		l.end()
+	})
+}
+
 // Close waits for what was accepted, so that must still be sent.
 func TestRefuseSendsWhatWasAccepted(t *testing.T) {
 	inBubble(t, func(t *testing.T, l *wire) {

@@ -544,3 +544,38 @@ func BenchmarkFlush(b *testing.B) {
 		measure(b, newHistoryStore(b, 10_000), 10_000, func(int) string { n++; return key(n) })
 	})
 }
+
+// What is committed while a flush writes is not in the file after it.
+func TestCommitDuringAFlush(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t, testBudget)
+	commit := func(key string) {
+		tx, err := s.begin()
+		must(t, err)
+		tx.meta.applied++
+		must(t, tx.set(key, row{value: key, version: 1}))
+		tx.commit()
+	}
+	commit("before")
+	s.lockFile()
+	err := s.writeTail(func(tail *tail) error {
+		commit("meanwhile")
+		return s.transact(func(m *meta, own map[ownKey]uint64) error { return s.putTail(tail, m, own) })
+	})
+	s.fileMu.Unlock()
+	must(t, err)
+	in := func(key string) (it *item) {
+		must(t, s.read(func(c *conn) (err error) {
+			it, err = c.get(key)
+			return err
+		}))
+		return it
+	}
+	if in("before") == nil || in("meanwhile") != nil {
+		t.Fatalf("the file has %v and %v", in("before"), in("meanwhile"))
+	}
+	must(t, s.sync(t.Context())) // as Query, List and Backup do
+	if in("meanwhile") == nil {
+		t.Error("a reader who waits for the file does not see what was committed before")
+	}
+}

@@ -1155,3 +1155,18 @@ func TestDirWithALongName(t *testing.T) {
 		t.Errorf("there was\n%sand is\n%s", before, now)
 	}
 }
+
+// A refused Restore removes the lock that it has made; whoever had opened that file by then has locked nothing.
+func TestLockOfARemovedFile(t *testing.T) {
+	dir := t.TempDir()
+	l := mustLock(t, dir)
+	must(t, os.Remove(l.flock.Path()))
+	must(t, os.WriteFile(l.flock.Path(), nil, 0o600))
+	if free, err := l.tryLock(); !free || err != nil {
+		t.Fatal(free, err)
+	}
+	if _, err := lockDir(dir, ""); !errors.Is(err, ErrLocked) {
+		t.Errorf("the file that has the name is not locked: %v", err)
+	}
+	mustUnlock(t, l)
+}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -1230,4 +1231,65 @@ func TestReadyOfAContextThatHasEnded(t *testing.T) {
 	cancel(cause)
 	is(t, c[0].s.Ready(ctx), cause, "not ready")
 	c[0].stop()
+}
+
+// A member that is in another term than the leader does not keep up, whatever its log has: it follows somebody else, or nobody.
+func TestProbeAsksForTheTerm(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		list := l.s.raft.Load().GetConfiguration().Configuration().Servers
+		c.obey("await equal")
+		for _, err := range l.s.probe(t.Context(), list, 0) {
+			must(t, err)
+		}
+		c.net.serve(f.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			rec := httptest.NewRecorder()
+			f.s.ServeHTTP(rec, req)
+			body := rec.Body.Bytes()
+			if req.URL.Path == "/raft/status" {
+				var a statusAnswer
+				must(t, json.Unmarshal(body, &a))
+				a.Term++
+				body, _ = json.Marshal(a)
+			}
+			rec.Header().Del("Content-Length")
+			maps.Copy(w.Header(), rec.Header())
+			w.WriteHeader(rec.Code)
+			w.Write(body)
+		}))
+		for i, err := range l.s.probe(t.Context(), list, 0) {
+			if is := err != nil; is != (string(list[i].ID) == f.s.ident().id) || is && !strings.Contains(err.Error(), "is in term") {
+				t.Errorf("%s: %v", list[i].Address, err)
+			}
+		}
+	})
+}
+
+// A permission that was acknowledged on a member counts for a join that begins after that, though the leader has not applied it yet.
+func TestJoinAfterAPermissionElsewhere(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	l, f := c.leader(t).s, c.follower(t).s
+	m := newMember(t, "")
+	l.store.mu.Lock()
+	unlock := sync.OnceFunc(l.store.mu.Unlock)
+	defer unlock()
+	must(t, f.AddAllowedMember(ctxFor(t, patience), m.conf.Addr))
+	answer := make(chan error, 1)
+	go func() {
+		_, err := l.serveJoin(ctxFor(t, patience), joinRequest{ID: newID(), Addr: m.conf.Addr, Format: entryFormat})
+		answer <- err
+	}()
+	eventually(t, patience, "that the join waits for the leader's apply", func() error {
+		l.fsm.applied.mu.Lock()
+		defer l.fsm.applied.mu.Unlock()
+		if len(l.fsm.applied.waiters) == 0 && len(answer) == 0 {
+			return errors.New("it does not")
+		}
+		return nil
+	})
+	unlock()
+	if err := <-answer; err != nil {
+		t.Errorf("it is refused: %v", err)
+	}
 }

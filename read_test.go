@@ -183,6 +183,62 @@ func TestLeaderRoundNeedsQuorumOfItsTerm(t *testing.T) {
 	})
 }
 
+func TestHalfOfTheVotersIsNoQuorum(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		r := l.s.raft.Load()
+		must(t, r.AddVoter("fourth", "fourth:1", 0, time.Second).Error())
+		must(t, l.s.Set(t.Context(), "k", nil))
+		term, config := l.s.Status().Term, r.GetConfiguration().Configuration()
+		confirm := func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			return l.s.confirmTerm(ctx, term, config)
+		}
+		must(t, confirm())
+		if _, ok := l.s.roundWith(f.s.ident().id, term); ok {
+			t.Error("the leader and the member that asks are a quorum of four")
+		}
+		c.obey("cut G to L")
+		if err := confirm(); !errors.Is(err, ErrNoLeader) {
+			t.Errorf("two of four voters confirm: %v", err)
+		}
+	})
+}
+
+// A new leader does not know how far the old one had got, until it has applied an entry of its own term.
+func TestNoReadBeforeTheLeadersOwnTerm(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		must(t, l.s.Set(t.Context(), "k", []byte("new")))
+		must(t, f.s.catchUp(t.Context()))
+		if err := l.s.awaitTerm(t.Context(), l.s.Status().Term+1); !errors.Is(err, errNotLeading) {
+			t.Errorf("a state of term %d is ready for the next one: %v", l.s.Status().Term, err)
+		}
+		release := make(chan struct{})
+		for _, m := range []*scriptMember{f, g} {
+			c.net.serve(m.conf.Addr, withoutEntries(m.s, release))
+		}
+		c.obey("kill L")
+		c.obey("elect N among F G")
+		n := c.cast["N"]
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		if v, err := n.s.Get(ctx, "k"); err == nil {
+			t.Errorf("a leader that has nothing of its term in its state reads %q", v)
+		}
+		for _, m := range []*scriptMember{f, g} {
+			if _, ok := n.s.roundWith(m.s.ident().id, n.s.Status().Term); ok && m != n {
+				t.Error("it holds a round with a follower")
+			}
+		}
+		close(release)
+		if v, err := n.s.Get(ctxFor(t, patience), "k"); err != nil || string(v) != "new" {
+			t.Errorf("%q, %v", v, err)
+		}
+	})
+}
+
 // The follower that asks is the quorum's other half: it is believed if it has a vote here and states the leader's term.
 func TestStatementCompletesRound(t *testing.T) {
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {

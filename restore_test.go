@@ -456,3 +456,36 @@ func TestRestoreOfAnOldFile(t *testing.T) {
 		})
 	}
 }
+
+// A live file under a name beside which nothing says so is seen to change while it is copied.
+func TestRestoreOfAFileThatChanges(t *testing.T) {
+	t.Parallel()
+	base := t.TempDir()
+	dir := killed(t, fullDir(t, filepath.Join(base, "d")))
+	must(t, os.RemoveAll(filepath.Join(dir, "wal")))
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+				os.Chtimes(filepath.Join(dir, "snap-wal"), time.Time{}, time.Unix(int64(i), 0))
+			}
+		}
+	}()
+	n := 0
+	eventually(t, patience, "a refusal", func() error {
+		n++
+		err := Restore(filepath.Join(base, fmt.Sprint("new", n)), filepath.Join(dir, "snap"))
+		if err == nil {
+			return errors.New("it was restored")
+		}
+		is(t, err, ErrLocked, "has changed", "Backup")
+		return nil
+	})
+	close(stop)
+	<-stopped
+	must(t, Restore(filepath.Join(base, "quiet"), filepath.Join(dir, "snap")))
+}

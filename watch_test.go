@@ -1181,3 +1181,30 @@ func TestLastAcrossPages(t *testing.T) {
 		}
 	}
 }
+
+// A watch from 0 is synced at the revision at which its entries were, also where the copy in memory was read from the file.
+func TestWatchAfterARestart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s, err := Open(t.Context(), Config{Dir: dir})
+	must(t, err)
+	for _, k := range []string{"a", "b", "c"} {
+		must(t, s.Set(t.Context(), k, nil))
+	}
+	must(t, s.Close())
+	s, err = Open(t.Context(), Config{Dir: dir})
+	must(t, err)
+	defer s.Close()
+	soon(t, "the copy in memory", s.store.memory.whole)
+	var got []EventKind
+	for e, err := range s.Watch(ctxFor(t, patience), "", 0) {
+		must(t, err)
+		if got = append(got, e.Kind); e.Kind != EventSynced {
+			continue
+		}
+		if len(got) != 5 || e.Revision != 3 || e.Last != 3 {
+			t.Errorf("%v, the last at revision %d (%d)", got, e.Revision, e.Last)
+		}
+		break
+	}
+}
