@@ -179,18 +179,17 @@ type Service struct {
 	raft     atomic.Pointer[raft.Raft] // nil until Open is nearly done; replaced by restartRaft
 	starts   atomic.Uint64             // odd while raft is started and s.raft may not be the one that votes
 	faults   faults
-	changes  broadcast                           // the leader, as this member knows it, or its state changed
-	members  peerTable                           // what is known of the others beside the configuration
-	voteless waitingList                         // by id: why a member has no vote
-	refused  waitingList                         // by address: why nobody takes part from there
-	ranking  atomic.Pointer[func(id string) int] // of the voters by how much better each is reached than this leader: see views.rank
-	reach    reachTable                          // what became of this member's calls to them
-	reign    reign                               // of the leader that this member knows
-	heldBack atomic.Pointer[string]              // who keeps the state at its format, as this leader has found; nil = nobody
-	panel    panel                               // whom this leader's read rounds ask
-	telling  sync.Mutex                          // held by the one caller that tells raft of a commit (awaitApplied)
-	changing chan struct{}                       // one change of the configuration at a time on this leader: see changeMembers
-	joined   chan struct{}                       // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
+	changes  broadcast              // the leader, as this member knows it, or its state changed
+	members  peerTable              // what is known of the others beside the configuration
+	voteless waitingList            // by id: why a member has no vote
+	refused  waitingList            // by address: why nobody takes part from there
+	reach    reachTable             // what became of this member's calls to them
+	reign    reign                  // of the leader that this member knows
+	heldBack atomic.Pointer[string] // who keeps the state at its format, as this leader has found; nil = nobody
+	panel    panel                  // whom this leader's read rounds ask
+	telling  sync.Mutex             // held by the one caller that tells raft of a commit (awaitApplied)
+	changing chan struct{}          // one change of the configuration at a time on this leader: see changeMembers
+	joined   chan struct{}          // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
 
 	begun   atomic.Int64  // when the raft that runs was started, by monotonic
 	handing chan struct{} // one hand-over at a time: see handOver

@@ -139,6 +139,7 @@ type statusAnswer struct {
 	LeaderID      string        `json:"leaderid"`
 	LeaderAddr    string        `json:"leaderaddr"`
 	LeaderSilence int64         `json:"leadersilence"`       // ms since the leader was last heard; 0 also if the release does not say
+	Follows       int64         `json:"follows,omitempty"`   // ms since this member learned of that leader; 0 also if the release does not say
 	Confirmed     int64         `json:"confirmed,omitempty"` // ms since a round began in which a quorum has confirmed the leader, and 1; 0 = none, or the release does not say
 	Founders      []string      `json:"founders,omitempty"`  // Config.Bootstrap of a member that has no cluster yet: see founding.go
 	Empty         bool          `json:"empty,omitempty"`     // it is a member of nothing, and asks nobody to be admitted

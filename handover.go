@@ -164,6 +164,8 @@ func (s *Service) mayLead(m raft.Server, a statusAnswer, err error, term uint64,
 		return 0, fmt.Errorf("it is in term %d, the leader in %d", a.Term, term)
 	case a.LastIndex+promoteLag < last:
 		return 0, fmt.Errorf("its log ends at %d, the leader's at %d", a.LastIndex, last)
+	case !reachesMajority(a.ID, a.Reached, voters(s.raft.Load().GetConfiguration().Configuration())):
+		return 0, errors.New("it does not reach a majority")
 	case rank < 0:
 		return 0, errors.New("it would be no better")
 	}
@@ -297,8 +299,9 @@ func (s *Service) watchFitness() {
 
 // preference ranks the voters for a leader that is unfit for this reason; nil = all alike.
 func (s *Service) preference(why error) func(statusAnswer) int {
-	if rank := s.ranking.Load(); rank != nil && why == s.faults.first(faultUnreached) {
-		return func(a statusAnswer) int { return (*rank)(a.ID) }
+	var lost *unreachedError
+	if errors.As(why, &lost) {
+		return func(a statusAnswer) int { return lost.rank(a.ID) }
 	}
 	return nil
 }

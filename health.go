@@ -569,6 +569,7 @@ func (s *Service) diagnose(ctx context.Context) string {
 	if err := s.faults.err(); err != nil {
 		return err.Error()
 	}
+	caller := ctx
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	all := voters(s.raft.Load().GetConfiguration().Configuration())
@@ -585,6 +586,8 @@ func (s *Service) diagnose(ctx context.Context) string {
 			a, err := s.peer.status(ctx, base)
 			leaders[i] = a.LeaderAddr
 			switch {
+			case err != nil && caller.Err() != nil && s.reach.lately(string(m.ID)):
+				// The caller's time has ended, and says nothing of this voter.
 			case err != nil:
 				trouble[i] = fmt.Sprintf("%s: %v", peerName(m.ID, s.addressOf(m)), explain(err, base))
 			case a.ID != string(m.ID):
@@ -621,7 +624,7 @@ func (s *Service) diagnose(ctx context.Context) string {
 	case len(words) == 0 && mute == "":
 		words = append(words, "waiting for the leader at "+addr)
 	}
-	if own != "" {
+	if own != "" && caller.Err() == nil {
 		words = append(words, own)
 	}
 	if moved := s.refused.of(s.conf.Addr); moved != "" {

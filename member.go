@@ -1276,6 +1276,9 @@ func (s *Service) statusAnswer() statusAnswer {
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
+	if since := s.reign.since(st.LeaderID); !since.IsZero() {
+		a.Follows = time.Since(since).Milliseconds()
+	}
 	a.Fsync, a.Reached = st.Fsync.Microseconds(), s.reached()
 	if err := s.unfitToLead(); err != nil {
 		a.Unfit = err.Error()

@@ -20,7 +20,7 @@ import (
 
 const (
 	paceKept = 5
-	paceFew  = 3 // times that say something of one that has not answered more often in this term
+	paceFew  = 3 // answers that say how long a voter takes
 
 	slowAppend = time.Second // an append that takes longer is slow,
 	slowTimes  = 5           // if it takes as many times longer than the others' answers
@@ -159,12 +159,32 @@ func (s *Service) othersPace() (slowest time.Duration, ok bool) {
 	return quorumPace(answers, len(all))
 }
 
-// pace is how long the peer takes for an append, by its newest answers in that term.
+// pace is how long the peer takes for an append: the longest of its newest answers in that term, and of what it is still to answer. A
+// disk that all share turns slow for all at once, and the leader may have seen its own appends first. Not ok: it does not keep up.
 func (a *aheadTable) pace(id raft.ServerID, term uint64) (took time.Duration, ok bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.term != term || a.peers[id] == nil || a.peers[id].pace.n < paceFew {
+	if a.term != term || a.peers[id] == nil || a.peers[id].pace.n < paceFew || a.peers[id].next == 0 {
 		return 0, false
 	}
-	return a.peers[id].pace.median(), true
+	p := a.peers[id]
+	took = slices.Max(p.pace.after(p.pace.n - paceFew))
+	for _, e := range p.sends {
+		if !e.ended() {
+			took = max(took, time.Since(e.began))
+		}
+	}
+	if !p.since.IsZero() {
+		took = max(took, time.Since(p.since))
+	}
+	return took, true
+}
+
+func (e *early) ended() bool {
+	select {
+	case <-e.done:
+		return true
+	default:
+		return false
+	}
 }

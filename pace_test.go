@@ -84,7 +84,7 @@ func TestSlowness(t *testing.T) {
 		}
 		for i, minutes := range []time.Duration{1, 2, 4, 8, 10, 10} {
 			time.Sleep(minutes*time.Minute - 1)
-			if again(nil, true) == nil || j.judged > n {
+			if again(nil, true) == nil || j.judged > n || i == 0 && j.judged != n {
 				t.Errorf("fault %d has ended too soon", i)
 			}
 			time.Sleep(1)
@@ -172,6 +172,46 @@ func (c *script) write(m *scriptMember, every time.Duration) (end func() (good i
 	return func() (int, []error) { cancel(); <-done; return good, bad }
 }
 
+// A leader whose disk is slow hands over, once, and writes are quick again. It says so in figures.
+func TestSlowDiskOfLeader(t *testing.T) {
+	t.Parallel()
+	for _, delay := range []time.Duration{2 * time.Second, 4500 * time.Millisecond} {
+		t.Run(delay.String(), func(t *testing.T) {
+			t.Parallel()
+			slowBubble(t, func(c *script, l, f, g *scriptMember, slow func(*scriptMember, time.Duration)) {
+				term := l.s.Status().Term
+				slow(l, delay)
+				end := c.write(f, 50*time.Millisecond)
+				began := time.Now()
+				for l.s.Status().Role == Leader && time.Since(began) < 20*time.Second {
+					time.Sleep(100 * time.Millisecond)
+				}
+				c.t.Logf("it led for %v", time.Since(began))
+				if l.s.Status().Role == Leader {
+					c.t.Errorf("the slow member leads after 20 s")
+				}
+				time.Sleep(2 * time.Second)
+				good, bad := end()
+				if good < 20 || bad != nil {
+					c.t.Errorf("%d writes in 20 s; %v", good, bad)
+				}
+				if got := l.s.Status().Fsync; got != delay {
+					c.t.Errorf("Fsync is %v, want %v", got, delay)
+				}
+				if err := l.s.unfitToLead(); err == nil || !strings.Contains(err.Error(), "the disk of the log is slow") {
+					c.t.Errorf("unfit: %v", err)
+				}
+				end = c.write(f, 500*time.Millisecond)
+				time.Sleep(70 * time.Second)
+				end()
+				if st := l.s.Status(); st.Role != Follower || st.Term > term+1 {
+					c.t.Errorf("after two minutes: %v in term %d, it began in %d", st.Role, st.Term, term)
+				}
+			})
+		})
+	}
+}
+
 // Where nobody is faster, nobody else leads.
 func TestSlowDiskOfAll(t *testing.T) {
 	t.Parallel()
@@ -185,6 +225,31 @@ func TestSlowDiskOfAll(t *testing.T) {
 		good, bad := end()
 		if st := l.s.Status(); st.Role != Leader || st.Term != term || good < 20 || bad != nil {
 			c.t.Errorf("%v in term %d, it began in %d; %d writes; %v", st.Role, st.Term, term, good, bad)
+		}
+	})
+}
+
+// An append that has not ended is slow before it ends.
+func TestAppendsInProgress(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := &logStore{}
+		for range 4 {
+			l.pace.add(time.Millisecond)
+		}
+		l.writes(time.Now())
+		time.Sleep(slowAppend)
+		if took, n := l.appends(0); len(took) != 4 || n != 4 {
+			t.Errorf("%v of %d", took, n)
+		}
+		time.Sleep(1)
+		if took, n := l.appends(1); len(took) != 4 || took[3] != slowAppend+1 || n != 4 {
+			t.Errorf("%v of %d", took, n)
+		}
+		l.writes(time.Time{})
+		l.pace.add(2 * time.Second)
+		if took, n := l.appends(0); len(took) != paceKept || took[4] != 2*time.Second || n != 5 {
+			t.Errorf("%v of %d", took, n)
 		}
 	})
 }

@@ -87,6 +87,12 @@ func (t *reachTable) of(id string) reach {
 	return t.list[id]
 }
 
+// lately: the newest call was answered, and not long ago.
+func (t *reachTable) lately(id string) bool {
+	r := t.of(id)
+	return r.err == nil && !r.answered.IsZero() && time.Since(r.answered) < 2*probeVoters
+}
+
 // reason is what the calls meet, for people; empty if the newest was answered.
 func (r reach) reason() string {
 	if r.err == nil {
@@ -167,7 +173,7 @@ func (s *Service) mute() (id, addr string, err error) {
 		return "", "", nil
 	}
 	r := s.reach.of(id)
-	if r.failing.IsZero() || time.Since(r.failing) < stallLimit {
+	if r.failing.IsZero() || min(time.Since(r.failing), time.Since(s.reign.since(id))) < stallLimit {
 		return "", "", nil
 	}
 	return id, addr, explain(r.err, r.base)
@@ -281,14 +287,42 @@ func (s *Service) unreached() error {
 	v.add(id, s.reached())
 	s.askOthers(ctx, all, func(i int, a statusAnswer, err error) {
 		if err == nil {
-			v.add(a.ID, a.Reached)
+			v.add(a.ID, a.reachedAs(id))
 		}
 	})
 	rank, lost := v.rank(id, len(all))
-	s.ranking.Store(&rank)
 	if len(lost) == 0 || !slices.ContainsFunc(all, func(m raft.Server) bool { return rank(string(m.ID)) > 0 }) {
 		return nil
 	}
-	return fmt.Errorf("%d of %d voters do not reach this leader at %s, and would reach another one: %s: %s", len(lost), len(all),
-		s.conf.Addr, s.name(lost[0]), v[lost[0]][id].Error)
+	return &unreachedError{rank, fmt.Sprintf("%d of %d voters do not reach this leader at %s, and would reach another one: %s: %s", len(lost),
+		len(all), s.conf.Addr, s.name(lost[0]), v[lost[0]][id].Error)}
+}
+
+// reachedAs is what a voter says of its calls, without those to this leader unless it has heard this leader for the stall limit: after
+// a partition what it says of them is old.
+func (a statusAnswer) reachedAs(leader string) []reachAnswer {
+	hears := a.LeaderID == leader && a.Follows >= stallLimit.Milliseconds() && a.LeaderSilence < heartbeatTimeout.Milliseconds()
+	return slices.DeleteFunc(a.Reached, func(r reachAnswer) bool { return r.ID == leader && !hears })
+}
+
+// An unreachedError is why a leader that voters have lost should not lead, and who would be better.
+type unreachedError struct {
+	rank func(id string) int // see views.rank
+	text string
+}
+
+func (e *unreachedError) Error() string { return e.text }
+
+// reachesMajority: a voter has not lost so many others that it could not lead, as it says itself. What it does not say is taken for
+// well.
+func reachesMajority(id string, reached []reachAnswer, all []raft.Server) bool {
+	v := make(views)
+	v.add(id, reached)
+	n := 0
+	for _, m := range all {
+		if !v.lost(id, string(m.ID)) {
+			n++
+		}
+	}
+	return n > len(all)/2
 }

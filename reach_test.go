@@ -194,6 +194,47 @@ func TestReachedByMore(t *testing.T) {
 	}
 }
 
+// What a follower says of calls to the leader counts while it hears that leader.
+func TestReachedAs(t *testing.T) {
+	t.Parallel()
+	const limit = int64(stallLimit / time.Millisecond)
+	for _, x := range []struct {
+		leader         string
+		follows, quiet int64
+		want           string
+	}{
+		{"l", limit, 0, "l b"}, {"l", limit - 1, 0, "b"}, {"l", limit, heartbeatTimeout.Milliseconds(), "b"}, {"b", limit, 0, "b"}, {"", limit, 0, "b"},
+	} {
+		a := statusAnswer{LeaderID: x.leader, Follows: x.follows, LeaderSilence: x.quiet, Reached: []reachAnswer{{ID: "l"}, {ID: "b"}}}
+		var got []string
+		for _, r := range a.reachedAs("l") {
+			got = append(got, r.ID)
+		}
+		if strings.Join(got, " ") != x.want {
+			t.Errorf("%+v: %q", x, got)
+		}
+	}
+}
+
+// A follower that was cut off does not move the leader when it is back.
+func TestCutOffFollowerMovesNobody(t *testing.T) {
+	t.Parallel()
+	clusterOf(t, 3, func(c *script, log *logged, l *scriptMember, others []*scriptMember) {
+		term := l.s.Status().Term
+		for range 3 {
+			for _, way := range []string{others[0].name + " to " + l.name, l.name + " to " + others[0].name} {
+				c.obey("cut " + way)
+			}
+			time.Sleep(7 * time.Second)
+			c.obey("heal")
+			time.Sleep(3 * time.Second)
+		}
+		if st := l.s.Status(); st.Role != Leader || st.Term != term {
+			c.t.Errorf("the leader of term %d is %v in term %d", term, st.Role, st.Term)
+		}
+	})
+}
+
 // deafen has nothing of what these members ask reach a member, as behind a firewall, while it goes on asking them. None is all.
 func (c *script) deafen(m *scriptMember, to ...*scriptMember) {
 	c.net.serve(m.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
@@ -249,4 +290,73 @@ func TestOneSideCallsNobodyOfTheOther(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A leader that nobody reaches hands over within ten seconds, once, and the others write again. Its followers say what is wrong.
+func TestLeaderThatNobodyReaches(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{3, 5} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			clusterOf(t, n, func(c *script, log *logged, l *scriptMember, others []*scriptMember) {
+				term := l.s.Status().Term
+				c.deafen(l)
+				time.Sleep(3 * time.Second)
+				ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)
+				err := others[0].s.Ready(ctx)
+				cancel()
+				if want := "the leader at " + l.conf.Addr; !strings.Contains(fmt.Sprint(err), want) || strings.Contains(fmt.Sprint(err), "need") {
+					c.t.Errorf("Ready says %v, and should say %q", err, want)
+				}
+				time.Sleep(5 * time.Second)
+				for _, m := range others {
+					ctx, cancel := context.WithTimeout(c.t.Context(), time.Second)
+					if err := m.s.Set(ctx, "k", nil); err != nil {
+						c.t.Errorf("%s does not write after ten seconds: %v", m.name, err)
+					}
+					cancel()
+				}
+				time.Sleep(30 * time.Second)
+				for _, m := range others {
+					if st := m.s.Status(); st.Term != term+1 || st.LeaderID == l.s.ident().id {
+						c.t.Errorf("%s: the leader of term %d is %s; it was %s in term %d", m.name, st.Term, st.LeaderAddr, l.conf.Addr, term)
+					}
+				}
+				for words, want := range map[string]int{"the leader is heard and does not answer": n - 1, "handed over": 1} {
+					if texts := log.with(words); len(texts) != want || !strings.Contains(fmt.Sprint(texts), l.conf.Addr) {
+						c.t.Errorf("the logs say %q", texts)
+					}
+				}
+				if err := l.s.unfitToLead(); err == nil {
+					c.t.Error("the member that nobody reaches is fit to lead")
+				}
+				c.undeafen(l)
+				c.obey("await equal")
+				time.Sleep(2 * time.Second)
+				if err := l.s.unfitToLead(); err != nil {
+					c.t.Errorf("reached again, it is unfit to lead: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// The same on sockets: the listener is closed, which is what Shutdown of a server before Close does.
+func TestLeaderWithoutListener(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	l := c.leader(t)
+	term := l.s.Status().Term
+	l.cut()
+	next := c.leaderOtherThan(t, l)
+	for _, m := range c {
+		if m != l {
+			must(t, m.s.Set(ctxFor(t, 5*time.Second), "k", nil))
+		}
+	}
+	if st := next.s.Status(); st.Term != term+1 {
+		t.Errorf("term %d, it was %d", st.Term, term)
+	}
+	l.heal()
+	must(t, l.s.Ready(ctxFor(t, 10*time.Second)))
 }
