@@ -114,6 +114,7 @@ func (b *batcher) submit(ctx context.Context, tx transaction) (result, error) {
 		p = &pending{done: make(chan struct{}, 1)}
 	}
 	p.data = appendTransaction(slices.Grow(p.data[:0], transactionSize(tx)), tx)
+	left := ctx.Done() // a context may be code of the caller's: it is asked while nothing waits for this goroutine
 	f, err := b.enqueue(ctx, p)
 	if err != nil {
 		return result{}, err
@@ -129,13 +130,16 @@ func (b *batcher) submit(ctx context.Context, tx transaction) (result, error) {
 			b.used.Put(p)
 		}
 		return res, err
-	case <-ctx.Done():
+	case <-left:
 		return b.abandon(ctx, p)
 	}
 }
 
 // enqueue returns a flight that the caller must launch, if a slot was idle.
 func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
+	if ctx.Err() != nil {
+		return nil, notApplied(ended(ctx))
+	}
 	b.mu.Lock()
 	for b.closed == nil && b.fullLocked(len(p.data)) {
 		room := b.room.wait()
@@ -150,9 +154,6 @@ func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 	defer b.mu.Unlock()
 	if b.closed != nil {
 		return nil, notApplied(b.closed)
-	}
-	if ctx.Err() != nil {
-		return nil, notApplied(ended(ctx))
 	}
 	b.queue = append(b.queue, p)
 	b.bytes += len(p.data)

@@ -606,6 +606,27 @@ func TestGivenUp(t *testing.T) {
 			l.quiet()
 		})
 	})
+	t.Run("the answer to a batch that does not pass it", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			l.calls["first0"].leave(t, ErrUncertain)
+			sent[1].settle()
+			l.calls["first1"].verdict(t, nil)
+			l.fence(2).settle()
+			l.quiet()
+		})
+	})
+	t.Run("its session was gone long before", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			sent[0].gone()
+			l.openWith(8)
+			l.next().settle()
+			l.calls["first0"].verdict(t, nil)
+			l.calls["first1"].leave(t, ErrUncertain)
+			l.quiet()
+		})
+	})
 	t.Run("the refused batch goes without those who were told that it is uncertain", func(t *testing.T) {
 		inBubble(t, func(t *testing.T, l *wire) {
 			_, sent := l.fill(t)

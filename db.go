@@ -51,7 +51,7 @@
 // leads when the leader should not), identity.go (who this member is), recover.go (how a directory comes to life), copy.go (how a state
 // travels), restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
 // reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), certificate.go (how long certificates are valid), journal.go (what is logged of the others),
-// slog.go (what raft says).
+// slog.go (what raft says), logqueue.go (how lines reach the caller).
 package quorate
 
 import (
@@ -138,7 +138,9 @@ type Config struct {
 	Client *http.Client
 	// TLS: peers are called with https, and callers without TLS are refused.
 	TLS bool
-	// Logger receives what an operator should know; nil is silent. Values never appear in it.
+	// Logger receives what an operator should know; nil is silent. Values never appear in it. Its handler gets one line at a time,
+	// in order, in a goroutine of the Service's: it may wait, or call the Service, and delays nothing by that. Up to 1,024 lines
+	// wait for it, then some are left out, and it is told how many. A line at which it panics is lost.
 	Logger *slog.Logger
 	// Timeout limits every call whose context has no deadline, and joining. 0 is one minute.
 	Timeout time.Duration
@@ -163,6 +165,7 @@ type Config struct {
 type Service struct {
 	conf  Config // with the defaults filled in
 	log   *slog.Logger
+	lines *logLines // of log, on their way to the caller's handler
 	lock  *dirLock
 	store *store
 	wal   *logStore
@@ -229,18 +232,27 @@ func Open(ctx context.Context, c Config) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("quorate: %w", err)
 	}
+	lines := newLogLines(c.Logger.Handler())
+	c.Logger = lines.logger()
 	s := &Service{
-		conf: c, log: c.Logger, closed: make(chan struct{}), changing: make(chan struct{}, 1), joined: make(chan struct{}, 1),
+		conf: c, log: c.Logger, lines: lines, closed: make(chan struct{}), changing: make(chan struct{}, 1), joined: make(chan struct{}, 1),
 		handing: make(chan struct{}, 1), fitness: make(chan struct{}, 1),
 		rebuildCh: make(chan struct{}, 1),
 	}
 	s.asOf.begin = time.Now()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.faults.log, s.faults.moved = c.Logger, func() { give(s.fitness) }
+	opened := false
+	defer func() { // also if code of the caller's panics, which ctx may be
+		if !opened {
+			s.abandon()
+		}
+		s.lines.flush(lastLines)
+	}()
 	if err := s.open(ctx); err != nil {
-		s.abandon()
 		return nil, fmt.Errorf("quorate: open %s: %w", c.Dir, err)
 	}
+	opened = true
 	return s, nil
 }
 
@@ -383,6 +395,7 @@ func (s *Service) abandon() {
 func (s *Service) Close() error {
 	s.closing.Do(func() {
 		s.closeErr = s.close()
+		s.lines.flush(lastLines)
 		close(s.closed)
 	})
 	<-s.closed

@@ -62,10 +62,15 @@ type link struct {
 }
 
 // takes reports whether a request can go this way: it has no proxy to go through, and no TLS.
-func (l *links) takes(req *http.Request) bool {
+func (l *links) takes(req *http.Request) (can bool) {
 	if l == nil || req.URL.Scheme != "http" || req.GetBody == nil {
 		return false
 	}
+	defer func() { // the proxy's function may be the application's
+		if recover() != nil {
+			can = false
+		}
+	}()
 	if l.proxy == nil {
 		return true
 	}

@@ -126,19 +126,28 @@ func (s *Service) list(ctx context.Context, ready func(context.Context) error, p
 }
 
 // beginList is limited by Config.Timeout, unlike the loop that follows.
-func (s *Service) beginList(ctx context.Context, ready func(context.Context) error, o listOptions) (*listing, error) {
+func (s *Service) beginList(ctx context.Context, ready func(context.Context) error, o listOptions) (l *listing, err error) {
 	if o.limited && o.limit < 0 {
 		return nil, fmt.Errorf("%w: Limit(%d)", ErrInvalid, o.limit)
 	}
 	if err := checkPrefix(o.prefix); err != nil {
 		return nil, err
 	}
-	ctx, cancel := s.limited(ctx)
-	defer cancel()
-	if err := ready(ctx); err != nil {
-		return nil, err
-	}
-	return s.store.list(ctx, o.span)
+	returned := false
+	defer func() {
+		if !returned && l != nil {
+			l.close()
+		}
+	}()
+	func() {
+		ctx, cancel := s.limited(ctx)
+		defer cancel() // which asks the caller's context, and that may panic
+		if err = ready(ctx); err == nil {
+			l, err = s.store.list(ctx, o.span)
+		}
+	}()
+	returned = true
+	return l, err
 }
 
 // listError wakes the rebuild if a row was damaged.
@@ -283,6 +292,12 @@ func (s *store) list(ctx context.Context, sp span) (*listing, error) {
 	default:
 	}
 	l, r := &listing{s: s}, sp.keys()
+	begun := false
+	defer func() { // also if ctx, which is the caller's, panics
+		if !begun {
+			l.close()
+		}
+	}()
 	var whole bool
 	var err error
 	if l.page, l.tree, l.revision, whole = s.memory.list(r); !whole {
@@ -292,9 +307,9 @@ func (s *store) list(ctx context.Context, sp span) (*listing, error) {
 		err = s.hold(l)
 	}
 	if err != nil {
-		l.close()
 		return nil, err
 	}
+	begun = true
 	return l, nil
 }
 

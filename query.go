@@ -18,6 +18,7 @@ import (
 	"maps"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,10 +28,11 @@ import (
 )
 
 const (
-	queryTime  = 30 * time.Second // that one Query may take, its Rows included
-	queryPin   = 256 << 20        // bytes that the WAL may grow by while a Query keeps it from restarting
-	querySQL   = 1 << 20          // bytes of a statement
-	queryValue = 64 << 20         // bytes of one value, given or computed
+	queryTime    = 30 * time.Second // that one Query may take, its Rows included
+	queryPin     = 256 << 20        // bytes that the WAL may grow by while a Query keeps it from restarting
+	querySQL     = 1 << 20          // bytes of a statement
+	queryValue   = 64 << 20         // bytes of one value, given or computed
+	maxParameter = 32766            // the greatest number of one, which is SQLite's default
 
 	// Rows are read ahead, so that a short result lets go of the WAL whatever its consumer does, until one of:
 	aheadRows  = 256
@@ -59,7 +61,7 @@ var queryLimits = []struct{ id, limit int }{
 // Rows, and ask for their Err after the last one.
 //
 // What is not one reading statement is ErrInvalid: a statement that writes, a PRAGMA, BEGIN, ATTACH, two statements, wrong SQL, a
-// private table. A prefix of keys is key GLOB 'a/*' or key >= 'a/' AND key < 'a0', through the index; LIKE takes no notice of
+// private table, more arguments than parameters or fewer. A prefix of keys is key GLOB 'a/*' or key >= 'a/' AND key < 'a0', through the index; LIKE takes no notice of
 // case and reads the whole table. A statement has 1 MiB at most (*LimitError), and a value in it or out of it 64 MiB. What is sorted or grouped and
 // takes more than about 2 MB goes into the system's directory for temporary files meanwhile.
 //
@@ -79,17 +81,31 @@ func (v View) Query(ctx context.Context, query string, args ...any) (*sql.Rows, 
 	return v.s.query(ctx, v.open, query, args)
 }
 
-func (s *Service) query(ctx context.Context, ready func(context.Context) error, text string, args []any) (*sql.Rows, error) {
-	text, err := oneStatement(text)
+func (s *Service) query(ctx context.Context, ready func(context.Context) error, text string, args []any) (rows *sql.Rows, err error) {
+	text, err = oneStatement(text)
+	if err == nil {
+		args, err = arguments(text, args)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("query: %w", err)
 	}
-	wait, cancel := s.limited(ctx)
-	defer cancel()
-	if err := ready(wait); err != nil {
-		return nil, fmt.Errorf("query: %w", err)
-	}
-	return s.store.queries.query(ctx, wait, text, args)
+	returned := false
+	defer func() {
+		if !returned && rows != nil {
+			rows.Close()
+		}
+	}()
+	func() {
+		wait, cancel := s.limited(ctx)
+		defer cancel() // which asks the caller's context, and that may panic
+		if err = ready(wait); err != nil {
+			err = fmt.Errorf("query: %w", err)
+			return
+		}
+		rows, err = s.store.queries.query(ctx, wait, text, args)
+	}()
+	returned = true
+	return rows, err
 }
 
 // A querier runs the queries of one store. Its pool is database/sql's, for the sake of *sql.Rows; below it lies another one
@@ -122,7 +138,20 @@ func (q *querier) query(ctx, wait context.Context, text string, args []any) (*sq
 	case <-wait.Done():
 		return nil, fmt.Errorf("query: waiting for one of the %d that run: %w", cap(q.slots), context.Cause(wait))
 	}
+	// The context may be of a type of the caller's: however its methods end, nothing stays taken.
+	taken, begun := true, false
+	defer func() {
+		if taken {
+			<-q.slots
+		}
+	}()
 	r := q.begin(ctx)
+	taken = false // it is r's now
+	defer func() {
+		if !begun {
+			r.finish()
+		}
+	}()
 	err := q.s.sync(wait)
 	var pool *sql.DB
 	if err == nil {
@@ -132,14 +161,13 @@ func (q *querier) query(ctx, wait context.Context, text string, args []any) (*sq
 		err = q.s.hold(r)
 	}
 	if err != nil {
-		r.finish()
 		return nil, fmt.Errorf("query: %w", err)
 	}
 	rows, err := pool.QueryContext(r, text, args...)
 	if err == nil {
+		begun = true
 		return rows, nil
 	}
-	r.finish()
 	switch ended := r.Err(); {
 	case ended != nil:
 		return nil, ended
@@ -182,11 +210,11 @@ func (q *querier) close() {
 	below.Close()
 }
 
-// A running is one Query until its Rows are closed, and the context that it runs under: the caller's, but it ends also when the
-// Query has taken too long or the store closes, and its Err says which; database/sql hands that on as the error of the Rows.
-// It is not done when the Query ends well, or the Rows could take that for their error.
+// A running is one Query until its Rows are closed, and the context that it runs under: it ends when the caller's does, when the
+// Query has taken too long or when the store closes, and its Err says which; database/sql hands that on as the error of the Rows.
+// It is not done when the Query ends well, or the Rows could take that for their error. database/sql asks it for values and for a
+// deadline while it holds a connection, so there are none: the caller's context would be asked.
 type running struct {
-	context.Context
 	q      *querier
 	before int64 // the WAL's size when it began
 	pin    int64 // by how much it may grow
@@ -203,15 +231,17 @@ type running struct {
 
 // begin starts what ends it: the time, and the caller's context.
 func (q *querier) begin(ctx context.Context) *running {
-	r := &running{Context: ctx, q: q, before: q.s.walSize(), pin: q.pin, done: make(chan struct{})}
+	r := &running{q: q, before: q.s.walSize(), pin: q.pin, done: make(chan struct{})}
 	tooLong := fmt.Errorf("query: longer than %v: %w", q.time, context.DeadlineExceeded)
-	timer := time.AfterFunc(q.time, func() { r.end(tooLong) })
 	left := context.AfterFunc(ctx, func() { r.end(ctx.Err()) })
+	timer := time.AfterFunc(q.time, func() { r.end(tooLong) })
 	r.stop = func() { timer.Stop(); left() }
 	return r
 }
 
-func (r *running) Done() <-chan struct{} { return r.done }
+func (r *running) Done() <-chan struct{}       { return r.done }
+func (r *running) Value(any) any               { return nil }
+func (r *running) Deadline() (time.Time, bool) { return time.Time{}, false }
 
 func (r *running) Err() error {
 	r.mu.Lock()
@@ -270,9 +300,9 @@ func (r *running) finish() {
 	if again {
 		return
 	}
-	r.stop()
 	r.q.s.letGo(r)
 	<-r.q.slots
+	r.stop() // asks the caller's context, which may panic
 }
 
 // readOnly opens connections for the pool below.
@@ -618,7 +648,7 @@ func oneStatement(text string) (string, error) {
 		switch {
 		case kind == ';' && end == len(text):
 			end = i
-		case kind != 'x':
+		case kind == ' ' || kind == ';':
 		case end < len(text):
 			return "", fmt.Errorf("%w: more than one statement in a query", ErrInvalid)
 		default:
@@ -632,8 +662,92 @@ func oneStatement(text string) (string, error) {
 	return text[:end], nil
 }
 
+// arguments are what the caller has given for the statement's parameters, as SQLite takes them. A [driver.Valuer] is asked here, where
+// nothing is taken yet: it is code of the caller's, which may panic, wait, or call Query.
+func arguments(text string, args []any) ([]any, error) {
+	list := make([]any, len(args))
+	for i, a := range args {
+		named, isNamed := a.(sql.NamedArg)
+		if isNamed {
+			a = named.Value
+		}
+		v, err := driver.DefaultParameterConverter.ConvertValue(a)
+		if err != nil {
+			return nil, fmt.Errorf("%w: argument %d: %w", ErrInvalid, i+1, err)
+		}
+		if list[i] = v; isNamed {
+			named.Value = v
+			list[i] = named
+		}
+	}
+	return list, checkArguments(sqlParameters(text), list)
+}
+
+// checkArguments refuses an argument that the statement has no parameter for: SQLite's driver would leave it out, and a mistake in the
+// statement would go unseen. That a parameter has no argument it says itself.
+func checkArguments(parameters []string, args []any) error {
+	used, named := make([]bool, len(args)), make(map[string]int)
+	for j, a := range args {
+		if a, ok := a.(sql.NamedArg); ok {
+			if _, twice := named[a.Name]; !twice {
+				named[a.Name] = j
+			}
+		}
+	}
+	for i, p := range parameters {
+		number := i + 1
+		if p != "" { // the driver takes ?2 and $2 for the second argument
+			number = 0
+			if p[0] == '?' || p[0] == '$' {
+				number, _ = strconv.Atoi(p[1:])
+			}
+		}
+		if 0 < number && number <= len(args) {
+			used[number-1] = true
+		}
+		if p == "" {
+			continue
+		}
+		if j, ok := named[p[1:]]; ok {
+			used[j] = true
+		}
+	}
+	if i := slices.Index(used, false); i >= 0 {
+		return fmt.Errorf("%w: argument %d of %d belongs to no parameter: the statement has %d", ErrInvalid, i+1, len(args), len(parameters))
+	}
+	return nil
+}
+
+// sqlParameters are the names of a statement's parameters by their numbers, as SQLite numbers them; "" has no name.
+func sqlParameters(text string) (names []string) {
+	known := make(map[string]bool)
+	for i, n := 0, 0; i < len(text); i += n {
+		var kind byte
+		if n, kind = sqlToken(text[i:]); kind != '?' {
+			continue
+		}
+		name := text[i : i+n]
+		number, err := strconv.Atoi(name[1:])
+		switch {
+		case name == "?":
+			names = append(names, "")
+		case name[0] != '?':
+			if !known[name] {
+				known[name] = true
+				names = append(names, name)
+			}
+		case err == nil && 0 < number && number <= maxParameter: // else SQLite refuses it
+			for len(names) < number {
+				names = append(names, "")
+			}
+			names[number-1] = name
+		}
+	}
+	return names
+}
+
 // sqlToken measures the first token of a text that is not empty, as SQLite divides it: ' ' is a space or a comment, ';' is
-// itself, and 'x' anything else.
+// itself, '?' a parameter, and 'x' anything else.
 func sqlToken(s string) (n int, kind byte) {
 	through := func(from int, end string) int {
 		if i := strings.Index(s[from:], end); i >= 0 {
@@ -654,6 +768,52 @@ func sqlToken(s string) (n int, kind byte) {
 		return through(1, string(c)), 'x'
 	case c == '[':
 		return through(1, "]"), 'x'
+	case c == '?':
+		return 1 + leading(s[1:], func(c byte) bool { return '0' <= c && c <= '9' }), '?'
+	case strings.IndexByte("$@:#", c) >= 0:
+		if n := 1 + parameterName(s[1:]); n > 1 {
+			return n, '?'
+		}
+	case idByte(c):
+		return leading(s, idByte), 'x'
 	}
 	return 1, 'x'
+}
+
+// idByte tells whether SQLite takes c for a part of a name.
+func idByte(c byte) bool {
+	return c >= 0x80 || c == '_' || c == '$' || '0' <= c && c <= '9' || 'a' <= c|0x20 && c|0x20 <= 'z'
+}
+
+// leading is how many bytes at the beginning of s are such ones.
+func leading(s string, such func(byte) bool) int {
+	n := 0
+	for n < len(s) && such(s[n]) {
+		n++
+	}
+	return n
+}
+
+// parameterName is the length of what follows $, @, : or # in a parameter's name; :: and a last part in parentheses belong to it, as in
+// Tcl.
+func parameterName(s string) (n int) {
+	for named := false; n < len(s); {
+		switch {
+		case idByte(s[n]):
+			n, named = n+1, true
+		case s[n] == '(' && named:
+			if end := strings.IndexAny(s[n:], ") \t\n\v\f\r"); end > 0 && s[n+end] == ')' {
+				return n + end + 1
+			}
+			return 0
+		case strings.HasPrefix(s[n:], "::"):
+			n += 2
+		default:
+			if !named {
+				return 0
+			}
+			return n
+		}
+	}
+	return n
 }

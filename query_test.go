@@ -693,3 +693,65 @@ func TestQueryDamaged(t *testing.T) {
 		t.Errorf("Err: %v", s.Err())
 	}
 }
+
+// An argument that belongs to no parameter is a mistake in the statement or in the call, and SQLite's driver says nothing.
+func TestQueryArguments(t *testing.T) {
+	t.Parallel()
+	s := newLone(t)
+	named := func(name string, v any) any { return sql.Named(name, v) }
+	for _, c := range []struct {
+		text string
+		args []any
+		want string // "" = ErrInvalid
+	}{
+		{"SELECT ?", []any{1}, "1"},
+		{"SELECT ?", []any{1, 2}, ""},
+		{"SELECT ?", nil, ""},
+		{"SELECT 1", []any{1}, ""},
+		{"SELECT ?, ?", []any{1, 2}, "1 2"},
+		{"SELECT ?2, ?1", []any{1, 2}, "2 1"},
+		{"SELECT ?2", []any{1, 2}, "2"}, // the driver asks for the first one too
+		{"SELECT ?2", []any{1, 2, 3}, ""},
+		{"SELECT ?1, ?", []any{1, 2}, "1 2"},
+		{"SELECT $1, $2", []any{1, 2}, "1 2"},
+		{"SELECT $1", []any{1, 2}, ""},
+		{"SELECT :a, @b, $c", []any{named("a", 1), named("b", 2), named("c", 3)}, "1 2 3"},
+		{"SELECT :a, :a", []any{named("a", 1)}, "1 1"},
+		{"SELECT :a", []any{named("a", 1), named("b", 2)}, ""},
+		{"SELECT :a", []any{named("a", 1), named("a", 2)}, ""},
+		{"SELECT :a", []any{named("a", 1), 2}, ""},
+		{"SELECT :aé", []any{named("aé", 1)}, "1"},
+		{"SELECT ?, ':a', \"?\", [?], `?` FROM (SELECT 1 AS \"?\") /* ? */ -- ?", []any{1}, "1 :a 1 1 1"},
+		{"SELECT 'it''s ?', ?", []any{1}, "it's ? 1"},
+		{"SELECT a$1 FROM (SELECT 7 AS a$1)", []any{1}, ""},
+		{"SELECT '{\"a\":3}'->>'$.a'", nil, "3"},
+		{"SELECT '{\"a\":3}'->>?", []any{"$.a"}, "3"},
+		{"SELECT x'41' = ?", []any{[]byte("A")}, "1"},
+		{"SELECT 1?", []any{1}, ""},
+		{"SELECT ?;", []any{1}, "1"},
+		{"SELECT $a::b(c)", []any{named("a::b(c)", 1)}, "1"},
+		{"SELECT ?", []any{sql.Out{}}, ""},
+		{"SELECT ?", []any{valuer(func() (driver.Value, error) { return nil, errors.New("no value") })}, ""},
+		{"SELECT ?", []any{(*string)(nil)}, "<nil>"},
+	} {
+		got, err := ask(t, s, c.text, c.args...)
+		switch {
+		case c.want == "" && !errors.Is(err, ErrInvalid):
+			t.Errorf("%s with %v: %q, %v, want ErrInvalid", c.text, c.args, got, err)
+		case c.want != "" && (err != nil || len(got) != 1 || got[0] != c.want):
+			t.Errorf("%s with %v: %q, %v, want %s", c.text, c.args, got, err, c.want)
+		}
+	}
+	for text, want := range map[string][]string{
+		"?3 ?":                   {"", "", "?3", ""},
+		":a ? :a @a":             {":a", "", "@a"},
+		"$a::b(c d) $x::y(z) $q": {"$x::y(z)", "$q"}, // the first is no token
+		"?0 ?99999999999999 ?":   {""},
+		"a:b #1":                 {":b", "#1"},
+		": $ @ ?":                {""},
+	} {
+		if got := sqlParameters(text); !slices.Equal(got, want) {
+			t.Errorf("the parameters of %s: %q, want %q", text, got, want)
+		}
+	}
+}

@@ -97,16 +97,25 @@ func (r *rounds) join(ctx context.Context) (landing, error) {
 	}
 }
 
-// fly runs a round and starts the next one if one has formed, or is likely to.
+// errUnended is the error of a round whose goroutine ended within it: a lone caller's, in a method of the context or of the HTTP client
+// that the caller has brought along.
+var errUnended = errors.New("the read round was not ended")
+
+// fly runs a round and lands it, whatever happens in the round: nobody else would ever fly.
 func (r *rounds) fly(ctx context.Context, rd *round) {
 	began := monotonic()
-	rd.at.began = time.Now()
+	rd.at.began, rd.err = time.Now(), errUnended
+	defer r.land(rd)
 	ctx, cancel := context.WithDeadline(ctx, rd.at.began.Add(roundTimeout))
+	defer cancel()
 	rd.at.readPoint, rd.err = r.run(ctx)
-	cancel()
 	if rd.err == nil {
 		r.confirmed.Store(began)
 	}
+}
+
+// land answers the callers of a round, and starts the next one if one has formed, or is likely to.
+func (r *rounds) land(rd *round) {
 	close(rd.done)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -246,10 +255,7 @@ func (s *Service) awaitApplied(ctx context.Context, index, term uint64) error {
 	defer cancel()
 	for try := 0; try < 10 && ctx.Err() == nil; try++ {
 		wait, cancel := context.WithTimeout(ctx, time.Millisecond<<try)
-		if s.telling.TryLock() { // one says it for all that wait
-			s.peer.committed(wait, index, term)
-			s.telling.Unlock()
-		}
+		s.tellCommitted(wait, index, term)
 		err := s.fsm.applied.wait(wait, index)
 		cancel()
 		if err == nil {
@@ -260,6 +266,14 @@ func (s *Service) awaitApplied(ctx context.Context, index, term uint64) error {
 		return context.Cause(ctx)
 	}
 	return nil
+}
+
+// tellCommitted: one says it for all that wait.
+func (s *Service) tellCommitted(ctx context.Context, index, term uint64) {
+	if s.telling.TryLock() {
+		defer s.telling.Unlock()
+		s.peer.committed(ctx, index, term)
+	}
 }
 
 // awaitTerm waits until this member has applied an entry of its own term. From that entry on every index is one that apply

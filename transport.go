@@ -711,7 +711,7 @@ func (r *receivedReader) Read(b []byte) (int, error) {
 	}
 	r.x.readWithin(min(stallTimeout, left))
 	r.mu.Unlock()
-	n, err := r.r.Read(b)
+	n, err := guardedBody{io.NopCloser(r.r)}.Read(b) // a handler before ours may have put its own reader there
 	r.until = r.until.Add(time.Duration(n) * time.Second / receiveRate)
 	if err == io.EOF {
 		r.mu.Lock()
@@ -807,6 +807,44 @@ func readAnswer(resp *http.Response, limit int) ([]byte, error) {
 	return nil, fmt.Errorf("%w: answer of more than %d bytes", errFrame, limit)
 }
 
+// guarded is for the caller's client, whose transport and cookie jar may be the caller's code. A panic there is an error here: most
+// calls come from goroutines of ours, and it would take the process along.
+func (p *peer) guarded(send func(*http.Request) (*http.Response, error)) func(*http.Request) (*http.Response, error) {
+	return func(req *http.Request) (resp *http.Response, err error) {
+		defer func() {
+			if v := recover(); v != nil {
+				resp, err = nil, fmt.Errorf("the HTTP client panicked: %v", v)
+			}
+		}()
+		resp, err = send(req)
+		if err == nil && !p.traced {
+			resp.Body = guardedBody{resp.Body}
+		}
+		return resp, err
+	}
+}
+
+// guardedBody is the body of an answer that the caller's own transport has made.
+type guardedBody struct{ io.ReadCloser }
+
+func (b guardedBody) Read(p []byte) (n int, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			n, err = 0, fmt.Errorf("the HTTP client's answer panicked: %v", v)
+		}
+	}()
+	return b.ReadCloser.Read(p)
+}
+
+func (b guardedBody) Close() (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("the HTTP client's answer panicked: %v", v)
+		}
+	}()
+	return b.ReadCloser.Close()
+}
+
 // do returns an answer of the member that was asked, with its body still to be read. Anything else is an error.
 func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	if r.method == "" {
@@ -835,10 +873,10 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	if r.again {
 		req.Header["Idempotency-Key"] = nil // means that to net/http, and is not sent
 	}
-	send := p.client.Do
+	send := p.guarded(p.client.Do)
 	switch {
 	case r.fresh:
-		send = p.onNewConnection(r.way)
+		send = p.guarded(p.onNewConnection(r.way))
 	case r.again && p.links.takes(req):
 		send = p.links.do
 	}
