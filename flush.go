@@ -399,7 +399,9 @@ func (s *store) transact(f func(m *meta, own map[ownKey]uint64) error) error {
 	}
 	if err := s.note(s.checkWAL()); err != nil {
 		// The transaction is done; what a checkpoint could not write is still in the WAL.
-		s.log.Warn("checkpoint", "path", s.path, "err", err)
+		s.unchecked.goesOn(s.log, "checkpoint", err, "path", s.path)
+	} else {
+		s.unchecked.over()
 	}
 	return nil
 }
@@ -586,6 +588,7 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		s.tailMu.Unlock()
 	}()
 	pause := flushPause
+	var trouble trouble
 	for {
 		select {
 		case <-s.dirty:
@@ -608,10 +611,12 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		rest, ripe := pause, s.ripe
 		if err != nil {
 			ripe = nil
-			s.log.Warn("the file falls behind the log", "path", s.path, "err", err)
+			trouble.goesOn(s.log, "the file falls behind the log", err, "path", s.path)
 			s.uneasy(err) // before anyone can mend it
 			give(s.dirty)
 			rest = flushAgain
+		} else {
+			trouble.over()
 		}
 		s.fileMu.Unlock()
 		select {

@@ -245,6 +245,7 @@ func (s *Service) watchHealth() {
 	tick := time.NewTicker(checkInterval)
 	defer tick.Stop()
 	behind, cut := 0, s.wal.bytes()
+	var settling trouble
 	for n := 0; ; n++ {
 		select {
 		case <-tick.C:
@@ -260,7 +261,7 @@ func (s *Service) watchHealth() {
 		}
 		if s.store.meta().applied > 0 {
 			if err := s.settleIn(); err != nil {
-				s.log.Error("mark the id as a member's", "error", err)
+				settling.goesOn(s.log, "mark the id as a member's", err)
 			}
 		}
 		s.tuneLog()
@@ -484,12 +485,13 @@ func (s *Service) rebuildLoop() {
 			return
 		}
 		s.fsm.paused.Store(true)
+		var trouble trouble
 		for backoff := 100 * time.Millisecond; ; backoff = min(2*backoff, 5*time.Second) {
 			err := s.rebuild()
 			if err == nil {
 				break
 			}
-			s.log.Warn("the state is not rebuilt yet", "error", err)
+			trouble.goesOn(s.log, "the state is not rebuilt yet", err)
 			select {
 			case <-time.After(backoff):
 			case <-s.ctx.Done():

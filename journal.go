@@ -178,6 +178,34 @@ func (v *vigil) warn(log *slog.Logger, words, again, peer string, why error) {
 	log.Warn(words, "peer", peer, "for", age.Round(time.Second), "why", why)
 }
 
+// A trouble is something of this member that is tried and fails again and again. It is logged when it begins, at the reminders, and
+// when it has another reason. The zero value is none.
+type trouble struct {
+	vigil   vigil
+	reasons map[string]bool
+}
+
+// goesOn is called after every try that failed.
+func (t *trouble) goesOn(log *slog.Logger, words string, err error, attrs ...any) {
+	if t.vigil.since.IsZero() {
+		t.vigil.since, t.reasons = time.Now(), make(map[string]bool)
+	}
+	is := gist(err)
+	another := !t.reasons[is] && len(t.reasons) < reasonsMost
+	age, due := t.vigil.due()
+	if !due && !another {
+		return
+	}
+	t.reasons[is] = true
+	if age >= outageAfter {
+		attrs = append(attrs, "for", age.Round(time.Second))
+	}
+	log.Warn(words, append(attrs, "err", err)...)
+}
+
+// over is called after a try that did not fail.
+func (t *trouble) over() { *t = trouble{} }
+
 // A leadership is who leads in which term; the id is empty while nobody does.
 type leadership struct {
 	id, addr string

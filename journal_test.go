@@ -256,3 +256,26 @@ func TestOutageForAnotherReason(t *testing.T) {
 		}
 	})
 }
+
+func TestTroubleThatGoesOn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		j := newJournal(t)
+		var x trouble
+		for i := range 1200 {
+			x.goesOn(j.logger("l"), "it fails", fmt.Errorf("try %d of a disk that is full", i))
+			if i%100 == 50 {
+				x.goesOn(j.logger("l"), "it fails", errors.New("another error, which is not hidden"))
+			}
+			time.Sleep(time.Second)
+		}
+		if got := j.take("l"); len(got) != 4 || !strings.Contains(got[1], "not hidden") {
+			t.Errorf("1200 failures of two kinds make %q", got)
+		}
+		x.over()
+		x.goesOn(j.logger("l"), "it fails", errors.New("another error, which is not hidden"))
+		if got := j.take("l"); len(got) != 1 {
+			t.Errorf("the next trouble makes %q", got)
+		}
+	})
+}

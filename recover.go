@@ -210,6 +210,7 @@ func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 		bases = append(bases, s.conf.Join)
 	}
 	err = errors.New("nothing in wal or in the bootURL names one: give the address of one as bootURL")
+	var missing trouble
 	for backoff := resendMin; ; backoff = min(2*backoff, resendMax) {
 		electing := false
 		for _, base := range bases {
@@ -217,7 +218,7 @@ func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 				return nil
 			}
 			electing = electing || errors.Is(err, ErrNoLeader)
-			s.log.Warn("no state from a member", "address", base, "error", err)
+			missing.goesOn(s.log, "no state from a member", err, "address", base)
 		}
 		if electing {
 			select {

@@ -318,6 +318,7 @@ type store struct {
 	// fileMu is held across SQLite calls because it guards the one connection that commits. Lock order: fileMu, mu, then
 	// checkpointMu, witnessMu, tailMu, stateMu, memory.mu or holdsMu.
 	fileMu      sync.Mutex
+	unchecked   trouble // the writer's checkpoints that failed; fileMu
 	writer      *conn
 	dataVersion int64             // PRAGMA data_version of the writer as of its last transaction
 	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
@@ -1100,6 +1101,7 @@ func (s *store) maintain(ctx context.Context) {
 }
 
 func (s *store) scanWhenDue(ctx context.Context) {
+	var trouble trouble
 	for {
 		select {
 		case <-ctx.Done():
@@ -1111,13 +1113,14 @@ func (s *store) scanWhenDue(ctx context.Context) {
 		for {
 			err := s.scan(ctx)
 			if err == nil || ctx.Err() != nil || errors.Is(err, ErrClosed) {
+				trouble.over()
 				break
 			}
 			if errors.Is(err, ErrCorrupt) {
 				s.setVerdict(err)
 				break
 			}
-			s.log.Warn("scan", "path", s.path, "err", err)
+			trouble.goesOn(s.log, "the check of the rows is tried again", err, "path", s.path)
 			if !s.pause(ctx, time.Second) {
 				return
 			}
