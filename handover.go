@@ -87,10 +87,13 @@ func (c *candidate) better(than *candidate) bool {
 		return true
 	}
 	fit := func(c *candidate) int {
-		if c.answer.Unfit == "" {
+		switch {
+		case c.answer.Unfit != "":
+			return 0
+		case c.answer.Fsync > slowAppend.Microseconds():
 			return 1
 		}
-		return 0
+		return 2
 	}
 	return cmp.Or(fit(c)-fit(than), c.rank-than.rank, cmp.Compare(c.answer.LastIndex, than.answer.LastIndex), cmp.Compare(than.ID, c.ID)) > 0
 }
@@ -104,6 +107,7 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 		a   statusAnswer
 		err error
 	}
+	all := voters(s.raft.Load().GetConfiguration().Configuration())
 	var list []raft.Server
 	for _, m := range s.others() {
 		if m.Suffrage == raft.Voter && (c.addr == "" || string(m.Address) == c.addr) {
@@ -119,6 +123,9 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 		select {
 		case r := <-replies:
 			rank, err := s.mayLead(r.m, r.a, r.err, term, c)
+			if err == nil && !reachesMajority(r.a, all) {
+				err = errors.New("it does not reach a majority of the voters")
+			}
 			if err != nil {
 				reasons = append(reasons, fmt.Sprintf("%s: %v", peerName(r.m.ID, r.m.Address), err))
 			} else if one := (&candidate{r.m, r.a, rank}); one.better(best) {
@@ -164,8 +171,6 @@ func (s *Service) mayLead(m raft.Server, a statusAnswer, err error, term uint64,
 		return 0, fmt.Errorf("it is in term %d, the leader in %d", a.Term, term)
 	case a.LastIndex+promoteLag < last:
 		return 0, fmt.Errorf("its log ends at %d, the leader's at %d", a.LastIndex, last)
-	case !reachesMajority(a.ID, a.Reached, voters(s.raft.Load().GetConfiguration().Configuration())):
-		return 0, errors.New("it does not reach a majority")
 	case rank < 0:
 		return 0, errors.New("it would be no better")
 	}

@@ -303,13 +303,15 @@ func TestUnfitMemberStandsLast(t *testing.T) {
 	})
 }
 
-// The best of several is fit, ranks highest, has the longest log.
+// The best of several is fit, has a quick disk, ranks highest, has the longest log.
 func TestBetterCandidate(t *testing.T) {
 	t.Parallel()
 	with := func(id, unfit string, rank int, last uint64) *candidate {
 		return &candidate{Server: raft.Server{ID: raft.ServerID(id)}, answer: statusAnswer{Unfit: unfit, LastIndex: last}, rank: rank}
 	}
-	list := []*candidate{with("e", "full", 9, 99), with("d", "", 1, 99), with("c", "", 2, 5), with("b", "", 2, 7), with("a", "", 2, 7)}
+	slow := with("s", "", 9, 99)
+	slow.answer.Fsync = slowAppend.Microseconds() + 1
+	list := []*candidate{with("e", "full", 9, 99), slow, with("d", "", 1, 99), with("c", "", 2, 5), with("b", "", 2, 7), with("a", "", 2, 7)}
 	for i, worse := range list {
 		if !worse.better(nil) {
 			t.Errorf("%s is not better than nobody", worse.ID)

@@ -119,6 +119,7 @@ func (r reach) answer(id string) reachAnswer {
 
 const (
 	probeVoters = 5 * time.Second // between two calls of a voter to another one; to the leader every checkInterval
+	muteAfter   = stallLimit / 2  // then a follower says that its leader can't be reached, and the leader acts on it later
 	reachOld    = 3 * probeVoters // what a member says of calls before that is not counted
 )
 
@@ -166,14 +167,14 @@ func (s *Service) probeReach() {
 	wg.Wait()
 }
 
-// mute is the leader's id, address and why, if this member hears it and has not reached it for the stall limit.
+// mute is the leader's id, address and why, if this member hears it and has not reached it for a while.
 func (s *Service) mute() (id, addr string, err error) {
 	id, addr = s.leader()
 	if id == "" || id == s.ident().id || s.leaderSilence() > heartbeatTimeout {
 		return "", "", nil
 	}
 	r := s.reach.of(id)
-	if r.failing.IsZero() || min(time.Since(r.failing), time.Since(s.reign.since(id))) < stallLimit {
+	if r.failing.IsZero() || min(time.Since(r.failing), time.Since(s.reign.since(id))) < muteAfter {
 		return "", "", nil
 	}
 	return id, addr, explain(r.err, r.base)
@@ -315,12 +316,12 @@ func (e *unreachedError) Error() string { return e.text }
 
 // reachesMajority: a voter has not lost so many others that it could not lead, as it says itself. What it does not say is taken for
 // well.
-func reachesMajority(id string, reached []reachAnswer, all []raft.Server) bool {
+func reachesMajority(a statusAnswer, all []raft.Server) bool {
 	v := make(views)
-	v.add(id, reached)
+	v.add(a.ID, a.Reached)
 	n := 0
 	for _, m := range all {
-		if !v.lost(id, string(m.ID)) {
+		if !v.lost(a.ID, string(m.ID)) {
 			n++
 		}
 	}

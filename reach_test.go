@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // member of a Status, by the name of a script's member.
@@ -212,6 +214,21 @@ func TestReachedAs(t *testing.T) {
 		}
 		if strings.Join(got, " ") != x.want {
 			t.Errorf("%+v: %q", x, got)
+		}
+	}
+}
+
+// A voter that says that it has lost half of the others is handed the lead by nobody.
+func TestReachesMajority(t *testing.T) {
+	t.Parallel()
+	all := []raft.Server{{ID: "a"}, {ID: "b"}, {ID: "c"}}
+	for lost, want := range map[string]bool{"": true, "b": true, "c": true, "b c": false} {
+		a := statusAnswer{ID: "a", Reached: []reachAnswer{{ID: "l"}}}
+		for _, id := range strings.Fields(lost) {
+			a.Reached = append(a.Reached, reachAnswer{ID: id, Failing: stallLimit.Milliseconds()})
+		}
+		if reachesMajority(a, all) != want {
+			t.Errorf("a, which has lost %q: %v", lost, !want)
 		}
 	}
 }
