@@ -194,7 +194,7 @@ const (
 // it: both would lead the next file of the log elsewhere.
 func memberDir(dir string) (string, error) {
 	if dir == "" {
-		return "", fmt.Errorf("%w: the data directory has no name", ErrInvalid)
+		return "", fmt.Errorf("%w: Dir is empty: give the data directory a name", ErrInvalid)
 	}
 	dir, err := realPath(dir)
 	if err != nil {
