@@ -105,7 +105,7 @@ var (
 
 // LimitError says which limit a call broke. It is ErrTooLarge.
 type LimitError struct {
-	What       string // what is counted: "key bytes", "value bytes", "operations", "transaction bytes"
+	What       string // what is counted: "key bytes", "value bytes", "operations", "transaction bytes", "state bytes"
 	Limit, Got int64
 }
 
@@ -146,6 +146,12 @@ type Config struct {
 	Timeout time.Duration
 	// MaxValue limits a value, in bytes. 0 is 1 MiB; at most 16 MiB.
 	MaxValue int
+	// MaxState limits the state: the bytes of all keys and values, which Status calls Size, and not those of the file, which also
+	// holds the history and does not shrink. 0 is no limit. A write that would make the state larger than this is refused with a
+	// *LimitError by the member that is called, before the log and by what that member has applied, so that what is on its way
+	// meanwhile may exceed it. Deletes, and values that are no larger than those they replace, go on at any size. Give all members
+	// the same.
+	MaxState int64
 	// Memory is how many bytes of state are also kept in memory, for reads. 0 is 64 MiB; negative is none. A state that is
 	// larger is read from SQLite.
 	Memory int64
@@ -276,6 +282,9 @@ func (c Config) resolve() (Config, error) {
 	}
 	if c.MaxValue < 0 || c.MaxValue > maxValueEver {
 		return c, fmt.Errorf("%w: MaxValue %d, it can be at most %d", ErrInvalid, c.MaxValue, maxValueEver)
+	}
+	if c.MaxState < 0 {
+		return c, fmt.Errorf("%w: MaxState %d is negative", ErrInvalid, c.MaxState)
 	}
 	if c.Timeout < 0 {
 		return c, fmt.Errorf("%w: Timeout %v is negative", ErrInvalid, c.Timeout)

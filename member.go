@@ -1147,8 +1147,9 @@ type Status struct {
 	// Hash is of the state at AppliedIndex, read together with it: members with the same AppliedIndex have the same Hash.
 	Hash string
 
-	Verified      bool // the check of snap that began at Open has ended well
-	MemoryDropped bool // the state has outgrown Config.Memory, and reads go to SQLite
+	Size          int64 // bytes of all keys and values at AppliedIndex, which Config.MaxState limits
+	Verified      bool  // the check of snap that began at Open has ended well
+	MemoryDropped bool  // the state has outgrown Config.Memory, and reads go to SQLite
 
 	// Fsync is how long this member's writes to its log take, with their fsync: the median of the last five. 0 = none yet.
 	Fsync time.Duration
@@ -1182,7 +1183,7 @@ func (s *Service) Status() Status {
 	r := s.raft.Load()
 	st := Status{ID: s.ident().id, Addr: s.conf.Addr, Cluster: s.ident().cluster, Role: s.role(),
 		Term: r.CurrentTerm(), LastIndex: r.LastIndex(), CommitIndex: r.CommitIndex(),
-		AppliedIndex: m.applied, Revision: m.revision, Hash: m.stateHash()}
+		AppliedIndex: m.applied, Revision: m.revision, Size: int64(m.bytes), Hash: m.stateHash()}
 	st.LeaderID, st.LeaderAddr = s.leader()
 	st.LeaderSince = instant(s.reign.since(st.LeaderID))
 	st.Fsync, st.Format = s.wal.fsync(), m.format

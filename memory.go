@@ -44,6 +44,13 @@ func (i *item) hashOrZero() uint64 {
 	return i.hash
 }
 
+func (i *item) rowOrZero() row {
+	if i == nil {
+		return row{}
+	}
+	return i.row
+}
+
 // A change is what one commit did to a key; nil means that there is no such row.
 type change struct {
 	key      string

@@ -189,6 +189,9 @@ func (s *Service) write(ctx context.Context, tx ...op) (result, error) {
 	if err := s.refusesWrites(); err != nil {
 		return result{}, notApplied(err)
 	}
+	if err := s.checkState(tx); err != nil {
+		return result{}, notApplied(err)
+	}
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
 	began := time.Now()
@@ -229,6 +232,42 @@ func (s *Service) check(tx transaction) error {
 		return &LimitError{What: "transaction bytes beside the one value", Limit: maxBeside, Got: int64(size - valueBytes)}
 	}
 	return checkOnce(tx)
+}
+
+// checkState refuses a transaction that would make the state larger than Config.MaxState, as far as the state is known here. One
+// whose conditions do not hold here makes nothing larger. Apply asks for no size: all members must do the same, and this limit is each
+// one's own.
+func (s *Service) checkState(tx transaction) error {
+	limit, size, more := s.conf.MaxState, int64(s.store.meta().bytes), int64(0)
+	if limit == 0 {
+		return nil
+	}
+	for _, o := range tx {
+		if o.kind == opSet {
+			more += int64(len(o.key) + len(o.value))
+		}
+	}
+	if more == 0 || size+more <= limit { // the usual case, in which no row is read
+		return nil
+	}
+	for _, o := range tx {
+		if o.kind == opAllow || o.kind == opDisallow {
+			continue
+		}
+		it, err := s.item(o.key)
+		switch {
+		case err != nil:
+			return err
+		case o.kind.condition() && !holds(o, it.rowOrZero(), it != nil):
+			return nil
+		case o.kind.effect() && it != nil:
+			more -= int64(len(o.key) + len(it.value))
+		}
+	}
+	if more <= 0 || size+more <= limit {
+		return nil
+	}
+	return &LimitError{What: "state bytes", Limit: limit, Got: size + more}
 }
 
 // checkOnce: no two effects on one key.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -565,5 +566,110 @@ func BenchmarkWrite(b *testing.B) {
 				must(b, c.write())
 			}
 		})
+	}
+}
+
+// The size of the state is right at every moment, with the rows in memory and without, and a write is refused exactly if it would
+// make it larger than the limit.
+func TestMaxState(t *testing.T) {
+	t.Parallel()
+	for name, memory := range map[string]int64{"rows in memory": 0, "rows in the file": -1} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			conf := Config{Dir: filepath.Join(t.TempDir(), "data"), Memory: memory, MaxState: 100}
+			s, err := Open(t.Context(), conf)
+			must(t, err)
+			defer func() { s.Close() }()
+			must(t, s.Ready(ctxFor(t, patience)))
+			ctx := ctxFor(t, patience)
+			refused := func(words string, err error, got int64) {
+				t.Helper()
+				var limit *LimitError
+				if !errors.Is(err, ErrTooLarge) || !errors.Is(err, ErrNotApplied) || !errors.As(err, &limit) || *limit != (LimitError{"state bytes", 100, got}) {
+					t.Errorf("%s: %v", words, err)
+				}
+			}
+			size := func(want int64) {
+				t.Helper()
+				got, err := ask(t, s, "SELECT coalesce(sum(octet_length(key) + octet_length(value)), 0) FROM kv")
+				must(t, err)
+				if st := s.Status(); st.Size != want || got[0] != fmt.Sprint(want) {
+					t.Errorf("size %d, want %d, and the rows have %s", st.Size, want, got)
+				}
+			}
+			size(0)
+			must(t, s.Set(ctx, "é", make([]byte, 58)))
+			must(t, s.Set(ctx, "b", make([]byte, 39)))
+			size(100)
+			refused("one byte more", s.Set(ctx, "c", nil), 101)
+			refused("a larger value", s.Set(ctx, "b", make([]byte, 40)), 101)
+			_, err = s.Exec(ctx, Delete("b"), Set("c", make([]byte, 40)))
+			refused("more than is deleted", err, 101)
+			_, err = s.Update(ctx, "b", func(old Entry) ([]byte, error) { return append(old.Value, 1), nil })
+			refused("Update", err, 101)
+			must(t, s.AddAllowedMember(ctx, "127.0.0.1:9"))
+			if err := s.Insert(ctx, "b", make([]byte, 40)); err != ErrUnsatisfied {
+				t.Errorf("an Insert that makes nothing larger: %v", err)
+			}
+			must(t, s.Set(ctx, "b", make([]byte, 39)))
+			_, err = s.Exec(ctx, Delete("b"), Set("c", make([]byte, 39)))
+			must(t, err)
+			size(100)
+			must(t, s.Close())
+			s, err = Open(t.Context(), conf)
+			must(t, err)
+			must(t, s.Ready(ctxFor(t, patience)))
+			size(100)
+			refused("after a restart", s.Set(ctx, "d", nil), 101)
+			must(t, s.Close())
+			conf.MaxState = 50 // it is larger than that now
+			s, err = Open(t.Context(), conf)
+			must(t, err)
+			must(t, s.Ready(ctxFor(t, patience)))
+			must(t, s.Set(ctx, "é", make([]byte, 58)))
+			must(t, s.Set(ctx, "é", make([]byte, 50)))
+			must(t, s.Delete(ctx, "c"))
+			size(52)
+			must(t, s.Delete(ctx, "none"))
+			if err := s.Set(ctx, "c", nil); !errors.Is(err, ErrTooLarge) {
+				t.Errorf("error %v", err)
+			}
+			must(t, s.Delete(ctx, "é"))
+			must(t, s.Set(ctx, "c", nil))
+			size(1)
+		})
+	}
+	_, err := Open(t.Context(), Config{Dir: t.TempDir(), MaxState: -1})
+	is(t, err, ErrInvalid)
+}
+
+// A member that applied the log of others, and one that was sent a state, know its size.
+func TestSizeAfterARebuild(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1, func(c *Config) { c.segment = 16 << 10 })
+	for i := range 40 {
+		must(t, c[0].s.Set(ctxFor(t, patience), fmt.Sprint("k", i%7), make([]byte, 100*i)))
+	}
+	m := newMember(t, c[0].conf.Addr)
+	m.conf.Memory = -1
+	must(t, c[0].s.AddAllowedMember(ctxFor(t, patience), m.conf.Addr))
+	m.start()
+	c = append(c, m)
+	c.awaitVoters(t, 2)
+	c.awaitEqual(t)
+	want := int64(7 * 2)
+	for i := 33; i < 40; i++ {
+		want += int64(100 * i)
+	}
+	for _, m := range c {
+		if got := m.s.Status().Size; got != want {
+			t.Errorf("%s says %d, want %d", m.conf.Addr, got, want)
+		}
+	}
+	f := c.follower(t)
+	f.s.distrust(errForeign)
+	eventually(t, patience, "a rebuilt state", f.s.Err)
+	if got := f.s.Status().Size; got != want {
+		t.Errorf("after a rebuild %d, want %d", got, want)
 	}
 }
