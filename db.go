@@ -48,7 +48,8 @@
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), handover.go (who
-// leads when the leader should not), identity.go (who this member is), recover.go (how a directory comes to life), copy.go (how a state
+// leads when the leader should not), identity.go (who this member is), recover.go (how a directory comes to life), founding.go (how
+// members begin together), copy.go (how a state
 // travels), restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
 // reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), certificate.go (how long certificates are valid), journal.go (what is logged of the others),
 // slog.go (what raft says), logqueue.go (how lines reach the caller).
@@ -132,6 +133,20 @@ type Config struct {
 	// asked in turn, this member's own is passed over), or a load balancer in front of them. Each try is a new connection. Empty:
 	// begin a new cluster. Ignored once Dir holds state, so it can always be given.
 	Join string
+	// Bootstrap makes a first start that can be repeated: the addresses of the members that begin the cluster together, the same list
+	// on each of them and at every start, in any order. It is ignored once Dir holds state, that of Restore too; a start that was
+	// ended while the founders waited goes on. Where a cluster answers at one of the addresses, this member joins it. Otherwise all
+	// wait until each of them answers with the same list and an empty directory; then the smallest address begins the cluster, and
+	// the others are allowed to join. A member whose Addr is not in the list only ever joins.
+	//
+	// Open returns at once, as nothing listens on Addr yet. Until this member has a cluster, Ready says who is missing, Err shows what
+	// no waiting mends, Status.ID is empty, and calls wait as long as their contexts last. No write and no linearizable read is
+	// answered before a majority of these addresses vote, so that nothing acknowledged rests on one disk. From then on a founder
+	// whose directory was lost starts with an empty one and is a member again. All directories empty at once are a first start. Once
+	// the members have moved away from these addresses, take Bootstrap away: empty directories there would begin another cluster.
+	//
+	// ErrInvalid with Join, without Addr, with a duplicate, and with more than 64 addresses.
+	Bootstrap []string
 	// Client carries every request to a peer, and with it the TLS identity. nil is http.DefaultClient. It is used through a
 	// copy that has no Timeout and follows no redirect. Where its Transport is nil too and http.DefaultTransport is a plain
 	// *http.Transport, what a write waits for takes connections of its own, dialed as that one would.
@@ -206,6 +221,7 @@ type Service struct {
 	relief  relief
 	fitness chan struct{} // has room for one: this member's fitness to lead may have changed
 
+	founding   *founding  // set by Open, if this member has no cluster yet and Config.Bootstrap; else nil
 	strangers  strangers  // other clusters that call this address
 	confirming sync.Mutex // held by the one caller that has a quorum confirm the leader for an outsider
 
@@ -279,6 +295,9 @@ func (c Config) resolve() (Config, error) {
 		if c.Join, err = bootAddr(c.Join, c.TLS); err != nil {
 			return c, err
 		}
+	}
+	if c.Bootstrap, err = c.founders(); err != nil {
+		return c, err
 	}
 	if c.MaxValue < 0 || c.MaxValue > maxValueEver {
 		return c, fmt.Errorf("%w: MaxValue %d, it can be at most %d", ErrInvalid, c.MaxValue, maxValueEver)
@@ -355,6 +374,7 @@ func (s *Service) startBackground() {
 		s.running.Go(s.batch.carry)
 	}
 	s.running.Go(func() {
+		s.awaitFounders()
 		s.awaitRaise()
 		s.batch.keepSession()
 	})
@@ -367,6 +387,9 @@ func (s *Service) startBackground() {
 	s.running.Go(s.announce)
 	s.running.Go(s.watchHealth)
 	s.running.Go(s.askStrangers)
+	if s.founding != nil {
+		s.running.Go(s.found)
+	}
 	s.running.Go(s.watchReach)
 	s.running.Go(s.watchPace)
 	s.running.Go(s.watchFitness)
@@ -564,7 +587,7 @@ func (s *Service) catchUp(ctx context.Context) error {
 			return err
 		}
 		changed := s.changes.wait()
-		rd, err := s.reads.join(ctx)
+		rd, err := s.acknowledgedRound(ctx)
 		if err == nil {
 			if err := s.awaitApplied(ctx, rd.index, rd.term); err != nil {
 				return fmt.Errorf("waiting for index %d, this member is at %d: %w", rd.index, s.fsm.applied.at(), err)

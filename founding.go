@@ -19,11 +19,17 @@ package quorate
 // All founders' directories emptied at once are a first start, for there is nobody who could know better.
 
 import (
+	"cmp"
+	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -33,6 +39,7 @@ const (
 	maxFounders    = 64
 	foundingSoon   = 20 * time.Millisecond // after a first pass, and then twice as long each time, up to
 	foundingPace   = 200 * time.Millisecond
+	foundingIdle   = time.Second      // while somebody is silent
 	refusedPace    = 10 * time.Second // to an answer that only a person can change
 	foundingWait   = time.Second      // for an answer
 	foundingLength = 3                // entries of a founded log: see firstEntries
@@ -69,7 +76,8 @@ const (
 // A step is what to do after a pass.
 type step struct {
 	kind  stepKind
-	at    []string // stepJoin: where the cluster answers
+	to    string   // stepJoin: the cluster
+	at    []string // stepJoin: where it answers
 	fault error    // stepWait: what no waiting mends
 	words string   // stepWait: what is missing
 }
@@ -93,7 +101,7 @@ func (f founder) decide(pass []heard) step {
 			if len(at) == 0 {
 				return step{words: fmt.Sprintf("cluster %s has admitted this member, and no founder answers for it: %s", shortID(c), troubles(pass))}
 			}
-			return step{kind: stepJoin, at: at}
+			return step{kind: stepJoin, to: c, at: at}
 		}
 	}
 	return step{fault: f.twoClusters(clusters)}
@@ -206,4 +214,340 @@ func checkFounders(given []string) ([]string, error) {
 	}
 	slices.Sort(list)
 	return list, nil
+}
+
+// founders is Config.Bootstrap in its one form, if it may be given beside the rest.
+func (c Config) founders() ([]string, error) {
+	switch {
+	case len(c.Bootstrap) == 0:
+		return nil, nil
+	case c.Join != "":
+		return nil, fmt.Errorf("%w: Bootstrap and Join are two ways to a first start: give one of them", ErrInvalid)
+	case c.Addr == "":
+		return nil, fmt.Errorf("%w: a member without Addr has no network and can't begin a cluster with %s: give the address at which peers reach it",
+			ErrInvalid, strings.Join(c.Bootstrap, ", "))
+	}
+	return checkFounders(c.Bootstrap)
+}
+
+// founding is the way of this member to its cluster.
+type founding struct {
+	asking atomic.Bool   // see founder
+	over   chan struct{} // closed when this member has a cluster
+
+	mu    sync.Mutex // guards words
+	words string     // what is missing
+
+	patience time.Time // the founding goroutine's: whoever has refused this member is not asked before
+	refusal  error     // its, too: what they said
+}
+
+// say keeps what is missing, and tells the log when it is another thing than before.
+func (s *Service) say(words string) {
+	f := s.founding
+	f.mu.Lock()
+	was := f.words
+	f.words = words
+	f.mu.Unlock()
+	if words != "" && gist(errors.New(was)) != gist(errors.New(words)) {
+		s.log.Info("not a member of a cluster yet", "waiting for", words)
+	}
+}
+
+func (f *founding) missing() string {
+	select {
+	case <-f.over:
+		return ""
+	default:
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return cmp.Or(f.words, "this member looks for the other founders")
+}
+
+// bootBases are the base URLs at which this member's Config says that a cluster may answer.
+func (s *Service) bootBases() []string {
+	if s.conf.Join != "" {
+		return []string{s.conf.Join}
+	}
+	var list []string
+	for _, addr := range s.conf.Bootstrap {
+		if addr != s.conf.Addr {
+			list = append(list, baseURL(addr, s.conf.TLS))
+		}
+	}
+	return list
+}
+
+// beginFounding is Open's part: it leaves an id that is to join. An id that was to begin a cluster and never did is not used for
+// anything else, as in enter: what it was to begin with may have another list by now.
+func (s *Service) beginFounding() error {
+	s.founding = &founding{over: make(chan struct{})}
+	if s.ident().intent == intentJoin {
+		return nil
+	}
+	return s.changeIdentity(func(ident *identity) { *ident = identity{id: newID(), intent: intentJoin} })
+}
+
+// founder is what this member knows of itself. The order of the two looks matters: a call that has admitted this member has put the
+// cluster into its identity before it ends.
+func (s *Service) founder() founder {
+	f := founder{addr: s.conf.Addr, list: s.conf.Bootstrap, asking: s.founding != nil && s.founding.asking.Load()}
+	ident := s.ident()
+	f.id, f.admitted = ident.id, ident.cluster
+	return f
+}
+
+// found goes on until this member has a cluster.
+func (s *Service) found() {
+	for pause := foundingSoon; ; pause *= 2 {
+		pass := s.askFounders()
+		most := foundingPace
+		if slices.ContainsFunc(pass, func(h heard) bool { return h.err != nil }) {
+			most = foundingIdle
+		}
+		if s.takeStep(s.founder().decide(pass)) {
+			s.faults.set(faultFounding, nil)
+			close(s.founding.over)
+			s.changes.notify()
+			return
+		}
+		pause = min(pause, most)
+		select {
+		case <-time.After(pause):
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+// takeStep tells whether this member has its cluster now.
+func (s *Service) takeStep(next step) bool {
+	f := s.founding
+	switch {
+	case s.hasState():
+		return true // the leader that had admitted it has come first
+	case next.kind == stepFound:
+		return s.beginCluster()
+	case next.kind == stepJoin && time.Now().After(f.patience):
+		f.asking.Store(true)
+		err := s.askToEnter(next)
+		f.asking.Store(false)
+		if err == nil || s.hasState() {
+			return true
+		}
+		next.words = fmt.Sprintf("cluster %s answers at %s, and has not admitted this member: %v", shortID(next.to), strings.Join(next.at, ", "), err)
+		f.refusal, f.patience = s.refusedForGood(err), time.Time{}
+		if f.refusal != nil {
+			f.patience = time.Now().Add(refusedPace)
+		}
+		next.fault = f.refusal
+	case next.kind == stepJoin:
+		next.fault = f.refusal
+	}
+	if s.ctx.Err() != nil {
+		return false
+	}
+	if next.fault != nil && next.words == "" {
+		next.words = next.fault.Error()
+	}
+	s.say(next.words)
+	s.faults.set(faultFounding, next.fault)
+	return false
+}
+
+// hasState: the cluster's leader has reached this member.
+func (s *Service) hasState() bool { return s.ident().cluster != "" && s.store.meta().applied > 0 }
+
+// askFounders is one pass: each of the others is asked once, at the same time. A cluster that has proved that it knows this member's
+// address is heard too, wherever it answers.
+func (s *Service) askFounders() []heard {
+	ctx, cancel := context.WithTimeout(s.ctx, foundingWait)
+	defer cancel()
+	pass := make([]heard, len(s.conf.Bootstrap))
+	var all sync.WaitGroup
+	for i, addr := range s.conf.Bootstrap {
+		all.Go(func() {
+			base := baseURL(addr, s.conf.TLS)
+			a, err := s.peer.status(ctx, base)
+			pass[i] = heard{addr: addr, status: a, err: explain(err, base)}
+		})
+	}
+	all.Wait()
+	pass = slices.DeleteFunc(pass, func(h heard) bool { // what this member says of itself is known
+		return h.addr == s.conf.Addr && (h.err != nil || h.status.ID == s.ident().id)
+	})
+	if p, ok := s.strangers.proved(); ok {
+		pass = append(pass, heard{addr: p.addr, status: statusAnswer{Cluster: p.cluster}})
+	}
+	return pass
+}
+
+// askToEnter asks to be admitted by way of each address at which the cluster answers.
+func (s *Service) askToEnter(next step) (err error) {
+	for _, addr := range next.at {
+		j := joining{s: s, base: baseURL(addr, s.conf.TLS), answers: make(map[string]error)}
+		var a joinAnswer
+		a, err = j.ask(s.ctx, "", false)
+		if err == nil && a.Cluster != next.to {
+			err = fmt.Errorf("%w: admitted to cluster %s instead of %s", errFrame, shortID(a.Cluster), shortID(next.to))
+		}
+		if err == nil {
+			return s.admitted(a)
+		}
+		if s.refusedForGood(err) != nil || s.ctx.Err() != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// admitted makes this member one of the cluster that has let it in.
+func (s *Service) admitted(a joinAnswer) error {
+	return s.changeIdentity(func(ident *identity) { ident.cluster, ident.founders = a.Cluster, strings.Join(a.Founders, ",") })
+}
+
+// beginCluster makes this member the first of a new cluster, under a new id: the old one was to join, and an id is used for one
+// thing. Nobody has seen the new one before the cluster lives. It can be done again after an error at any step.
+func (s *Service) beginCluster() bool {
+	for {
+		err := s.tryBegin()
+		if err == nil {
+			s.log.Info("this member has begun the founders' cluster", "cluster", shortID(s.ident().cluster), "founders", s.conf.Bootstrap)
+			return true
+		}
+		if s.ctx.Err() != nil {
+			return false
+		}
+		s.say(err.Error())
+		s.faults.set(faultFounding, err)
+		select {
+		case <-time.After(foundingIdle):
+		case <-s.ctx.Done():
+			return false
+		}
+	}
+}
+
+func (s *Service) tryBegin() error {
+	s.raftMu.Lock()
+	defer s.raftMu.Unlock()
+	if s.ctx.Err() != nil {
+		return ErrClosed
+	}
+	select {
+	case <-s.endRaftLocked(): // it runs under the old id, on an empty log
+	case <-s.ctx.Done():
+		return ErrClosed
+	}
+	err := s.changeIdentity(func(ident *identity) {
+		*ident = identity{id: newID(), cluster: newID(), intent: intentBootstrap, founders: strings.Join(s.conf.Bootstrap, ",")}
+	})
+	if err == nil {
+		err = s.bootstrap(s.ctx)
+	}
+	if err == nil {
+		err = s.startRaftLocked(s.ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("begin the founders' cluster: %w", err)
+	}
+	return nil
+}
+
+// firstEntries are the log of a new cluster: its only member, and where founders have begun it, that the others may join, once: an
+// address that is removed later is not let in again by any start.
+func firstEntries(ident identity, addr string) []*raft.Log {
+	c := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(ident.id), Address: raft.ServerAddress(addr)}}}
+	list := []*raft.Log{{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)}}
+	var allow [][]byte
+	for _, other := range ident.foundersList() {
+		if other != addr {
+			allow = append(allow, appendTransaction(nil, transaction{{kind: opAllow, key: other}}))
+		}
+	}
+	if allow == nil {
+		return list
+	}
+	var nonce [16]byte
+	rand.Read(nonce[:])
+	return append(list,
+		&raft.Log{Index: 2, Term: 1, Type: raft.LogCommand, Data: encodeOpen(firstFormat, nonce)},
+		&raft.Log{Index: foundingLength, Term: 1, Type: raft.LogCommand, Data: encodeBatch(firstFormat, 2, 1, 0, allow)})
+}
+
+// --- the hold
+
+// held: a majority of the founders do not vote yet, as far as this member knows.
+func (s *Service) held() bool { return s.ident().founders != "" }
+
+// awaitFounders waits until this member has a cluster, and a majority of its founders have voted. After that it writes for its callers.
+func (s *Service) awaitFounders() {
+	if f := s.founding; f != nil {
+		select {
+		case <-f.over:
+		case <-s.ctx.Done():
+		}
+	}
+	for s.held() && s.ctx.Err() == nil {
+		at := s.fsm.applied.at()
+		if !s.foundersVote() {
+			s.fsm.applied.wait(s.ctx, at+1)
+			continue
+		}
+		if err := s.changeIdentity(func(ident *identity) { ident.founders = "" }); err != nil {
+			s.log.Error("note in id that a majority of the founders vote", "error", err)
+			select {
+			case <-time.After(time.Second):
+			case <-s.ctx.Done():
+			}
+		}
+	}
+	s.changes.notify()
+}
+
+// foundersVote: a majority of the founders vote by now, or did: a member that was away meanwhile may find that they have all moved.
+// Then somebody has opened a session, which nobody does, and no leader lets happen, before.
+func (s *Service) foundersVote() bool {
+	have, need := votes(s.ident().foundersList(), s.fsm.members.Load().config)
+	return have >= need || s.fsm.openedAfter(foundingLength)
+}
+
+// awaitsFounders says what keeps this member from acknowledging anything, "" if founders have nothing to do with it.
+func (s *Service) awaitsFounders() string {
+	if f := s.founding; f != nil {
+		if words := f.missing(); words != "" {
+			return words
+		}
+	}
+	founders := s.ident().foundersList()
+	if len(founders) == 0 {
+		return ""
+	}
+	c := s.fsm.members.Load().config
+	have, need := votes(founders, c)
+	var missing []string
+	for _, addr := range founders {
+		if !slices.ContainsFunc(voters(c), func(v raft.Server) bool { return string(v.Address) == addr }) {
+			missing = append(missing, addr)
+		}
+	}
+	return fmt.Sprintf("%d of %d founders vote, and %d must before anything is acknowledged: %s not yet (to begin anew with others, empty "+
+		"all of these directories)", have, len(founders), need, strings.Join(missing, ", "))
+}
+
+// refuseHeld is the leader's answer to a write or a read that another member forwards too early.
+func (s *Service) refuseHeld() error {
+	if !s.held() {
+		return nil
+	}
+	return refuse(http.StatusServiceUnavailable, codeNotReady, "%s", s.awaitsFounders())
+}
+
+// acknowledgedRound is a read round for a caller of this member.
+func (s *Service) acknowledgedRound(ctx context.Context) (landing, error) {
+	if words := s.awaitsFounders(); words != "" {
+		return landing{}, fmt.Errorf("%w: %s", ErrNoLeader, words)
+	}
+	return s.reads.join(ctx)
 }

@@ -1,12 +1,17 @@
 package quorate
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -405,4 +410,100 @@ func TestFoundingModel(t *testing.T) {
 			t.Errorf("%s %d times", what, total[what])
 		}
 	}
+}
+
+// --- real members
+
+// founders starts members with one list, which is theirs unless it is given.
+func (c *script) founders(names string, list ...string) {
+	c.t.Helper()
+	if list == nil {
+		list = strings.Split(names, "")
+	}
+	for i := range list {
+		list[i] += ".test:7001"
+	}
+	c.change = func(conf *Config) { conf.Bootstrap = list }
+	for name := range strings.SplitSeq(names, "") {
+		c.obey("start " + name)
+	}
+}
+
+// whole waits until these members are one cluster of so many voters that takes writes.
+func (c *script) whole(names string, voters int) {
+	c.t.Helper()
+	for name := range strings.SplitSeq(names, "") {
+		c.obey("await ready " + name)
+	}
+	c.obey(fmt.Sprint("await voters ", voters))
+	first := c.member(names[:1]).s.Status().Cluster
+	for name := range strings.SplitSeq(names, "") {
+		m := c.member(name)
+		if st := m.s.Status(); st.Cluster != first || st.ID == "" {
+			c.t.Errorf("%s has id %s in cluster %s, the first one is in %s", name, st.ID, st.Cluster, first)
+		}
+		must(c.t, c.serves(m))
+		c.idFormat(m, identityFirst)
+	}
+	c.obey("await equal")
+}
+
+// idFormat waits until the id file is in a format.
+func (c *script) idFormat(m *scriptMember, want int) {
+	c.t.Helper()
+	words := fmt.Sprintf("quorate member %d\n", want)
+	if got := c.poll(ctxFor(c.t, 5*time.Second), func() error {
+		if data, err := os.ReadFile(filepath.Join(m.conf.Dir, "id")); err != nil || !strings.HasPrefix(string(data), words) {
+			return fmt.Errorf("%s: %v\n%s", m.name, err, data)
+		}
+		return nil
+	}); got != "ok" {
+		c.t.Error(got)
+	}
+}
+
+// wipe empties a member's directory, as a lost disk does.
+func (c *script) wipe(name string) {
+	c.t.Helper()
+	if m := c.member(name); m.s != nil {
+		c.obey("kill " + name)
+	}
+	must(c.t, os.RemoveAll(c.member(name).conf.Dir))
+}
+
+// waits: a member has no cluster, its calls wait as long as they may, and its Ready says these words.
+func (c *script) waits(name string, words ...string) {
+	c.t.Helper()
+	s := c.member(name).s
+	began := time.Now()
+	ctx := ctxFor(c.t, 2*time.Second)
+	ready := s.Ready(ctx)
+	ctx = ctxFor(c.t, time.Second)
+	set := s.Set(ctx, "k", nil)
+	_, get := s.Get(ctxFor(c.t, time.Second), "k")
+	if !errors.Is(ready, context.DeadlineExceeded) || !errors.Is(set, ErrNotApplied) || !errors.Is(set, context.DeadlineExceeded) ||
+		!errors.Is(get, ErrNoLeader) || time.Since(began) != 4*time.Second {
+		c.t.Errorf("%s after %v: Ready %v, Set %v, Get %v", name, time.Since(began), ready, set, get)
+	}
+	for _, word := range words {
+		for what, err := range map[string]error{"Ready": ready, "Set": set, "Get": get} {
+			if err == nil || !strings.Contains(err.Error(), word) {
+				c.t.Errorf("%s of %s says %v, without %q", what, name, err, word)
+			}
+		}
+	}
+}
+
+func TestFounders(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		began := time.Now()
+		c.founders("cab", "b", "c", "a")
+		c.whole("abc", 3)
+		if d := time.Since(began); d > 4*time.Second {
+			t.Errorf("the first start took %v", d)
+		}
+	})
 }

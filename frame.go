@@ -114,6 +114,7 @@ type joinAnswer struct {
 	LeaderID   string       `json:"leaderid"`
 	LeaderAddr string       `json:"leaderaddr"`
 	Members    []memberAddr `json:"members"`
+	Founders   []string     `json:"founders,omitempty"` // nothing is acknowledged before a majority of these vote: see founding.go
 }
 
 type memberAddr struct {

@@ -135,6 +135,18 @@ func (f *fsm) reload() error {
 	return nil
 }
 
+// openedAfter tells whether a session was opened by an entry behind this index.
+func (f *fsm) openedAfter(index uint64) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for id := range f.sessions {
+		if id > index {
+			return true
+		}
+	}
+	return false
+}
+
 // Apply exists for the interface; raft calls ApplyBatch.
 func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 

@@ -47,6 +47,7 @@ const (
 	faultSlow
 	faultStranger
 	faultExpired
+	faultFounding
 	faultKinds
 )
 
@@ -90,6 +91,7 @@ var faultTable = [faultKinds]struct {
 	faultSlow:       {"the log of the leader is slow, and a majority of the others is faster", unfit, "a minute, doubled each time up to ten, and appends of under 1 s"},
 	faultStranger:   {"another cluster has this address", notReady | inErr | refusesWrites | refusesReads, "`RemoveMember` there; 15 s without proof"},
 	faultExpired:    {"this member's certificate has ended", inErr, "one that is valid: seen within a minute, on its server within an hour"},
+	faultFounding:   {"founders disagree, or may not join", notReady | inErr, "one list, one cluster, or `AddAllowedMember`"},
 }
 
 type faults struct {
@@ -347,10 +349,12 @@ func (s *Service) checkRemoved() {
 	for _, m := range s.others() {
 		bases = append(bases, baseURL(s.addressOf(m), s.conf.TLS))
 	}
-	if len(bases) == 0 && s.conf.Join != "" { // admitted, and removed before anybody reached it
-		bases = append(bases, s.conf.Join)
-		if a, err := s.askBoot(ctx, s.conf.Join); err == nil && a.LeaderAddr != "" {
-			bases = append(bases, baseURL(a.LeaderAddr, s.conf.TLS))
+	if len(bases) == 0 && s.ident().cluster != "" { // admitted, and removed before anybody reached it
+		for _, base := range s.bootBases() {
+			bases = append(bases, base)
+			if a, err := s.askBoot(ctx, base); err == nil && a.LeaderAddr != "" {
+				bases = append(bases, baseURL(a.LeaderAddr, s.conf.TLS))
+			}
 		}
 	}
 	for _, base := range bases {
@@ -570,6 +574,9 @@ func (s *Service) forgive() error {
 func (s *Service) diagnose(ctx context.Context) string {
 	if err := s.faults.err(); err != nil {
 		return err.Error()
+	}
+	if words := s.awaitsFounders(); words != "" {
+		return words
 	}
 	caller := ctx
 	ctx, cancel := context.WithTimeout(ctx, time.Second)

@@ -35,13 +35,28 @@ const (
 	intentMember    intent = "member" // it has state, and has made promises with it
 )
 
-// identityFormat is the newest id file that this code reads and the one that it writes.
-const identityFormat = 1
+// Formats of the id file. One without founders is written in the first, so that any release reads it; a release that knows no
+// founders must not open a directory in which nothing may be acknowledged yet.
+const (
+	identityFirst  = 1
+	identityFormat = 2 // with founders, and the newest that this code reads
+)
 
 type identity struct {
 	id      string // 32 lower-case hex digits; never reused: a wiped directory gets a new one
 	cluster string // likewise; "" until a joiner was admitted
 	intent  intent
+
+	// Nothing is acknowledged before a majority of these addresses, with commas between, vote. "" = that was so once, or was never
+	// asked for.
+	founders string
+}
+
+func (id identity) foundersList() []string {
+	if id.founders == "" {
+		return nil
+	}
+	return strings.Split(id.founders, ",")
 }
 
 // newID returns 128 random bits as 32 hex digits.
@@ -56,6 +71,9 @@ func validID(s string) bool {
 }
 
 func (id identity) valid() bool {
+	if list, err := checkFounders(id.foundersList()); err != nil || strings.Join(list, ",") != id.founders {
+		return false
+	}
 	return validID(id.id) && (id.cluster == "" || validID(id.cluster)) && (id.intent == intentBootstrap || id.intent == intentJoin || id.intent == intentMember)
 }
 
@@ -65,6 +83,7 @@ func (id identity) valid() bool {
 //	id 5f0c…
 //	cluster 91ab…           or - while it is not known
 //	intent bootstrap        or join, and member once there is state
+//	founders a:1,b:1,c:1    only until a majority of them vote, and in format 2: see founding.go
 //	sum 1c9e0f66a2b7d310    the first 16 digits of: head -n -1 id | sha256sum
 //
 // The first line and the last keep this form in every format: a flipped bit in the format's number is damage, not news.
@@ -73,7 +92,11 @@ func encodeIdentity(id identity) []byte {
 	if cluster == "" {
 		cluster = "-"
 	}
-	body := fmt.Sprintf("quorate member %d\nid %s\ncluster %s\nintent %s\n", identityFormat, id.id, cluster, id.intent)
+	format, founders := identityFirst, ""
+	if id.founders != "" {
+		format, founders = identityFormat, "founders "+id.founders+"\n"
+	}
+	body := fmt.Sprintf("quorate member %d\nid %s\ncluster %s\nintent %s\n%s", format, id.id, cluster, id.intent, founders)
 	return []byte(body + "sum " + identitySum(body) + "\n")
 }
 
@@ -97,7 +120,10 @@ func decodeIdentity(data []byte) (identity, error) {
 		return identity{}, fmt.Errorf("%w: id file of format %d, and this build reads up to %d", ErrFormat, format, identityFormat)
 	}
 	var id identity
-	_, err := fmt.Sscanf(text[:at], "quorate member 1\nid %s\ncluster %s\nintent %s\n", &id.id, &id.cluster, &id.intent)
+	_, err := fmt.Sscanf(text[:at], "quorate member %d\nid %s\ncluster %s\nintent %s\n", &format, &id.id, &id.cluster, &id.intent)
+	if _, list, ok := strings.Cut(text[:at], "\nfounders "); ok {
+		id.founders = strings.TrimSuffix(list, "\n")
+	}
 	if id.cluster == "-" {
 		id.cluster = ""
 	}

@@ -30,8 +30,9 @@ import (
 )
 
 var (
-	bootIdentity = identity{id: "00112233445566778899aabbccddeeff", cluster: "ffeeddccbbaa99887766554433221100", intent: intentBootstrap}
-	joinIdentity = identity{id: "0123456789abcdef0123456789abcdef", intent: intentJoin}
+	bootIdentity  = identity{id: "00112233445566778899aabbccddeeff", cluster: "ffeeddccbbaa99887766554433221100", intent: intentBootstrap}
+	joinIdentity  = identity{id: "0123456789abcdef0123456789abcdef", intent: intentJoin}
+	foundIdentity = identity{id: bootIdentity.id, cluster: bootIdentity.cluster, intent: intentMember, founders: "a.test:1,b.test:1,c.test:1"}
 )
 
 func TestNewID(t *testing.T) {
@@ -46,7 +47,7 @@ func TestIdentityRoundTrip(t *testing.T) {
 	if id, ok, err := readIdentity(dir); id != (identity{}) || ok || err != nil {
 		t.Fatalf("empty directory: %v, %v, %v", id, ok, err)
 	}
-	for _, want := range []identity{joinIdentity, bootIdentity} {
+	for _, want := range []identity{joinIdentity, bootIdentity, foundIdentity} {
 		if err := writeIdentity(dir, want); err != nil {
 			t.Fatal(err)
 		}
@@ -77,7 +78,7 @@ sum 1638910c365d5299
 }
 
 func TestIdentityEveryBitFlipIsNoticed(t *testing.T) {
-	for _, id := range []identity{bootIdentity, joinIdentity} {
+	for _, id := range []identity{bootIdentity, joinIdentity, foundIdentity} {
 		good := encodeIdentity(id)
 		for bit := range len(good) * 8 {
 			bad := bytes.Clone(good)
@@ -126,7 +127,7 @@ func TestIdentityDamaged(t *testing.T) {
 
 func TestIdentityOfNewerFormat(t *testing.T) {
 	dir := t.TempDir()
-	putFile(t, filepath.Join(dir, "id"), summed("quorate member 2\nsomething new\n"))
+	putFile(t, filepath.Join(dir, "id"), summed("quorate member 3\nsomething new\n"))
 	_, ok, err := readIdentity(dir)
 	if !errors.Is(err, ErrFormat) || errors.Is(err, ErrCorrupt) || ok {
 		t.Errorf("got %v, %v", ok, err)
@@ -223,7 +224,7 @@ func TestWriteIdentityKilled(t *testing.T) {
 }
 
 func FuzzIdentity(f *testing.F) {
-	for _, id := range []identity{bootIdentity, joinIdentity} {
+	for _, id := range []identity{bootIdentity, joinIdentity, foundIdentity} {
 		f.Add(encodeIdentity(id), uint(0))
 		f.Add(encodeIdentity(id)[:40], uint(100))
 	}
@@ -774,7 +775,7 @@ func TestIdentityChild(t *testing.T) {
 	case "write":
 		go func() {
 			for i := 0; ; i++ {
-				for _, id := range []identity{bootIdentity, joinIdentity} {
+				for _, id := range []identity{bootIdentity, joinIdentity, foundIdentity} {
 					if err := writeIdentity(dir, id); err != nil {
 						fmt.Println(err)
 						return

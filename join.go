@@ -37,12 +37,12 @@ var errPassedOver = errors.New("that is this member itself, which is passed over
 func (s *Service) join(ctx context.Context) error {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
-	j := joining{s: s, answers: make(map[string]error)}
+	j := joining{s: s, base: s.conf.Join, answers: make(map[string]error)}
 	var refused error // by the try before
 	for backoff := 10 * time.Millisecond; ; backoff = min(2*backoff, 2*time.Second) {
 		a, err := j.pass(ctx)
 		if err == nil {
-			return s.changeIdentity(func(ident *identity) { ident.cluster = a.Cluster })
+			return s.admitted(a)
 		}
 		pause, final := j.judge(err, backoff)
 		if final != nil && pause == 0 {
@@ -66,6 +66,7 @@ func (s *Service) join(ctx context.Context) error {
 // A joining is one call of join.
 type joining struct {
 	s       *Service
+	base    string           // where to ask first
 	answers map[string]error // the last one of each place that was asked
 	told    bool             // that the boot address is this member's own
 	refused time.Time        // when the answer was first that this member is not allowed; zero = it was not
@@ -77,13 +78,13 @@ func (j *joining) pass(ctx context.Context) (a joinAnswer, err error) {
 	s := j.s
 	own := s.peer.ways(ctx, baseURL(s.conf.Addr, s.conf.TLS))
 	isOwn := func(way string) bool {
-		return way != "" && slices.Contains(own, way) || way == "" && hostOf(s.conf.Join) == s.conf.Addr
+		return way != "" && slices.Contains(own, way) || way == "" && hostOf(j.base) == s.conf.Addr
 	}
-	ways := s.peer.ways(ctx, s.conf.Join)
+	ways := s.peer.ways(ctx, j.base)
 	alone := !slices.ContainsFunc(ways, func(way string) bool { return !isOwn(way) })
 	for _, way := range ways {
 		if isOwn(way) && !alone {
-			err = j.note(ctx, s.conf.Join, way, false, errPassedOver)
+			err = j.note(ctx, j.base, way, false, errPassedOver)
 			continue
 		}
 		if alone && !j.told {
@@ -102,7 +103,7 @@ func (j *joining) pass(ctx context.Context) (a joinAnswer, err error) {
 func (j *joining) ask(ctx context.Context, way string, own bool) (joinAnswer, error) {
 	s := j.s
 	req := joinRequest{ID: s.ident().id, Addr: s.conf.Addr, Format: s.conf.format}
-	base, to := s.conf.Join, ""
+	base, to := j.base, ""
 	for range 3 { // the boot address names a leader; that one may have lost its office meanwhile
 		attempt, cancel := context.WithTimeout(ctx, joinAttempt)
 		a, err := s.peer.join(attempt, base, to, way, req)

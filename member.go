@@ -141,7 +141,10 @@ func (t *peerTable) sending() bool {
 func (s *Service) startPeer() {
 	raftNow := func() *raft.Raft { return s.raft.Load() }
 	s.peer = newPeer(peerHost{
-		self:       func() (string, string, string) { return s.ident().id, s.ident().cluster, s.conf.Addr },
+		self: func() (string, string, string) {
+			ident := s.ident()
+			return ident.id, ident.cluster, s.conf.Addr
+		},
 		ready:      func() bool { return raftNow() != nil },
 		server:     s.server,
 		announced:  s.announcedAddr,
@@ -342,6 +345,9 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 		return nil, refuse(http.StatusPreconditionFailed, codeProtocol, "an entry of format %d, and this member reads up to %d: upgrade it",
 			data[0], entryFormat)
 	}
+	if err := s.refuseHeld(); err != nil {
+		return nil, err
+	}
 	d := decode(data)
 	if d.err != nil || d.entry.kind != entryBatch && d.entry.kind != entryOpen {
 		return nil, refuse(http.StatusBadRequest, codeBadRequest, "not a batch")
@@ -375,6 +381,9 @@ func (s *Service) notLeader() error {
 
 // serveReadIndex is a round for another member; it shares this leader's own rounds.
 func (s *Service) serveReadIndex(ctx context.Context) (readPoint, error) {
+	if err := s.refuseHeld(); err != nil {
+		return readPoint{}, err
+	}
 	if s.raft.Load().State() != raft.Leader {
 		return readPoint{}, s.notLeader()
 	}
@@ -834,7 +843,7 @@ func (s *Service) serveJoin(ctx context.Context, req joinRequest) (joinAnswer, e
 		}
 		give(s.joined)
 	}
-	a := joinAnswer{Cluster: s.ident().cluster, LeaderID: s.ident().id, LeaderAddr: s.conf.Addr}
+	a := joinAnswer{Cluster: s.ident().cluster, LeaderID: s.ident().id, LeaderAddr: s.conf.Addr, Founders: s.ident().foundersList()}
 	for _, m := range s.raft.Load().GetConfiguration().Configuration().Servers {
 		a.Members = append(a.Members, memberAddr{ID: string(m.ID), Addr: string(m.Address), Voter: m.Suffrage == raft.Voter})
 	}
@@ -1181,9 +1190,13 @@ type Member struct {
 func (s *Service) Status() Status {
 	m := s.store.meta()
 	r := s.raft.Load()
-	st := Status{ID: s.ident().id, Addr: s.conf.Addr, Cluster: s.ident().cluster, Role: s.role(),
+	ident := s.ident()
+	st := Status{ID: ident.id, Addr: s.conf.Addr, Cluster: ident.cluster, Role: s.role(),
 		Term: r.CurrentTerm(), LastIndex: r.LastIndex(), CommitIndex: r.CommitIndex(),
 		AppliedIndex: m.applied, Revision: m.revision, Size: int64(m.bytes), Hash: m.stateHash()}
+	if ident.cluster == "" {
+		st.ID = "" // it may become another one
+	}
 	st.LeaderID, st.LeaderAddr = s.leader()
 	st.LeaderSince = instant(s.reign.since(st.LeaderID))
 	st.Fsync, st.Format = s.wal.fsync(), m.format
@@ -1277,6 +1290,10 @@ func (s *Service) statusAnswer() statusAnswer {
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
+	if st.Cluster == "" {
+		a.ID = s.ident().id
+		a.Founders, a.Empty = s.conf.Bootstrap, s.founder().empty()
+	}
 	if since := s.reign.since(st.LeaderID); !since.IsZero() {
 		a.Follows = time.Since(since).Milliseconds()
 	}

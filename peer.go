@@ -383,10 +383,13 @@ func (p *peer) checkPlain(x *exchange) error {
 func (p *peer) checkCluster(x *exchange, name string) error {
 	_, cluster, _ := p.host.self()
 	switch {
+	case cluster == "": // the leader may know that we are a member before its answer to our join arrives
+		if x.cluster != "" {
+			p.host.stranger(x.fromAddr)
+		}
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "not yet a member of a cluster")
 	case x.cluster == cluster, x.cluster == "" && name == "join":
 		return nil
-	case cluster == "": // the leader may know that we are a member before its answer to our join arrives
-		return refuse(http.StatusServiceUnavailable, codeNotReady, "not yet a member of a cluster")
 	case x.cluster != "":
 		p.host.stranger(x.fromAddr)
 	}

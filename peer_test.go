@@ -321,8 +321,18 @@ func TestDoorBeforeAdmission(t *testing.T) {
 	t.Parallel()
 	d := doorHost()
 	d.self = func() (string, string, string) { return "a", "", "127.0.0.1:1" }
-	p, _ := d.peer(t, false, nil)
-	if resp, r := send(p, "POST", "/raft/append", nil, nil); resp.StatusCode != 503 || d.strangers.Load() != 0 {
+	p, reached := d.peer(t, false, nil)
+	for route := range p.routes { // whoever names no cluster either is of none
+		if route != "status" {
+			if resp, r := send(p, p.routes[route].method, "/raft/"+route, nil, map[string]string{headerCluster: ""}); resp.StatusCode != 503 || r.Code != codeNotReady {
+				t.Errorf("%s without a cluster: %d %v", route, resp.StatusCode, r)
+			}
+		}
+	}
+	if reached.Load() != 0 || d.proposed.Load() != 0 || d.strangers.Load() != 0 {
+		t.Error("it went through the door")
+	}
+	if resp, r := send(p, "POST", "/raft/append", nil, nil); resp.StatusCode != 503 || d.strangers.Load() != 1 {
 		t.Errorf("%d %v, %d strangers", resp.StatusCode, r, d.strangers.Load())
 	}
 }

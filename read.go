@@ -209,7 +209,7 @@ func (s *Service) stateTerm() (uint64, error) {
 func (s *Service) roundWith(from string, states uint64) (at readPoint, ok bool) {
 	r := s.raft.Load()
 	term := r.CurrentTerm()
-	if states != term || !s.leading(term) || s.store.meta().term != term { // see awaitTerm
+	if s.held() || states != term || !s.leading(term) || s.store.meta().term != term { // see awaitTerm
 		return readPoint{}, false
 	}
 	index := r.CommitIndex()

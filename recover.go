@@ -44,7 +44,7 @@ func (s *Service) identify() error {
 			}
 		}
 		ident = identity{id: newID(), intent: intentJoin}
-		if s.conf.Join == "" {
+		if s.conf.Join == "" && len(s.conf.Bootstrap) == 0 {
 			ident.intent, ident.cluster = intentBootstrap, newID()
 		}
 		if err := writeIdentity(s.conf.Dir, ident); err != nil {
@@ -206,8 +206,10 @@ func (s *Service) fetchFile(ctx context.Context, first uint64) error {
 	if err != nil {
 		return err
 	}
-	if s.conf.Join != "" && !slices.Contains(bases, s.conf.Join) {
-		bases = append(bases, s.conf.Join)
+	for _, base := range s.bootBases() {
+		if !slices.Contains(bases, base) {
+			bases = append(bases, base)
+		}
 	}
 	err = errors.New("nothing in wal or in the bootURL names one: give the address of one as bootURL")
 	var missing trouble
@@ -325,9 +327,11 @@ func (s *Service) enter(ctx context.Context) error {
 		return err
 	}
 	switch {
+	case len(s.conf.Bootstrap) > 0 && (s.ident().intent == intentJoin || term <= 1):
+		return s.beginFounding()
 	case s.ident().intent == intentJoin && s.conf.Join == "":
-		return fmt.Errorf("%w: this directory began by joining a cluster and holds no state yet: give the bootURL of that cluster "+
-			"(or empty the directory to begin a new cluster)", ErrInvalid)
+		return fmt.Errorf("%w: this directory began by joining a cluster and holds no state yet: give the bootURL of that cluster, or the "+
+			"founders' addresses as Bootstrap (or empty the directory to begin a new cluster)", ErrInvalid)
 	case s.ident().intent == intentJoin:
 		return s.join(ctx)
 	case s.conf.Join != "" && term <= 1:
@@ -355,19 +359,19 @@ func (s *Service) returning() error {
 	return s.settleIn()
 }
 
-// bootstrap writes the first entry: this member is the only voter. It is what raft.BootstrapCluster does, made so that it can
+// bootstrap writes the first entries: this member is the only voter. It is what raft.BootstrapCluster does, made so that it can
 // be done again after a crash between its two steps.
 func (s *Service) bootstrap(ctx context.Context) error {
 	addr := s.conf.Addr
 	if addr == "" {
 		addr = placeholderAddr(s.ident().id)
 	}
-	c := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(s.ident().id), Address: raft.ServerAddress(addr)}}}
+	entries := firstEntries(*s.ident(), addr)
 	_, err := besideRaft(ctx, s.wal, func() (any, error) {
 		if err := s.wal.SetUint64([]byte("CurrentTerm"), 1); err != nil {
 			return nil, err
 		}
-		return nil, s.wal.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)})
+		return nil, s.wal.StoreLogs(entries)
 	})
 	if err != nil {
 		return err

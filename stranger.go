@@ -126,7 +126,7 @@ func (t *strangers) once(said *bool) bool {
 
 // noteStranger is told of each call that names another cluster. A configuration of several has proved that the address is its own.
 func (s *Service) noteStranger(fromAddr string) {
-	if len(s.fsm.members.Load().config.Servers) != 1 {
+	if n := len(s.fsm.members.Load().config.Servers); n != 1 && !(n == 0 && s.founding != nil) {
 		return
 	}
 	if addr, err := canonicalAddr(fromAddr); err == nil {

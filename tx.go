@@ -196,6 +196,9 @@ func (s *Service) write(ctx context.Context, tx ...op) (result, error) {
 	defer cancel()
 	began := time.Now()
 	r, err := s.batch.submit(ctx, tx)
+	if words := s.awaitsFounders(); err != nil && words != "" {
+		err = fmt.Errorf("%w: %s", err, words)
+	}
 	if err != nil {
 		return result{}, err
 	}
