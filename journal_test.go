@@ -279,3 +279,26 @@ func TestTroubleThatGoesOn(t *testing.T) {
 		}
 	})
 }
+
+func TestLeaderThatIsElectedAgain(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		j := newJournal(t)
+		s, err := Open(t.Context(), Config{Dir: dir, Logger: j.logger("a")})
+		must(t, err)
+		defer s.Close()
+		must(t, s.Ready(t.Context()))
+		must(t, s.peer.stand())
+		time.Sleep(time.Second)
+		var said int
+		for _, line := range j.take("a") {
+			if strings.Contains(line, "this member leads now") {
+				said++
+			}
+		}
+		if said != 2 {
+			t.Errorf("two terms of one leader make %d lines", said)
+		}
+	})
+}

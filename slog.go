@@ -241,7 +241,7 @@ func rendered(v any) any {
 		return ""
 	case *raft.ServerAddress:
 		if v != nil {
-			return string(*v)
+			return shortIDs(string(*v))
 		}
 		return ""
 	case string:
@@ -251,7 +251,9 @@ func rendered(v any) any {
 			return shortIDs(text)
 		}
 	case *raft.Raft:
-		return v.String()
+		return shortIDs(v.String())
+	case raft.ServerAddress:
+		return shortIDs(string(v))
 	}
 	return v
 }
