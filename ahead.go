@@ -94,7 +94,14 @@ func (t *transport) sendAhead(entries []*raft.Log, prevTerm uint64) bool {
 	sent := false
 	voters := slices.DeleteFunc(t.p.host.others(), func(m raft.Server) bool { return m.Suffrage != raft.Voter }) // nobody waits for the others
 	t.ahead.spare(voters, term, t.p.hasCallers)
+	size := int64(appendOverhead)
+	for _, e := range entries {
+		size += entryBytes(e)
+	}
 	for _, m := range voters {
+		if size > t.room(m.ID, m.Address) {
+			continue // raft's own append is cut to what passes
+		}
 		if e := t.ahead.begin(m.ID, args); e != nil {
 			sent = true
 			t.carry(func() { t.carryAhead(e, m, term, body) }) // ends with the answer, its timeout, or the transport
@@ -144,6 +151,7 @@ func (t *transport) carryAhead(e *early, m raft.Server, term uint64, body func()
 	data := body()
 	e.err = t.append(m.ID, m.Address, data, &e.resp, appendTimeout+timeFor(int64(len(data))))
 	e.at = time.Now()
+	t.learnRoom(m.ID, m.Address, int64(len(data)), e.at.Sub(e.began), 0, e.err)
 	if e.worked() {
 		t.ahead.answered(m.ID, term, e.last, e.at.Sub(e.began))
 	} else {

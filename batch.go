@@ -41,6 +41,7 @@ type batcher struct {
 	begin   func(data []byte, patience time.Duration) func(ctx context.Context) (outcome, bool, error)
 	changed func() <-chan struct{} // closed when the leader, as this member knows it, changes
 	noLead  func() bool            // no leader is known
+	most    func() int             // bytes that get to the others, as far as known; nil: all do
 	format  func() uint64          // in which this member writes
 	// applied waits until this member has applied the entry of this index and term, which is committed.
 	applied func(ctx context.Context, index, term uint64) error
@@ -216,8 +217,9 @@ func (b *batcher) takeLocked() *flight {
 func (b *batcher) fillLocked(f *flight) {
 	size := 0
 	n := 0
+	most := b.mostLocked()
 	for _, p := range b.queue {
-		if !p.gone && (len(f.txs) == maxTransactions || len(f.txs) > 0 && size+len(p.data) > maxBatch) {
+		if !p.gone && (len(f.txs) == maxTransactions || len(f.txs) > 0 && size+len(p.data) > most) {
 			break
 		}
 		n++
@@ -236,6 +238,14 @@ func (b *batcher) fillLocked(f *flight) {
 		b.queue = nil
 	}
 	b.room.notify()
+}
+
+// mostLocked is how many bytes of transactions a batch holds, unless one alone is larger.
+func (b *batcher) mostLocked() int {
+	if b.most == nil {
+		return maxBatch
+	}
+	return min(maxBatch, b.most())
 }
 
 func (b *batcher) lookLaterLocked() {
@@ -331,6 +341,9 @@ func (b *batcher) settle(f *flight) {
 			continue
 		case err != nil:
 			b.refused(f)
+			if tooLarge(err) && b.split(f) {
+				return
+			}
 		case b.answered(f, o):
 			return
 		}
@@ -481,14 +494,39 @@ func (b *batcher) lost(f *flight) bool {
 	if f.uncertain {
 		f.failLocked(fmt.Errorf("%w: this member's session was evicted", ErrUncertain))
 	} else {
-		again := slices.DeleteFunc(f.txs, func(p *pending) bool { return p.gone })
-		for _, p := range again {
-			p.flight = nil
-			b.bytes += len(p.data)
-		}
-		b.queue = append(again, b.queue...)
-		f.txs = nil
+		b.requeueLocked(f)
 	}
+	b.finishLocked(f)
+	return true
+}
+
+// requeueLocked puts the transactions of a batch that had no effect, and can have none, back to the head of the queue.
+func (b *batcher) requeueLocked(f *flight) {
+	again := slices.DeleteFunc(f.txs, func(p *pending) bool { return p.gone })
+	for _, p := range again {
+		p.flight = nil
+		b.bytes += len(p.data)
+	}
+	b.queue = append(again, b.queue...)
+	f.txs = nil
+}
+
+// split: a batch that is too large for the way to the leader travels as several. False: it is one transaction, or a send may have
+// reached the log.
+func (b *batcher) split(f *flight) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if f.isSettledLocked() {
+		return true
+	}
+	size := 0
+	for _, p := range f.txs {
+		size += len(p.data)
+	}
+	if f.uncertain || len(f.txs) < 2 || size <= b.mostLocked() { // it would be the same one again
+		return false
+	}
+	b.requeueLocked(f)
 	b.finishLocked(f)
 	return true
 }

@@ -49,8 +49,8 @@
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), handover.go (who
 // leads when the leader should not), identity.go (who this member is), recover.go (how a directory comes to life), founding.go (how
-// members begin together), copy.go (how a state
-// travels), restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
+// members begin together), copy.go and pieces.go (how a state travels), waiting.go (who waits to take part),
+// restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
 // reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), certificate.go (how long certificates are valid), journal.go (what is logged of the others),
 // slog.go (what raft says), logqueue.go (how lines reach the caller).
 package quorate
@@ -352,6 +352,7 @@ func (s *Service) open(ctx context.Context) error {
 	}
 	s.batch = newBatcher(s.ctx)
 	s.batch.propose, s.batch.begin, s.batch.changed, s.batch.applied = s.propose, s.begin, s.changes.wait, s.awaitApplied
+	s.batch.most = func() int { return int(s.peer.sizes.least()) - 2*appendOverhead }
 	s.batch.noLead = func() bool { id, _ := s.leader(); return id == "" }
 	s.batch.format = func() uint64 { return s.store.meta().format }
 	s.fsm.delivered = s.batch.deliver

@@ -203,6 +203,22 @@ func cutEntries(entries []*raft.Log) []*raft.Log {
 	return entries
 }
 
+// cutToPass keeps the longest prefix that makes an append of at most room bytes, and at least one entry.
+func cutToPass(entries []*raft.Log, room int64) []*raft.Log {
+	size := int64(appendOverhead)
+	for i, e := range entries {
+		if size += entryBytes(e); i > 0 && size > room {
+			return entries[:i]
+		}
+	}
+	return entries
+}
+
+const appendOverhead = 512 // bytes of an append beside its entries, at most, but for addresses of an odd length
+
+// entryBytes is at least what an entry takes in an append.
+func entryBytes(e *raft.Log) int64 { return int64(len(e.Data) + len(e.Extensions) + 48) }
+
 func encodeAppend(a *raft.AppendEntriesRequest) []byte {
 	size := 128 + len(a.ID) + len(a.Addr)
 	for _, e := range a.Entries {

@@ -372,22 +372,23 @@ func (s *Service) checkRemoved() {
 	}
 }
 
-// tuneLog keeps the tail of the log within the size of the state, whatever the size of its entries, and keeps all of it while a
-// snapshot is being sent, for the receiver needs what comes after.
+// tuneLog keeps the tail of the log within the size of the state, whatever the size of its entries. While a snapshot is being sent it
+// keeps more, for the receiver needs what comes after: as many bytes as the snapshot has and trailingMost, so that a way on which
+// the snapshot goes faster than the writes come brings the receiver to the end, and a slower one does not fill the disk.
 func (s *Service) tuneLog() {
 	r := s.raft.Load()
 	first, last := s.wal.bounds()
 	if last == 0 || r == nil {
 		return
 	}
-	limit := int64(trailingBytes)
+	state := int64(0)
 	if info, err := os.Stat(s.path("snap")); err == nil {
-		limit = min(max(limit, info.Size()), trailingMost)
+		state = info.Size()
 	}
 	entry := s.wal.bytes()/int64(last-first+1) + 1
-	keep := max(trailingMin, min(trailingLogs, uint64(limit/entry)))
+	keep := max(trailingMin, min(trailingLogs, uint64(min(max(trailingBytes, state), trailingMost)/entry)))
 	if s.members.sending() {
-		keep = 1 << 40
+		keep = max(keep, uint64((trailingMost+state)/entry))
 	}
 	c := r.ReloadableConfig()
 	if c.TrailingLogs != keep {

@@ -178,6 +178,7 @@ func (s *Service) startPeer() {
 		confirm:    s.confirmLeader,
 		state:      s.serveState,
 		snapshots:  s.members.snapshots,
+		incoming:   func() string { return s.path("snap.incoming.part") },
 		others:     s.others,
 		committed:  func() uint64 { return raftNow().CommitIndex() },
 	}, s.conf.Client, s.conf.TLS, s.log)

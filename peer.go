@@ -69,6 +69,7 @@ type peerHost struct {
 	confirm   func(ctx context.Context) // has a quorum confirm the leader, for a status that somebody of another cluster asks for
 	state     func(ctx context.Context, w io.Writer) error
 	snapshots func(delta int)
+	incoming  func() string // the file in which a snapshot that comes in pieces grows; nil: none is taken in pieces
 
 	standsLast func() bool                         // this member does not stand for election yet
 	answers    func(id raft.ServerID, term uint64) // a peer has answered an append of raft's
@@ -92,7 +93,10 @@ type peer struct {
 	ctx    context.Context // ends with close, and with it every call, every held append and every waiting handler
 	cancel context.CancelFunc
 
-	shown   shownTable
+	shown    shownTable
+	sizes    sizes    // of the requests that get to the others
+	arrivals arrivals // the snapshot that comes in pieces
+
 	callers sync.Map // member id → *atomic.Int64: when it last forwarded a write or a read, by monotonic
 
 	mu      sync.Mutex // held by the replacement of current, so that there is one newest
@@ -191,6 +195,7 @@ func (p *peer) makeRoutes() map[string]*route {
 		"prevote":    post(16, p.servePreVote),
 		"timeoutnow": post(4, p.serveTimeoutNow),
 		"snapshot":   post(1, p.serveSnapshot),
+		"piece":      post(2, p.servePiece),
 		"propose":    post(256, p.servePropose),
 		"readindex":  post(1024, p.serveReadIndex),
 		"term":       post(1024, p.serveTerm),
@@ -622,7 +627,11 @@ func (x *exchange) body(limit int64) ([]byte, error) {
 	}
 	var b bytes.Buffer
 	b.Grow(bytes.MinRead + int(min(max(x.req.ContentLength, 0), 512<<10)))
-	if _, err := b.ReadFrom(http.MaxBytesReader(x.w, x.req.Body, limit)); err != nil {
+	src := http.MaxBytesReader(x.w, x.req.Body, limit)
+	if x.req.ContentLength > maxSmallBody {
+		src = &pacedBody{src, x, time.Now().Add(x.slow + timeFor(x.req.ContentLength))}
+	}
+	if _, err := b.ReadFrom(src); err != nil {
 		x.w.Header().Set("Connection", "close")
 		if outer := (*http.MaxBytesError)(nil); errors.As(err, &outer) && outer.Limit < limit {
 			return nil, refuse(http.StatusRequestEntityTooLarge, codeBadRequest, "a handler before the Service takes %d bytes of a request: raise the "+
@@ -633,6 +642,22 @@ func (x *exchange) body(limit int64) ([]byte, error) {
 	// net/http is reading ahead by now, to see the client go away: an old deadline would look like that.
 	x.forgetRead()
 	return b.Bytes(), nil
+}
+
+// A pacedBody may take as long as its bytes do on a slow line, but not stand still for longer than a small body may.
+type pacedBody struct {
+	io.ReadCloser
+	x     *exchange
+	until time.Time
+}
+
+func (s *pacedBody) Read(b []byte) (int, error) {
+	n, err := s.ReadCloser.Read(b)
+	if n > 0 {
+		s.until = s.until.Add(time.Duration(n) * time.Second / slowestLine)
+		s.x.readWithin(min(s.x.slow, time.Until(s.until)))
+	}
+	return n, err
 }
 
 // timeFor is how long a member may take for n bytes beyond the fixed part: 1 MiB/s.
@@ -699,6 +724,9 @@ func (p *peer) propose(ctx context.Context, to, addr string, data []byte) (outco
 	switch {
 	case err == nil:
 		return outcome, true, nil
+	case tooLarge(err): // by whom ever: no part of it is a batch
+		p.sizes.refused(p.base(addr), int64(len(data)))
+		return nil, false, fmt.Errorf("a batch of %d bytes does not get to the leader: %w", len(data), explain(err, p.base(addr)))
 	case errors.As(err, &r):
 		return nil, !r.definite(), err
 	case p.traced && (!connected.Load() || neverConnected(err)): // another kind of client may have tried twice

@@ -30,6 +30,7 @@ const (
 	holdSoon      = 5 * time.Millisecond   // after a first failure, and then twice as long each time, up to
 	holdInterval  = 100 * time.Millisecond
 	receiveRate   = 256 << 10 // bytes a second that a snapshot must come in with
+	slowestLine   = 4 << 10   // bytes a second, for one entry that is larger than what a line carries in the usual time
 	installRate   = 4 << 20   // bytes a second that a receiver is given to install what it has received
 )
 
@@ -142,15 +143,22 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 }
 
 func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
-	args.Entries = cutEntries(args.Entries)
-	body := encodeAppend(args)
-	timeout := appendTimeout + timeFor(int64(len(body)))
+	args.Entries = cutToPass(cutEntries(args.Entries), t.room(id, target))
 	t.ahead.ordinary(id, args)
+	var body []byte
+	patience := time.Duration(0) // beyond the usual, for an entry that a slow line does not carry in the usual time
 	err := t.hold("append", id, target, args.Term, func() error {
+		if room := t.room(id, target); body == nil || int64(len(body)) > room && len(args.Entries) > 1 {
+			args.Entries = cutToPass(args.Entries, room)
+			body = encodeAppend(args)
+		}
+		timeout := appendTimeout + timeFor(int64(len(body))) + patience
+		began := time.Now()
 		err := t.append(id, target, body, resp, timeout)
 		if err != nil {
 			t.ahead.forget(id, args.Term, 0)
 		}
+		patience = t.learnRoom(id, target, int64(len(body)), time.Since(began), patience, err)
 		return err
 	})
 	switch {
@@ -163,6 +171,25 @@ func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args 
 		}
 	}
 	return err
+}
+
+func (t *transport) room(id raft.ServerID, target raft.ServerAddress) int64 {
+	return t.p.sizes.room(t.p.base(t.address(id, target)))
+}
+
+// learnRoom takes from what became of an append how large the next one may be, and how much longer than usual its answer may take.
+func (t *transport) learnRoom(id raft.ServerID, target raft.ServerAddress, n int64, took, patience time.Duration, err error) time.Duration {
+	base := t.p.base(t.address(id, target))
+	switch {
+	case err == nil:
+		t.p.sizes.passed(base, n, took)
+	case errors.Is(err, context.DeadlineExceeded):
+		t.p.sizes.late(base, n)
+		return min(2*patience+appendTimeout, time.Duration(n/slowestLine)*time.Second)
+	case tooLarge(err):
+		t.p.sizes.refused(base, n)
+	}
+	return patience
 }
 
 func isHeartbeat(a *raft.AppendEntriesRequest) bool {
@@ -306,7 +333,8 @@ func (t *transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args
 	return err
 }
 
-// InstallSnapshot waits for the peer before its first byte, as an append does. After that an error is raft's to handle.
+// InstallSnapshot waits for the peer before its first byte, as an append does. After that the state goes in pieces, or in one request
+// to a member whose release does not know them; an error is raft's to handle.
 func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
 	err := t.hold("snapshot", id, target, args.Term, func() error { return t.probe(id, target) })
 	if err != nil {
@@ -315,9 +343,35 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 	began := time.Now()
 	t.p.host.snapshots(1)
 	defer t.p.host.snapshots(-1)
+	answer, err := t.sendPieces(id, target, args, data)
+	if errors.Is(err, errNoPieces) {
+		answer, err = t.sendWhole(id, target, args, data)
+	}
+	if t.ctx.Err() != nil {
+		return errTransportClosed
+	}
+	if err == nil {
+		err = checkAnswer(nil, &answer.Term)
+	}
+	if err == nil {
+		*resp = *answer
+	} else {
+		err = fmt.Errorf("snapshot to %s: %w", t.name(id, target), err)
+	}
+	if told := err; t.p.host.leading(args.Term) {
+		if err == nil && !resp.Success {
+			told = errors.New("its raft has rejected the state")
+		}
+		t.outages.of(id).sent(t.name(id, target), began, args.Size, told)
+	}
+	return err
+}
+
+// sendWhole sends a snapshot in one request.
+func (t *transport) sendWhole(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, data io.Reader) (*raft.InstallSnapshotResponse, error) {
 	header, err := encodeSnapshotHeader(args)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	ctx, cancel := context.WithCancelCause(t.ctx)
 	defer cancel(nil)
@@ -332,22 +386,13 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 		route: "snapshot", base: base, to: string(id), stream: body, size: int64(len(header)) + args.Size,
 	})
 	switch {
-	case t.ctx.Err() != nil:
-		return errTransportClosed
 	case err != nil && context.Cause(ctx) == errStalled:
-		err = fmt.Errorf("snapshot to %s: %w", t.name(id, target), errStalled)
+		return nil, errStalled
 	case err != nil:
-		err = explain(err, base)
-	default:
-		err = checkAnswer(json.Unmarshal(answer, resp), &resp.Term)
+		return nil, explain(err, base)
 	}
-	if told := err; t.p.host.leading(args.Term) {
-		if err == nil && !resp.Success {
-			told = errors.New("its raft has rejected the state")
-		}
-		t.outages.of(id).sent(t.name(id, target), began, args.Size, told)
-	}
-	return err
+	resp := new(raft.InstallSnapshotResponse)
+	return resp, json.Unmarshal(answer, resp)
 }
 
 // installTime divides first: in nanoseconds, more than 8 GiB would be a negative time.
