@@ -95,7 +95,6 @@ func (l *pieceLog) see(h http.Handler, after func(count int, w http.ResponseWrit
 // A state gets through a limit on the size of a request, and to a member whose connections break all the time, as one install.
 func TestSnapshotInPieces(t *testing.T) {
 	t.Parallel()
-	c := full(t, 3<<20)
 	for what, way := range map[string]func(*pieceLog) func(http.Handler) http.Handler{
 		"through a limit of 100 KiB": func(l *pieceLog) func(http.Handler) http.Handler {
 			return func(h http.Handler) http.Handler { return http.MaxBytesHandler(l.see(h, nil), 100<<10) }
@@ -117,6 +116,7 @@ func TestSnapshotInPieces(t *testing.T) {
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
+			c := full(t, 3<<20)
 			m := newMember(t, c[0].conf.Addr)
 			var seen pieceLog
 			m.wrap = way(&seen)
