@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -505,5 +507,354 @@ func TestFounders(t *testing.T) {
 		if d := time.Since(began); d > 4*time.Second {
 			t.Errorf("the first start took %v", d)
 		}
+	})
+}
+
+// heardAs is what a founder with an empty directory answers.
+func heardAs(addr string, list []string, change func(*statusAnswer)) heard {
+	h := heard{addr: addr, status: statusAnswer{ID: newID(), Addr: addr, Founders: list, Empty: true}}
+	if change != nil {
+		change(&h.status)
+	}
+	return h
+}
+
+func TestFounderDecides(t *testing.T) {
+	t.Parallel()
+	list := []string{"a:1", "b:1", "c:1"}
+	x, y := newID(), newID()
+	of := func(cluster string) func(*statusAnswer) {
+		return func(a *statusAnswer) { a.Cluster, a.Founders, a.Empty = cluster, nil, false }
+	}
+	b, c := heardAs("b:1", list, nil), heardAs("c:1", list, nil)
+	self := founder{addr: "a:1", id: newID(), list: list}
+	for name, w := range map[string]struct {
+		f     founder
+		pass  []heard
+		kind  stepKind
+		at    string
+		fault bool
+		words string
+	}{
+		"all are there":                {self, []heard{b, c}, stepFound, "", false, ""},
+		"not the smallest":             {founder{addr: "b:1", id: self.id, list: list}, []heard{heardAs("a:1", list, nil), c}, stepWait, "", false, "a:1 is about to begin"},
+		"no founder":                   {founder{addr: "a:0", id: self.id, list: list}, []heard{heardAs("a:1", list, nil), b, c}, stepWait, "", false, "no founder"},
+		"alone in the list":            {founder{addr: "a:1", id: self.id, list: list[:1]}, nil, stepFound, "", false, ""},
+		"silent":                       {self, []heard{b, {addr: "c:1", err: errors.New("why")}}, stepWait, "", false, "c:1 is silent (why)"},
+		"not asked":                    {self, []heard{b}, stepWait, "", false, "c:1 is silent"},
+		"not empty":                    {self, []heard{b, heardAs("c:1", list, func(a *statusAnswer) { a.Empty = false })}, stepWait, "", false, "c:1 asks"},
+		"an older release":             {self, []heard{b, heardAs("c:1", nil, nil)}, stepWait, "", false, "c:1 does not wait for founders: its release"},
+		"at another address":           {self, []heard{b, heardAs("c:1", list, func(a *statusAnswer) { a.Addr = "b:1" })}, stepWait, "", false, "c:1 is not its own"},
+		"this member itself":           {self, []heard{b, heardAs("c:1", list, func(a *statusAnswer) { a.ID = self.id })}, stepWait, "", false, "c:1 is not its own"},
+		"another at our address":       {self, []heard{heardAs("a:1", list, nil), b, c}, stepWait, "", false, "a:1 is this member's own"},
+		"another list":                 {self, []heard{b, heardAs("c:1", list[1:], nil)}, stepWait, "", true, "[a:1 b:1 c:1] here and [b:1 c:1] at c:1"},
+		"another list, and silent":     {self, []heard{{addr: "b:1", err: errors.New("why")}, heardAs("c:1", list[1:], nil)}, stepWait, "", true, "differ"},
+		"a cluster":                    {self, []heard{heardAs("b:1", nil, of(x)), c}, stepJoin, "b:1", false, ""},
+		"a cluster beside a silent":    {self, []heard{{addr: "b:1", err: errors.New("why")}, heardAs("c:1", nil, of(x))}, stepJoin, "c:1", false, ""},
+		"a cluster of another list":    {self, []heard{heardAs("b:1", list[1:], nil), heardAs("c:1", nil, of(x))}, stepJoin, "c:1", false, ""},
+		"a cluster elsewhere":          {self, []heard{b, c, heardAs("d:1", nil, of(x))}, stepJoin, "d:1", false, ""},
+		"two clusters":                 {self, []heard{heardAs("b:1", nil, of(x)), heardAs("c:1", nil, of(y))}, stepWait, "", true, "at c:1"},
+		"admitted elsewhere":           {founder{addr: "a:1", id: self.id, list: list, admitted: y}, []heard{heardAs("b:1", nil, of(x)), c}, stepWait, "", true, "has admitted this member"},
+		"admitted, and nobody answers": {founder{addr: "a:1", id: self.id, list: list, admitted: y}, []heard{b, c}, stepWait, "", false, "has admitted this member"},
+		"admitted":                     {founder{addr: "a:1", id: self.id, list: list, admitted: x}, []heard{heardAs("b:1", nil, of(x)), c}, stepJoin, "b:1", false, ""},
+		"asking":                       {founder{addr: "a:1", id: self.id, list: list, asking: true}, []heard{b, c}, stepWait, "", false, "asks to be admitted"},
+		"an id of nobody":              {self, []heard{b, heardAs("c:1", list, func(a *statusAnswer) { a.ID = "" })}, stepWait, "", false, "c:1 is not"},
+		"a cluster without a name":     {self, []heard{b, heardAs("c:1", nil, of("?"))}, stepWait, "", false, "c:1 does not wait"},
+	} {
+		got := w.f.decide(w.pass)
+		text := got.words
+		if got.fault != nil {
+			text = got.fault.Error()
+		}
+		if got.kind != w.kind || strings.Join(got.at, ",") != w.at || (got.fault != nil) != w.fault || !strings.Contains(text, w.words) {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
+func TestBootstrapThatIsInvalid(t *testing.T) {
+	t.Parallel()
+	many := make([]string, maxFounders+1)
+	for i := range many {
+		many[i] = fmt.Sprintf("n%d.test:7001", i)
+	}
+	for name, c := range map[string]Config{
+		"with Join":       {Addr: "a.test:7001", Join: "b.test:7001", Bootstrap: []string{"a.test:7001", "b.test:7001"}},
+		"without Addr":    {Bootstrap: []string{"a.test:7001"}},
+		"twice":           {Addr: "a.test:7001", Bootstrap: []string{"a.test:7001", "b.test:7001", "A.test.:7001"}},
+		"with no address": {Addr: "a.test:7001", Bootstrap: []string{"a.test:7001", "b.test"}},
+		"with a URL":      {Addr: "a.test:7001", Bootstrap: []string{"http://a.test:7001"}},
+		"with too many":   {Addr: "a.test:7001", Bootstrap: many},
+	} {
+		c.Dir = filepath.Join(t.TempDir(), "data")
+		if _, err := Open(t.Context(), c); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "Bootstrap") && name != "without Addr" {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := os.Stat(c.Dir); err == nil {
+			t.Errorf("%s: something was made", name)
+		}
+	}
+}
+
+// Whoever has lost its directory comes back with the flags that it had, and what was acknowledged is there; the smallest, which begins
+// first starts, like the others. All of them empty is a first start.
+func TestFounderThatWasWiped(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.founders("abc")
+		c.whole("abc", 3)
+		cluster := c.member("a").s.Status().Cluster
+		for _, name := range []string{"a", "c", "b"} {
+			c.obey("set b last " + name)
+			old := c.member(name).s.Status().ID
+			c.wipe(name)
+			c.obey("restart " + name)
+			c.whole("abc", 3)
+			if st := c.member(name).s.Status(); st.Cluster != cluster || st.ID == old || len(st.Members) != 3 {
+				t.Errorf("%s came back as %+v", name, st)
+			}
+			if got := c.run(strings.Fields("get " + name + " last")); got != name {
+				t.Errorf("%s reads %q", name, got)
+			}
+		}
+		for _, name := range []string{"a", "b", "c"} {
+			c.obey("stop " + name)
+		}
+		for _, name := range []string{"b", "c", "a"} { // and with state the list says nothing
+			c.member(name).conf.Bootstrap = []string{name + ".test:7001", "z.test:7001"}
+			c.obey("restart " + name)
+		}
+		c.whole("abc", 3)
+		for _, name := range []string{"a", "b", "c"} {
+			c.wipe(name)
+		}
+		for _, name := range []string{"a", "b", "c"} {
+			c.change(&c.member(name).conf)
+			c.obey("restart " + name)
+		}
+		c.whole("abc", 3)
+		if got := c.member("a").s.Status().Cluster; got == cluster {
+			t.Error("all of them are empty, and the cluster is the old one")
+		}
+	})
+}
+
+// While one is silent nothing begins, across restarts of those that wait, and they say who is missing.
+func TestFoundersWaitForTheSilent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.founders("ab", "a", "b", "c")
+		for range 2 {
+			for _, name := range []string{"a", "b"} {
+				c.waits(name, "c.test:7001 is silent", "the founders wait")
+				st := c.member(name).s.Status()
+				if st.ID != "" || st.Cluster != "" || st.Role != NonVoter || len(st.Members) != 0 || c.member(name).s.Err() != nil {
+					t.Errorf("%s: %+v, Err %v", name, st, c.member(name).s.Err())
+				}
+			}
+			c.obey("kill a")
+			c.obey("restart a")
+			time.Sleep(time.Minute)
+		}
+		a := c.member("a") // which came with Bootstrap, and has nothing yet
+		c.obey("stop a")
+		bootstrap := a.conf.Bootstrap
+		a.conf.Bootstrap = nil
+		if _, err := Open(t.Context(), a.conf); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "Bootstrap") {
+			t.Errorf("without Bootstrap again: %v", err)
+		}
+		a.conf.Bootstrap = bootstrap
+		c.obey("restart a")
+
+		// A release that knows no Bootstrap: starting, and as a member that says nothing of founders.
+		c.net.serve("c.test:7001", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			setHeaders(w.Header(), headerProtocol, "1")
+			w.WriteHeader(http.StatusServiceUnavailable)
+			w.Write(asJSON(refusal{Code: codeNotReady, Message: "starting or closing"}))
+		}))
+		time.Sleep(3 * time.Second)
+		c.waits("a", "c.test:7001", "starting or closing")
+		c.net.serve("c.test:7001", statusOf(statusAnswer{ID: newID(), Addr: "c.test:7001"}, ""))
+		time.Sleep(3 * time.Second)
+		c.waits("a", "c.test:7001 does not wait for founders: its release does not know Bootstrap")
+		c.obey("start c")
+		c.whole("abc", 3)
+	})
+}
+
+func TestFoundersWithOtherLists(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.founders("ab", "a", "b", "c")
+		c.founders("c", "b", "c")
+		time.Sleep(5 * time.Second)
+		c.waits("a", "[a.test:7001 b.test:7001 c.test:7001] here", "[b.test:7001 c.test:7001] at c.test:7001")
+		for _, name := range []string{"a", "c"} {
+			if err := c.member(name).s.Err(); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "[b.test:7001 c.test:7001]") {
+				t.Errorf("Err of %s: %v", name, err)
+			}
+		}
+		c.obey("stop c")
+		c.member("c").conf.Bootstrap = c.member("a").conf.Bootstrap
+		c.obey("restart c")
+		c.whole("abc", 3)
+	})
+}
+
+// Where clusters are already: one is joined if it lets this member in, and of two neither.
+func TestFounderMeetsClusters(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.obey("start b")
+		c.obey("start c")
+		c.founders("a", "a", "b", "c")
+		b, other := c.member("b").s, c.member("c").s
+		time.Sleep(5 * time.Second)
+		c.waits("a", shortID(b.Status().Cluster)+" at b.test:7001", shortID(other.Status().Cluster)+" at c.test:7001")
+		if err := c.member("a").s.Err(); !errors.Is(err, ErrInvalid) {
+			t.Errorf("Err is %v", err)
+		}
+		c.wipe("c")
+		c.net.serve("c.test:7001", nil)
+		time.Sleep(12 * time.Second)
+		c.waits("a", `AddAllowedMember(ctx, "a.test:7001")`)
+		if err := c.member("a").s.Err(); !errors.Is(err, ErrNotAllowed) {
+			t.Errorf("Err is %v", err)
+		}
+		before := c.net.arrivals()["b.test:7001 join"]
+		time.Sleep(time.Minute)
+		if n := c.net.arrivals()["b.test:7001 join"] - before; n > 12 { // one question, and one to the leader that it names
+			t.Errorf("asked %d times in a minute", n)
+		}
+		must(t, b.AddAllowedMember(t.Context(), "a.test:7001"))
+		time.Sleep(11 * time.Second)
+		c.whole("ab", 2)
+
+		// One that is not in the list, and one that finds a cluster only because that cluster calls it.
+		must(t, b.AddAllowedMember(t.Context(), "d.test:7001"))
+		c.founders("d", "a", "b", "c")
+		c.whole("abd", 3)
+		c.wipe("d")
+		c.member("d").conf.Bootstrap = []string{"c.test:7001", "d.test:7001"}
+		c.obey("restart d")
+		c.whole("abd", 3)
+		c.founders("e", "x", "y")
+		c.waits("e", "x.test:7001 is silent")
+	})
+}
+
+// Nothing is acknowledged before a majority of the founders vote: not after a restart, and not without Bootstrap.
+func TestHoldOfFounders(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		var shut atomic.Bool
+		shut.Store(true)
+		c.front = func(next http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+				if shut.Load() && filepath.Base(req.URL.Path) == "join" {
+					http.NotFound(w, req)
+					return
+				}
+				next.ServeHTTP(w, req)
+			})
+		}
+		c.founders("abc")
+		a := c.member("a")
+		c.obey("elect L among a")
+		for _, bootstrap := range [][]string{a.conf.Bootstrap, nil, {"z.test:7001"}} {
+			a.conf.Bootstrap = bootstrap
+			c.waits("a", "1 of 3 founders vote, and 2 must", "b.test:7001, c.test:7001")
+			c.waits("b", "cluster "+shortID(a.s.Status().Cluster)+" answers at a.test:7001")
+			if err := a.s.refuseHeld(); err == nil {
+				t.Error("what others forward is not refused")
+			}
+			if _, ok := a.s.roundWith("", a.s.Status().Term); ok {
+				t.Error("a round is answered")
+			}
+			if _, err := a.s.serveReadIndex(t.Context()); err == nil {
+				t.Error("a read of another member is answered")
+			}
+			if _, err := a.s.servePropose(t.Context(), encodeOpen(firstFormat, [16]byte{1})); err == nil {
+				t.Error("a session of another member is opened")
+			}
+			c.idFormat(a, identityFormat)
+			c.obey("kill a")
+			c.obey("restart a")
+			c.obey("elect L among a")
+		}
+		shut.Store(false)
+		c.whole("abc", 3)
+		must(t, c.member("b").s.RemoveMember(t.Context(), "c.test:7001"))
+		c.obey("stop c")
+		for _, name := range []string{"a", "b"} { // the permission was given once
+			c.obey("stop " + name)
+			c.obey("restart " + name)
+		}
+		c.whole("ab", 2)
+		if a.s.fsm.members.Load().allowed["c.test:7001"] {
+			t.Error("an address that was removed is allowed again")
+		}
+	})
+}
+
+// A member that was away while a majority voted, and comes back when all have moved, finds that it may go on.
+func TestHoldEndsByTheState(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.founders("abc")
+		c.whole("abc", 3)
+		b := c.member("b")
+		c.obey("stop b")
+		ident, _, err := readIdentity(b.conf.Dir)
+		must(t, err)
+		ident.founders = "x.test:1,y.test:1,z.test:1"
+		must(t, writeIdentity(b.conf.Dir, ident))
+		c.obey("restart b")
+		c.whole("abc", 3)
+	})
+}
+
+// A founder that was killed between its new id and its first entry begins anew with the others, or alone and held if it is started
+// without its list.
+func TestFounderThatWasKilled(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.founders("a", "a", "b")
+		a := c.member("a")
+		list := a.conf.Bootstrap
+		half := func() identity {
+			c.wipe("a")
+			ident := identity{id: newID(), cluster: newID(), intent: intentBootstrap, founders: strings.Join(list, ",")}
+			must(t, os.MkdirAll(a.conf.Dir, 0o700))
+			must(t, writeIdentity(a.conf.Dir, ident))
+			return ident
+		}
+		half()
+		c.obey("restart a")
+		c.waits("a", "b.test:7001 is silent")
+		ident := half()
+		a.conf.Bootstrap = nil
+		c.obey("restart a")
+		c.obey("elect L among a")
+		c.waits("a", "1 of 2 founders vote")
+		if st := a.s.Status(); st.Cluster != ident.cluster || st.ID != ident.id {
+			t.Errorf("%+v, want %+v", st, ident)
+		}
+		c.obey("start b")
+		c.whole("ab", 2)
 	})
 }
