@@ -52,7 +52,8 @@
 // members begin together), copy.go and pieces.go (how a state travels), waiting.go (who waits to take part),
 // restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
 // reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), certificate.go (how long certificates are valid), journal.go (what is logged of the others),
-// slog.go (what raft says), logqueue.go (how lines reach the caller).
+// slog.go (what raft says), logqueue.go (how lines reach the caller),
+// keyturn.go (whose Update of a key is next).
 package quorate
 
 import (
@@ -184,19 +185,20 @@ type Config struct {
 // Service is one member: it holds the data and takes part in the cluster. All methods may be called concurrently, on every
 // member, leader or not.
 type Service struct {
-	conf  Config // with the defaults filled in
-	log   *slog.Logger
-	lines *logLines // of log, on their way to the caller's handler
-	lock  *dirLock
-	store *store
-	wal   *logStore
-	fsm   *fsm
-	peer  *peer
-	snaps *snapshotStore
-	batch *batcher
-	reads *rounds
-	hub   *hub
-	asOf  latest // how old this member's copy can be: see Freshness
+	conf    Config // with the defaults filled in
+	log     *slog.Logger
+	lines   *logLines // of log, on their way to the caller's handler
+	updates keyTurns  // whose turn it is with which key
+	lock    *dirLock
+	store   *store
+	wal     *logStore
+	fsm     *fsm
+	peer    *peer
+	snaps   *snapshotStore
+	batch   *batcher
+	reads   *rounds
+	hub     *hub
+	asOf    latest // how old this member's copy can be: see Freshness
 
 	identMu  sync.Mutex                // held while id is written; it guards the store of identity
 	identity atomic.Pointer[identity]  // who this member is: see ident

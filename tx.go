@@ -149,6 +149,10 @@ func (s *Service) Exec(ctx context.Context, ops ...Op) (revision uint64, err err
 // Entry{Key: key} if there is no such key, and a copy of its own otherwise; it may be called several times, and a result of nil
 // is the empty value. It returns the entry that it has set.
 //
+// The Updates of one key that are called on one member take turns, in the order of the calls, so that a slow f gets its write in
+// beside fast ones; what other members and other calls write may still come in between. A turn for which others wait ends after a
+// second, and its Update goes on without one. f may call Update, also of the same key, which then waits for that second.
+//
 // An error of f ends it: nothing was written, and the error is f's and ErrNotApplied. Other errors are ErrNotApplied (also
 // when ctx has ended between two attempts) or ErrUncertain, never ErrUnsatisfied unless it is f's. A retry inside the library never
 // meets its own write. A retry by the caller after ErrUncertain can, and f then gets what it made before: what counts must tell
@@ -156,7 +160,19 @@ func (s *Service) Exec(ctx context.Context, ops ...Op) (revision uint64, err err
 func (s *Service) Update(ctx context.Context, key string, f func(old Entry) ([]byte, error)) (Entry, error) {
 	ctx, cancel := s.limited(ctx)
 	defer cancel()
+	var t *keyTurn
+	defer func() {
+		if t != nil {
+			s.updates.end(t)
+		}
+	}()
 	for {
+		if t == nil || s.updates.over(t) {
+			var err error
+			if t, err = s.updates.begin(ctx, s.ctx.Done(), key); err != nil {
+				return Entry{}, notApplied(err)
+			}
+		}
 		old, err := s.Lookup(ctx, key)
 		if err != nil && !errors.Is(err, ErrNotFound) {
 			return Entry{}, notApplied(err)
