@@ -96,6 +96,7 @@ type flight struct {
 	seq       uint64 // given at the first send and never dropped after it; 0 = not sent yet
 	acked     uint64 // what its first send says: every seq up to this one is settled
 	onWire    bool
+	why       error                                        // the newest send was refused for its size: what its callers are told
 	uncertain bool                                         // a send ended without a clear answer: the entry may be in the log
 	settled   chan struct{}                                // closed when every transaction has its answer
 	wait      func(context.Context) (outcome, bool, error) // of a send that the caller has begun
@@ -341,7 +342,7 @@ func (b *batcher) settle(f *flight) {
 			continue
 		case err != nil:
 			b.refused(f)
-			if tooLarge(err) && b.split(f) {
+			if tooLarge(err) && b.split(f, err) {
 				return
 			}
 		case b.answered(f, o):
@@ -513,9 +514,10 @@ func (b *batcher) requeueLocked(f *flight) {
 
 // split: a batch that is too large for the way to the leader travels as several. False: it is one transaction, or a send may have
 // reached the log.
-func (b *batcher) split(f *flight) bool {
+func (b *batcher) split(f *flight, err error) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	f.why = err
 	if f.isSettledLocked() {
 		return true
 	}
@@ -610,6 +612,9 @@ func (b *batcher) abandon(ctx context.Context, p *pending) (result, error) {
 		f.left++
 	}
 	uncertain := f != nil && (f.onWire || f.uncertain)
+	if f != nil && f.why != nil {
+		cause = fmt.Errorf("%w: %w", cause, f.why)
+	}
 	var next *flight
 	if uncertain {
 		next = b.leaveLocked(f)

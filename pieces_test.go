@@ -2,6 +2,7 @@ package quorate
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -459,4 +460,24 @@ func TestAppendsAndBatchesPassALimit(t *testing.T) {
 	if n := passed.Load(); n < 20_000 || n > 64<<10 {
 		t.Errorf("the largest body that passed has %d bytes", n)
 	}
+}
+
+// What can't be divided is refused to its caller with the limit that is in the way, and the writes beside it go on.
+func TestWriteThatDoesNotPass(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	var passed atomic.Int64
+	l, f := c.leader(t), c.follower(t)
+	l.behind(limits(64<<10, &passed))
+	must(t, f.s.Ready(ctxFor(t, patience)))
+	if c.leader(t) != l {
+		t.Skip("another one leads now")
+	}
+	err := f.s.Set(ctxFor(t, time.Second), "k", make([]byte, 100<<10))
+	checkVerdict(t, "a large value", err)
+	is(t, err, context.DeadlineExceeded, "does not get to the leader", "http://"+l.conf.Addr+"/raft/ limits the size of a request", "client_max_body_size")
+	if !errors.Is(err, ErrNotApplied) {
+		t.Errorf("%v may be applied", err)
+	}
+	must(t, f.s.Set(ctxFor(t, patience), "k", make([]byte, 30<<10)))
 }

@@ -159,6 +159,9 @@ func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args 
 			t.ahead.forget(id, args.Term, 0)
 		}
 		patience = t.learnRoom(id, target, int64(len(body)), time.Since(began), patience, err)
+		if tooLarge(err) && len(args.Entries) == 1 {
+			err = fmt.Errorf("entry %d makes a request of %d bytes, which can't be divided: %w", args.Entries[0].Index, len(body), err)
+		}
 		return err
 	})
 	switch {
