@@ -760,6 +760,9 @@ func TestSessionKeepsAnswers(t *testing.T) {
 		if o := apply(batchBytes(session, 5, 0, transaction{setOp("s", "5")})); o.kind != outcomeDone || f.store.meta().revision != 4 {
 			t.Fatalf("after acked 1, seq 5: %+v", o)
 		}
+		if kept := slices.Sorted(maps.Keys(f.sessions[session].results)); !slices.Equal(kept, []uint64{5, 7, 9, 10}) {
+			t.Fatalf("the answers to %v are kept", kept)
+		}
 	})
 	t.Run("an unknown session", func(t *testing.T) {
 		if o := apply(batchBytes(session+100, 1, 0, transaction{setOp("k", "other")})); o.kind != outcomeGone || f.store.meta().revision != 4 {
@@ -1004,4 +1007,22 @@ func TestApplyKeepsNoBytesOfTheEntry(t *testing.T) {
 		data[i] = 'x'
 	}
 	wantValue(t, f.store, "a", "value")
+}
+
+// An apply that waits for a rebuild has not stalled: its member acknowledges appends, or the rebuild could cost the quorum.
+func TestApplyThatWaitsForARebuildHasNotStalled(t *testing.T) {
+	f := newFSMWith(t, 1<<20)
+	f.began.Store(monotonic() - int64(time.Minute))
+	if d := f.stalled(); d < time.Minute {
+		t.Errorf("it has taken %v", d)
+	}
+	f.paused.Store(true)
+	if d := f.stalled(); d != 0 {
+		t.Errorf("while it is paused it has taken %v", d)
+	}
+	f.paused.Store(false)
+	f.began.Store(0)
+	if d := f.stalled(); d != 0 {
+		t.Errorf("without an entry it has taken %v", d)
+	}
 }

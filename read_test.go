@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // bubble runs f with a cluster of three in a synctest bubble: a, b and c, of which l leads.
@@ -335,6 +338,31 @@ func TestLeaderRoundAsksInTurn(t *testing.T) {
 		time.Sleep(tryAfter)
 		if ofF, ofG, took := asked(40); ofF != 20 || ofG < 20 || took != 0 {
 			t.Errorf("40 rounds after that took %v and asked one voter %d times and the other %d times", took, ofF, ofG)
+		}
+	})
+}
+
+// A voter that never answers has no more than so many calls waiting for it, however many rounds there are.
+func TestCallsToASilentVoterAreBounded(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		var silent raft.Server
+		for _, m := range l.s.others() {
+			if string(m.ID) == f.s.ident().id {
+				silent = m
+			}
+		}
+		c.obey("cut L to F")
+		answers := make(chan answer, 3*maxAsks)
+		for range 3 * maxAsks {
+			go l.s.askTerm(silent, answers)
+		}
+		synctest.Wait()
+		if n := len(answers); n < 2*maxAsks {
+			t.Errorf("%d of %d calls are refused", n, 3*maxAsks)
+		}
+		if a := <-answers; a.err == nil || !strings.Contains(a.err.Error(), "has not answered") {
+			t.Errorf("%+v", a)
 		}
 	})
 }
