@@ -160,7 +160,9 @@ func TestExampleTrio(t *testing.T) {
 		replace = append(replace, port, addr[strings.LastIndex(addr, ":")+1:])
 	}
 	ports := strings.NewReplacer(replace...)
+	all := ports.Replace("127.0.0.1:7001,127.0.0.1:7002,127.0.0.1:7003")
 	var members []*exec.Cmd
+	var said []<-chan string
 	for i, command := range commands {
 		line := ports.Replace(command)
 		switch {
@@ -168,17 +170,21 @@ func TestExampleTrio(t *testing.T) {
 			continue // done
 		case strings.HasPrefix(command, "./trio"):
 			if !strings.Contains(command, "-port") { // the default is taken, or may be
-				line += " "
-				line = strings.Replace(line, "./trio ", "./trio -port "+replace[1]+" ", 1)
+				line += " -port " + replace[1]
 			}
-			members = append(members, startTrio(t, dir, line))
+			member, lines := startTrio(t, dir, line+" -members "+all)
+			members, said = append(members, member), append(said, lines)
 		default:
-			rows := ports.Replace(regexp.MustCompile(`\d\d:\d\d:\d\d`).ReplaceAllString(outputs[i], "TIME"))
+			for i, lines := range said { // they wait for each other
+				awaitTrio(t, i+1, lines)
+			}
+			said = nil
+			rows := ports.Replace(anyTime.ReplaceAllString(outputs[i], "|TIME|N"))
 			eventually(t, 20*time.Second, line, func() error {
 				cmd := exec.Command("sh", "-c", line)
 				cmd.Dir = dir
 				out, err := cmd.CombinedOutput()
-				got := regexp.MustCompile(`\d\d:\d\d:\d\d`).ReplaceAllString(string(out), "TIME")
+				got := anyTime.ReplaceAllString(string(out), "|TIME|N")
 				if err == nil && sortedLines(got) != sortedLines(rows) {
 					err = fmt.Errorf("got\n%swant\n%s", got, rows)
 				}
@@ -201,8 +207,11 @@ func sortedLines(s string) string {
 	return strings.Join(lines, "\n")
 }
 
-// startTrio returns once the member has said that it works.
-func startTrio(t *testing.T, dir, line string) *exec.Cmd {
+// anyTime is a time and a version in a row: which of the members writes first is chance.
+var anyTime = regexp.MustCompile(`\|\d\d:\d\d:\d\d\|\d`)
+
+// startTrio starts a member and gives what it says.
+func startTrio(t *testing.T, dir, line string) (*exec.Cmd, <-chan string) {
 	t.Helper()
 	cmd := exec.Command("sh", "-c", "exec "+line)
 	cmd.Dir = dir
@@ -210,20 +219,30 @@ func startTrio(t *testing.T, dir, line string) *exec.Cmd {
 	must(t, err)
 	must(t, cmd.Start())
 	t.Cleanup(func() { cmd.Process.Kill() })
-	lines := make(chan string, 1)
+	lines := make(chan string, 2)
 	go func() {
-		text, _ := bufio.NewReader(stderr).ReadString('\n')
-		lines <- text
-	}()
-	select {
-	case text := <-lines:
-		if !strings.HasSuffix(text, "Ctrl-C ends this one\n") {
-			t.Fatalf("%s says %q", line, text)
+		r := bufio.NewReader(stderr)
+		for range 2 {
+			text, _ := r.ReadString('\n')
+			lines <- text
 		}
-	case <-time.After(30 * time.Second):
-		t.Fatalf("%s says nothing", line)
+	}()
+	return cmd, lines
+}
+
+// awaitTrio returns once a member has said that it works.
+func awaitTrio(t *testing.T, number int, lines <-chan string) {
+	t.Helper()
+	for _, end := range []string{" waits for the others, for an hour at most\n", "; Ctrl-C ends this one\n"} {
+		select {
+		case text := <-lines:
+			if !strings.HasSuffix(text, end) {
+				t.Fatalf("member %d says %q", number, text)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("member %d says nothing", number)
+		}
 	}
-	return cmd
 }
 
 // runExample runs an example as it is, with its directories in one that the test removes.

@@ -72,12 +72,8 @@ func serve(number int, dir string, addrs []string) {
 	signal.Ignore(os.Interrupt) // Ctrl-C reaches every process of a terminal; the supervisor ends this one
 	ctx := context.Background()
 	m := &member{number: number, addrs: addrs, missing: "it has only just started", heard: make(map[string]time.Time)}
-	join := addrs[0] // ignored once there is a directory, and then any member of the three may be down
-	if number == 1 {
-		join = ""
-	}
 	var err error
-	m.db, err = quorate.Open(ctx, quorate.Config{Dir: dir, Addr: m.addr(), Join: join})
+	m.db, err = quorate.Open(ctx, quorate.Config{Dir: dir, Addr: m.addr(), Bootstrap: addrs}) // the same for all, at every start
 	check(err, "open")
 	listener, err := net.Listen("tcp", m.addr())
 	check(err, "listen")
@@ -92,8 +88,8 @@ func serve(number int, dir string, addrs []string) {
 	check(server.Shutdown(ctx), "shut down")
 }
 
-// begin says when this member is ready. The first one first makes the cluster what it shall be; at later starts that changes
-// nothing, for the flags are inserted only if they are missing.
+// begin says when this member is ready. The first one makes the flags; at later starts that changes nothing, for they are inserted
+// only if they are missing.
 func (m *member) begin(ctx context.Context) {
 	err := m.db.Ready(ctx)
 	for errors.Is(err, context.DeadlineExceeded) { // a minute has passed, and the others are down
@@ -105,11 +101,6 @@ func (m *member) begin(ctx context.Context) {
 	if m.number == 1 {
 		for _, name := range []string{"dark-mode", "new-checkout", "search-v2"} {
 			if err := m.db.Insert(ctx, prefix+name, []byte("off")); err != nil && !errors.Is(err, quorate.ErrUnsatisfied) {
-				log.Print(err)
-			}
-		}
-		for _, addr := range m.addrs[1:] {
-			if err := m.db.AddAllowedMember(ctx, addr); err != nil {
 				log.Print(err)
 			}
 		}
@@ -403,7 +394,9 @@ func supervise() error {
 			}
 		}
 	}()
-	s.start(s.all[0])
+	for _, p := range s.all {
+		s.start(p)
+	}
 	for interrupted := interrupt.Done(); !s.closing || s.running > 0; {
 		select {
 		case <-interrupted:
@@ -436,9 +429,6 @@ func (s *supervisor) obey(o order) {
 	switch {
 	case o.verb == "ready":
 		switch s.ready++; {
-		case s.ready == 1: // there is a cluster to join
-			s.start(s.all[1])
-			s.start(s.all[2])
 		case s.ready == len(s.all):
 			s.welcome()
 		case s.ready > len(s.all):
