@@ -652,6 +652,9 @@ type pacedBody struct {
 }
 
 func (s *pacedBody) Read(b []byte) (int, error) {
+	if time.Now().After(s.until) {
+		return 0, fmt.Errorf("slower than %d bytes a second", slowestLine)
+	}
 	n, err := s.ReadCloser.Read(b)
 	if n > 0 {
 		s.until = s.until.Add(time.Duration(n) * time.Second / slowestLine)

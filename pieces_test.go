@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -480,4 +481,62 @@ func TestWriteThatDoesNotPass(t *testing.T) {
 		t.Errorf("%v may be applied", err)
 	}
 	must(t, f.s.Set(ctxFor(t, patience), "k", make([]byte, 30<<10)))
+}
+
+// Over a slow line a lagging member is sent what the line carries in the time of one append, and a large entry in the time it takes.
+func TestAppendsOverASlowLine(t *testing.T) {
+	for what, sizes := range map[string][]int{"many entries": slices.Repeat([]int{30_000}, 100), "a large one": {1 << 20}} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				to := doorHost()
+				receiver, _ := to.peer(t, false, func(rpc raft.RPC) {
+					a := rpc.Command.(*raft.AppendEntriesRequest)
+					rpc.Respond(&raft.AppendEntriesResponse{Term: 7, Success: true, LastLog: lastSent(a)}, nil)
+				})
+				line := &lineRate{rate: 64 << 10, to: receiver}
+				sender, _ := senderTo(t, line, 0)
+				var entries []*raft.Log
+				total := 0
+				for i, n := range sizes {
+					entries = append(entries, &raft.Log{Index: uint64(60 + i), Term: 7, Data: make([]byte, n)})
+					total += n
+				}
+				began := time.Now()
+				for len(entries) > 0 { // as raft does
+					args := &raft.AppendEntriesRequest{RPCHeader: from("b"), Term: 7, PrevLogEntry: entries[0].Index - 1, PrevLogTerm: 7, Entries: entries}
+					var resp raft.AppendEntriesResponse
+					if err := sender.AppendEntries("a", "127.0.0.1:1", args, &resp); err != nil || !resp.Success {
+						t.Fatalf("%+v, %v", resp, err)
+					}
+					entries = entries[len(args.Entries):]
+				}
+				ideal := time.Duration(total) * time.Second / (64 << 10)
+				if took := time.Since(began); took > 2*ideal+time.Minute {
+					t.Errorf("it took %v, and the bytes take %v", took, ideal)
+				}
+				receiver.close()
+				sender.p.close()
+				synctest.Wait()
+			})
+		})
+	}
+}
+
+// A large body may come as slowly as a slow line brings it, and no slower.
+func TestTricklingBodyEnds(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, reached := doorHost().peer(t, false, nil)
+		req := httptest.NewRequest("POST", "/raft/append", io.LimitReader(trickle{}, 1<<20))
+		req.ContentLength = 1 << 20
+		setHeaders(req.Header, headerProtocol, "1", headerCluster, "c", headerFrom, "b", headerTo, "a")
+		began := time.Now()
+		w := httptest.NewRecorder()
+		p.ServeHTTP(w, req)
+		if took := time.Since(began); w.Code != 400 || took > time.Minute || reached.Load() != 0 {
+			t.Errorf("status %d after %v", w.Code, took)
+		}
+		p.close()
+		synctest.Wait()
+	})
 }
