@@ -683,7 +683,10 @@ func (b *batcher) leaveLocked(f *flight) (next *flight) {
 // ended says why a context has ended, for the error of a write: its cause, and what its Err says where the cause does not.
 func ended(ctx context.Context) error {
 	cause, err := context.Cause(ctx), ctx.Err()
-	if err == nil || errors.Is(cause, err) {
+	switch {
+	case cause == nil && err == nil: // of a type that is no proper context
+		return context.Canceled
+	case err == nil || errors.Is(cause, err):
 		return cause
 	}
 	return fmt.Errorf("%w: %w", err, cause)

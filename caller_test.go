@@ -271,7 +271,12 @@ func TestValuerThatQueries(t *testing.T) {
 	var callers sync.WaitGroup
 	for range 2 * cap(s.store.queries.slots) {
 		callers.Go(func() {
+			asked := false
 			got, err := ask(t, s, "SELECT ?", valuer(func() (driver.Value, error) {
+				if asked {
+					return nil, errors.New("it is asked a second time")
+				}
+				asked = true
 				got, err := ask(t, s, "SELECT value FROM kv")
 				return fmt.Sprint(got), err
 			}))
@@ -324,6 +329,35 @@ func TestWritesSayWhyTheirContextEnded(t *testing.T) {
 				l.fence(1).settle()
 				synctest.Wait()
 			}
+		}
+	})
+}
+
+// hidden is a context that is to outlive its parent, as many programs have made one: the deadline shows through.
+type hidden struct{ context.Context }
+
+func (hidden) Done() <-chan struct{} { return nil }
+func (hidden) Err() error            { return nil }
+
+// Nothing blocks for ever, whatever the context says.
+func TestContextThatNeverEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		c.change = func(conf *Config) { conf.Timeout, conf.segment = 5*time.Second, 16<<10 }
+		defer c.end()
+		for _, line := range []string{"start a", "join b via a", "await voters 2", "kill b"} {
+			c.obey(line)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		began := time.Now()
+		err := c.member("a").s.Set(hidden{ctx}, "k", nil)
+		if d := time.Since(began); err == nil || d > 6*time.Second {
+			t.Errorf("%v after %v", err, d)
+		}
+		_, err = c.member("a").s.Get(hidden{ctx}, "k")
+		if d := time.Since(began); err == nil || d > 12*time.Second {
+			t.Errorf("%v after %v", err, d)
 		}
 	})
 }

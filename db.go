@@ -532,13 +532,21 @@ func await(ctx context.Context, f raft.Future) error {
 	}
 }
 
-// limited gives a context without a deadline the configured one.
+// limited gives a context without a deadline the configured one, and so one that has a deadline and never ends: a type that is to
+// outlive its parent, and hides Done and Err of it only.
 func (s *Service) limited(ctx context.Context) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
-		return ctx, func() {}
+		if ctx.Done() != nil {
+			return ctx, func() {}
+		}
+		ctx = noDeadline{ctx}
 	}
 	return context.WithTimeout(ctx, s.conf.Timeout)
 }
+
+type noDeadline struct{ context.Context }
+
+func (noDeadline) Deadline() (time.Time, bool) { return time.Time{}, false }
 
 // untilClose is ctx, ended when the Service closes. It is for what waits for others; quick paths do without its cost.
 func (s *Service) untilClose(ctx context.Context) (context.Context, context.CancelFunc) {
