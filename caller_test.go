@@ -2,6 +2,7 @@ package quorate
 
 import (
 	"context"
+	"crypto/tls"
 	"database/sql"
 	"database/sql/driver"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -472,4 +474,28 @@ func TestClusterAmongOddCode(t *testing.T) {
 			t.Errorf("%d lines and %d calls prove little", lines.Load(), calls.Load())
 		}
 	})
+}
+
+// What a transport asks its maker for, this member asks in goroutines of its own.
+func TestFunctionsOfATransportThatPanic(t *testing.T) {
+	t.Parallel()
+	base := http.DefaultTransport.(*http.Transport).Clone()
+	base.Proxy = func(*http.Request) (*url.URL, error) { panic("no proxy today") }
+	base.TLSClientConfig = &tls.Config{GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		panic("no certificate today")
+	}}
+	req, err := http.NewRequest(http.MethodPost, "http://127.0.0.1:1/raft/term", strings.NewReader("x"))
+	must(t, err)
+	if newLinks(base).takes(req) {
+		t.Error("a kept connection, though nobody knows whether there is a proxy")
+	}
+	p := callerOf(t, &http.Client{Transport: base}, false)
+	if p.mayChoose(req.URL) {
+		t.Error("an address of our choice, though nobody knows whether there is a proxy")
+	}
+	if _, err := p.status(t.Context(), "http://127.0.0.1:1"); err == nil || !strings.Contains(err.Error(), "panicked") {
+		t.Error(err)
+	}
+	_, err = Open(t.Context(), Config{Dir: t.TempDir(), Addr: "127.0.0.1:1", TLS: true, Client: &http.Client{Transport: base}})
+	is(t, err, ErrInvalid)
 }

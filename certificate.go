@@ -77,11 +77,12 @@ func clientCertificates(c *tls.Config) ([]*x509.Certificate, error) {
 	switch {
 	case c == nil:
 	case c.GetClientCertificate != nil: // takes precedence in crypto/tls too
-		got, err := c.GetClientCertificate(&tls.CertificateRequestInfo{
+		info := &tls.CertificateRequestInfo{
 			Version: tls.VersionTLS13,
 			SignatureSchemes: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256, tls.ECDSAWithP384AndSHA384,
 				tls.ECDSAWithP521AndSHA512, tls.Ed25519, tls.PSSWithSHA256, tls.PSSWithSHA384, tls.PSSWithSHA512},
-		})
+		}
+		got, err := careful("GetClientCertificate", func() (*tls.Certificate, error) { return c.GetClientCertificate(info) })
 		if err != nil {
 			return nil, err
 		}

@@ -273,7 +273,7 @@ func (p *peer) mayChoose(u *url.URL) bool {
 	case t.Proxy == nil:
 		return true
 	}
-	via, err := t.Proxy(&http.Request{URL: u})
+	via, err := careful("the choice of a proxy", func() (*url.URL, error) { return t.Proxy(&http.Request{URL: u}) })
 	return via == nil && err == nil
 }
 

@@ -62,19 +62,14 @@ type link struct {
 }
 
 // takes reports whether a request can go this way: it has no proxy to go through, and no TLS.
-func (l *links) takes(req *http.Request) (can bool) {
+func (l *links) takes(req *http.Request) bool {
 	if l == nil || req.URL.Scheme != "http" || req.GetBody == nil {
 		return false
 	}
-	defer func() { // the proxy's function may be the application's
-		if recover() != nil {
-			can = false
-		}
-	}()
 	if l.proxy == nil {
 		return true
 	}
-	via, err := l.proxy(req)
+	via, err := careful("the choice of a proxy", func() (*url.URL, error) { return l.proxy(req) })
 	return via == nil && err == nil
 }
 

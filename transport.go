@@ -855,16 +855,22 @@ func readAnswer(resp *http.Response, limit int) ([]byte, error) {
 	return nil, fmt.Errorf("%w: answer of more than %d bytes", errFrame, limit)
 }
 
-// guarded is for the caller's client, whose transport and cookie jar may be the caller's code. A panic there is an error here: most
-// calls come from goroutines of ours, and it would take the process along.
+// careful calls code of the caller's. A panic there is an error here: most of it runs in goroutines of ours, and would take the process
+// along.
+func careful[T any](what string, f func() (T, error)) (v T, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			var none T
+			v, err = none, fmt.Errorf("%s panicked: %v", what, p)
+		}
+	}()
+	return f()
+}
+
+// guarded is for the caller's client, whose transport and cookie jar may be the caller's code.
 func (p *peer) guarded(send func(*http.Request) (*http.Response, error)) func(*http.Request) (*http.Response, error) {
-	return func(req *http.Request) (resp *http.Response, err error) {
-		defer func() {
-			if v := recover(); v != nil {
-				resp, err = nil, fmt.Errorf("the HTTP client panicked: %v", v)
-			}
-		}()
-		resp, err = send(req)
+	return func(req *http.Request) (*http.Response, error) {
+		resp, err := careful("the HTTP client", func() (*http.Response, error) { return send(req) })
 		if err == nil && !p.traced {
 			resp.Body = guardedBody{resp.Body}
 		}
@@ -872,25 +878,17 @@ func (p *peer) guarded(send func(*http.Request) (*http.Response, error)) func(*h
 	}
 }
 
-// guardedBody is the body of an answer that the caller's own transport has made.
+// guardedBody is a body that code of the caller's has made: that of an answer of its transport's, or of a request that its middleware
+// hands on.
 type guardedBody struct{ io.ReadCloser }
 
-func (b guardedBody) Read(p []byte) (n int, err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			n, err = 0, fmt.Errorf("the HTTP client's answer panicked: %v", v)
-		}
-	}()
-	return b.ReadCloser.Read(p)
+func (b guardedBody) Read(p []byte) (int, error) {
+	return careful("the body", func() (int, error) { return b.ReadCloser.Read(p) })
 }
 
-func (b guardedBody) Close() (err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("the HTTP client's answer panicked: %v", v)
-		}
-	}()
-	return b.ReadCloser.Close()
+func (b guardedBody) Close() error {
+	_, err := careful("the body", func() (struct{}, error) { return struct{}{}, b.ReadCloser.Close() })
+	return err
 }
 
 // do returns an answer of the member that was asked, with its body still to be read. Anything else is an error.
