@@ -878,7 +878,8 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 		clients.Go(func() { h.run(ctx, t, i, do(i%3), time.Duration(10+5*i)*time.Millisecond) })
 	}
 	names := []string{"a", "b", "c"}
-	for range 5 {
+	wiped := rnd.IntN(5) // in this round somebody loses its directory: once, for two of three would be a majority
+	for round := range 5 {
 		rnd.Shuffle(3, func(i, j int) { names[i], names[j] = names[j], names[i] })
 		x, y, z := names[0], names[1], names[2]
 		var fault []string
@@ -908,6 +909,14 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 				up[i].Store(nil)
 			}
 		}
+		if round == wiped {
+			for i, m := range c.members {
+				if m.name == x {
+					up[i].Store(nil)
+				}
+			}
+			c.wipe(x)
+		}
 		if rnd.IntN(2) == 0 {
 			c.obey("reset " + x)
 		}
@@ -918,9 +927,14 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 			}
 		}
 		c.obey("heal")
+		if round == wiped {
+			c.restartWiped(x, rnd.IntN(2) == 0)
+		}
 		for i, m := range c.members {
-			if m.s == nil {
-				c.obey("restart " + m.name)
+			if up[i].Load() == nil {
+				if m.s == nil {
+					c.obey("restart " + m.name)
+				}
 				shortMemory(m.s, 32)
 				up[i].Store(m.s)
 			}
@@ -954,6 +968,31 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 	}
 	t.Logf("%d changes; %d members installed a snapshot; %d times a place was gone, and %d times the watch began anew by itself",
 		len(rows), installed, lostBy(spectators), spectators[len(spectators)-1].resets()-1)
+}
+
+// restartWiped starts a member whose directory is gone with the founders' list; or first as at the very first time, without
+// anything, and it refuses its callers as soon as the others have called it.
+func (c *script) restartWiped(name string, bootstrap bool) {
+	c.t.Helper()
+	m := c.member(name)
+	if !bootstrap {
+		m.conf.Join, m.conf.Bootstrap = "", nil
+		for _, other := range c.members {
+			if other.s == nil && other != m {
+				c.obey("restart " + other.name)
+			}
+		}
+		c.obey("restart " + name)
+		if got := c.poll(ctxFor(c.t, scriptLimit), func() error { return c.refusesCallers(m) }); got != "ok" {
+			violated(c.t, "%s was wiped and started without anything: %s", name, got)
+		}
+		c.wipe(name)
+	}
+	m.conf.Join, m.conf.Bootstrap = "", nil
+	for _, other := range c.members {
+		m.conf.Bootstrap = append(m.conf.Bootstrap, other.conf.Addr)
+	}
+	c.obey("restart " + name)
 }
 
 func awaitEqualProcesses(t *testing.T, list []*process) {
