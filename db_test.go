@@ -84,6 +84,7 @@ func writes(s *Service) map[string]func(ctx context.Context) error {
 }
 
 func TestContract(t *testing.T) {
+	t.Parallel()
 	for _, n := range []int{1, 3, 5} {
 		t.Run(fmt.Sprintf("%d members", n), func(t *testing.T) {
 			c := newCluster(t, n)
@@ -213,6 +214,7 @@ func testInsertRace(t *testing.T, c testCluster) {
 
 // A write that has returned anywhere is seen by a Get that is called afterwards on any other member.
 func TestGetSeesWritesOfOthers(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	for i := range 60 {
 		must(t, c[i%3].s.Set(ctxFor(t, patience), "k", fmt.Append(nil, i)))
@@ -276,6 +278,7 @@ func TestMemberWithoutNetwork(t *testing.T) {
 }
 
 func TestOpenRefusesBadConfig(t *testing.T) {
+	t.Parallel()
 	base := t.TempDir()
 	file := filepath.Join(base, "file")
 	must(t, os.WriteFile(file, []byte("not a directory"), 0o600))
@@ -328,6 +331,7 @@ func TestOpenRefusesBadConfig(t *testing.T) {
 }
 
 func TestBadInputChangesNothing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1, func(c *Config) { c.MaxValue = 1000 })
 	s := c[0].s
 	must(t, s.Set(ctxFor(t, patience), "k", []byte("v")))
@@ -909,6 +913,7 @@ func sqlite3(t testing.TB, args ...string) string {
 }
 
 func TestSQLiteToolReadsUnderLoad(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	s, path := c[0].s, filepath.Join(c[0].conf.Dir, "snap")
 	ctx := ctxFor(t, 2*patience)
@@ -951,6 +956,7 @@ func TestSQLiteToolReadsUnderLoad(t *testing.T) {
 }
 
 func TestSizes(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3, func(c *Config) { c.MaxValue = maxValueEver })
 	ctx := ctxFor(t, 2*patience)
 	f := c.follower(t)
@@ -976,6 +982,7 @@ func TestSizes(t *testing.T) {
 
 // 64 writers on each of three members at once: every write returns, is seen at once where it was made, and is on all.
 func TestManyWriters(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	ctx := ctxFor(t, 3*patience)
 	const writers, each = 64, 15
@@ -1007,6 +1014,7 @@ func TestManyWriters(t *testing.T) {
 
 // A state that has outgrown Config.Memory is read from SQLite, and nothing else changes; so it is after a restart.
 func TestManyKeysInLittleMemory(t *testing.T) {
+	t.Parallel()
 	keys, writers := 100_000, 2000
 	if underRace() {
 		keys /= 5
@@ -1054,6 +1062,7 @@ func TestManyKeysInLittleMemory(t *testing.T) {
 }
 
 func TestRestartKeepsEverything(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	ctx := ctxFor(t, 4*patience)
 	for i := range 50 {
@@ -1225,6 +1234,7 @@ func (g golden) write(t *testing.T, version string) {
 // A directory that an earlier version left is opened, with all that it holds, and is then of the newest format; and its log alone
 // gives the same.
 func TestOldDirectory(t *testing.T) {
+	t.Parallel()
 	for version, g := range goldens {
 		if *update {
 			g.write(t, version)

@@ -261,6 +261,7 @@ func runExample(t *testing.T, name string) string {
 }
 
 func TestExampleEmbedded(t *testing.T) {
+	t.Parallel()
 	out := runExample(t, "embedded")
 	for _, want := range []string{"insert jobs/42 = ann: done\n", "insert jobs/42 = bob: precondition not satisfied\n",
 		"get missing: \"\", nil: true\n", "  id\n  snap\n", "opened again: color = blue\n"} {
@@ -271,6 +272,7 @@ func TestExampleEmbedded(t *testing.T) {
 }
 
 func TestExampleCluster(t *testing.T) {
+	t.Parallel()
 	out := runExample(t, "cluster")
 	m := regexp.MustCompile(`(?m)^check +([0-9,]+) acknowledged, ([0-9,]+) present on all three, hashes equal`).FindStringSubmatch(out)
 	if m == nil || m[1] != m[2] || m[1] == "0" {

@@ -360,6 +360,7 @@ func drawEntries(t *rapid.T) []*raft.Log {
 // Invariant (2): apply is a function of (rows, entry). Three members with other batching, other memory and a restart in
 // between give the answers of a plain map, and end with equal files.
 func TestApplyIsAFunctionOfRowsAndEntry(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n := 0
 	rapid.Check(t, func(rt *rapid.T) {

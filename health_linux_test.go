@@ -13,6 +13,7 @@ import (
 
 // A file system that is really full, under the log and the state of one member of three.
 func TestFullFileSystem(t *testing.T) {
+	t.Parallel()
 	small := t.TempDir()
 	if err := syscall.Mount("none", small, "tmpfs", 0, "size=160m"); err != nil {
 		if os.Getenv("CI") == "true" && os.Getuid() == 0 {

@@ -107,6 +107,7 @@ func awaitFault(t testing.TB, s *Service) (fault error) {
 
 // Whoever writes to snap beside a running member is found out, and the member goes back to what the cluster holds.
 func TestForeignWrite(t *testing.T) {
+	t.Parallel()
 	c := recordedCluster(t)
 	must(t, c[0].s.Set(t.Context(), "k", []byte("good")))
 	c.awaitEqual(t)
@@ -160,6 +161,7 @@ func TestForeignWrite(t *testing.T) {
 
 // Alone there is no other copy: the member says so loudly, and takes the file as it is.
 func TestForeignWriteAlone(t *testing.T) {
+	t.Parallel()
 	t.Run("found by the check", func(t *testing.T) { testForeignWriteAlone(t, 0) })
 	t.Run("met by a reader first", func(t *testing.T) { testForeignWriteAlone(t, -1) }) // who takes it for damage
 }
@@ -265,6 +267,7 @@ func (m *testMember) fork(t *testing.T) *testMember {
 
 // A member whose state has left the others' path is found by the marks, though its own sums are right.
 func TestDivergedMemberRebuilds(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	must(t, c[0].s.Set(t.Context(), "k", []byte("good")))
 	c.awaitEqual(t)
@@ -536,6 +539,7 @@ func TestFailedDisk(t *testing.T) {
 
 // A full disk is not for good: with space back the member goes on by itself.
 func TestFullDiskOfOneMember(t *testing.T) {
+	t.Parallel()
 	c, disk := brokenCluster(t)
 	for _, who := range []struct {
 		name string
@@ -572,6 +576,7 @@ func TestFullDiskOfOneMember(t *testing.T) {
 }
 
 func TestStatusTellsMemoryAndVerification(t *testing.T) {
+	t.Parallel()
 	m := newMember(t, "")
 	m.conf.Addr, m.conf.Memory = "", 20<<10
 	s := m.startAlone(t)
@@ -611,6 +616,7 @@ func (m *testMember) startAlone(t testing.TB) *Service {
 
 // Members that differ all say so; only one that a majority contradicts rebuilds.
 func TestMembersThatDiffer(t *testing.T) {
+	t.Parallel()
 	s := &Service{rebuildCh: make(chan struct{}, 1)}
 	s.faults.log = slog.New(slog.DiscardHandler)
 	own := []mark{{boundary: 1024, applied: 1023, kvSum: 1}}

@@ -35,6 +35,7 @@ func setTimes(t testing.TB, s *store, n int) {
 }
 
 func TestHistoryIsReadInPages(t *testing.T) {
+	t.Parallel()
 	s := newHistoryStore(t, 1000)
 	setTimes(t, s, 3*pageRows)
 	for after, n := uint64(0), 0; ; n++ {
@@ -83,6 +84,7 @@ func TestHistoryKeepsTheNewest(t *testing.T) {
 
 // Whoever reads the history must not take a row that the disk has changed or lost for what happened.
 func TestHistoryDamage(t *testing.T) {
+	t.Parallel()
 	for name, sql := range map[string]string{
 		"changed value":   `UPDATE history SET value = 'x' WHERE revision = 7`,
 		"changed key":     `UPDATE history SET key = 'l' WHERE revision = 7`,

@@ -1557,6 +1557,7 @@ func handshakes(t testing.TB) (list []hostileCase) {
 }
 
 func TestCampaignHostile(t *testing.T) {
+	t.Parallel()
 	h := besiege(t)
 	began := time.Now()
 	took := func(what string) {

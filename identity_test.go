@@ -871,6 +871,7 @@ func (m *testMember) secure(pool *x509.CertPool, auth tls.ClientAuthType, cert .
 }
 
 func TestClusterOverTLS(t *testing.T) {
+	t.Parallel()
 	pool, issue := authority(t)
 	cert := issue("127.0.0.1")
 	ctx := ctxFor(t, 2*time.Minute)

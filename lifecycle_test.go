@@ -17,6 +17,7 @@ import (
 // random moments.
 
 func TestOpenAfterAKillWhileBootstrapping(t *testing.T) {
+	t.Parallel()
 	ident := func() identity { return identity{id: newID(), cluster: newID(), intent: intentBootstrap} }
 	for name, h := range map[string]halfMade{
 		"id only":             {ident: ident()},
@@ -63,6 +64,7 @@ func TestOpenAfterAKillWhileBootstrapping(t *testing.T) {
 }
 
 func TestOpenAfterAKillWhileJoining(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	for name, h := range map[string]halfMade{
 		"id only":           {},
@@ -104,6 +106,7 @@ func TestOpenAfterAKillWhileJoining(t *testing.T) {
 
 // A child process opens a directory and is killed some time after it has begun to write there.
 func TestOpenKilledAtAnyMoment(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	for round := range 30 {
 		m := newMember(t, "")
@@ -139,6 +142,7 @@ func TestOpenKilledAtAnyMoment(t *testing.T) {
 // The first member loses its directory and is started again as at the very first time, with an empty bootURL: that makes a
 // second cluster, whose only member the others still call.
 func TestWipedFirstMember(t *testing.T) {
+	t.Parallel()
 	list := newProcesses(t)
 	first, rest := list[0], list[1:]
 	rest[0].must(order{Op: "set", Key: "k", Value: []byte("v")})
@@ -201,6 +205,7 @@ func TestWipedFirstMember(t *testing.T) {
 // An id has made promises with its state. Without it, beginning again under the same id would break them: alone the old data
 // would be gone without a word, and beside the others two clusters would have one name.
 func TestIDWithoutItsStateIsRefused(t *testing.T) {
+	t.Parallel()
 	for _, lost := range [][]string{{"snap", "wal"}, {"wal"}} {
 		m := newMember(t, "")
 		m.start()

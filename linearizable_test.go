@@ -1011,6 +1011,7 @@ func awaitEqualProcesses(t *testing.T, list []*process) {
 // TestStoppedLeaderReads: a leader that was stopped and goes on does not know that it has been deposed. Reads that waited
 // in its sockets, and came after a write elsewhere was acknowledged, must see that write or fail.
 func TestStoppedLeaderReads(t *testing.T) {
+	t.Parallel()
 	list := newProcesses(t)
 	for round := range 3 {
 		l := leaderProcess(t, list)
@@ -1055,6 +1056,7 @@ func TestStoppedLeaderReads(t *testing.T) {
 
 // TestMemoryWithMemberDown: what a member that does not answer would need is not kept in memory for it.
 func TestMemoryWithMemberDown(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS != "linux" {
 		t.Skip("reads /proc")
 	}

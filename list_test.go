@@ -828,6 +828,7 @@ func TestSlowBodyOfAList(t *testing.T) {
 
 // A list on a follower shows what was acknowledged elsewhere before it began, or ends with an error.
 func TestListIsLinearizable(t *testing.T) {
+	t.Parallel()
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		for i := range 5 {
 			must(t, l.s.Set(t.Context(), fmt.Sprintf("k%d", i), nil))

@@ -178,6 +178,7 @@ func TestEntrySum(t *testing.T) {
 }
 
 func TestLogFindsFlippedBits(t *testing.T) {
+	t.Parallel()
 	sum := entrySum(testEntry(7, 1))
 	for name, pattern := range map[string][]byte{"data": testEntry(7, 1).Data, "checksum": sum[:]} {
 		t.Run(name, func(t *testing.T) {
@@ -216,6 +217,7 @@ func TestLogFindsFlippedBits(t *testing.T) {
 
 // A damaged index block leads to another entry, which is whole.
 func TestLogFindsWrongEntry(t *testing.T) {
+	t.Parallel()
 	o := logOptionsIn(t)
 	l := reopenLog(t, nil, o)
 	appendLog(t, l, 1, 1, 60)
@@ -290,6 +292,7 @@ func TestLogLossWhileWaiting(t *testing.T) {
 
 // Whatever a flip or a cut does to the files, the log opens and serves what was stored, or says that it is corrupt.
 func TestLogDamagedFiles(t *testing.T) {
+	t.Parallel()
 	o := logOptionsIn(t)
 	l := reopenLog(t, nil, o)
 	appendLog(t, l, 1, 1, 40)
@@ -621,6 +624,7 @@ func TestLogBusy(t *testing.T) {
 
 // The process ends after the write that fills a segment, before raft-wal has entered the next one.
 func TestLogEndsAtFullSegment(t *testing.T) {
+	t.Parallel()
 	o := logOptionsIn(t)
 	l := reopenLog(t, nil, o)
 	closeLog(t, l)
@@ -652,6 +656,7 @@ func TestLogEndsAtFullSegment(t *testing.T) {
 
 // The power fails in the write that fills a segment: raft-wal takes the segment for ended although that batch is not whole.
 func TestLogTornLastWriteOfSegment(t *testing.T) {
+	t.Parallel()
 	for name, batch := range map[string]uint64{"index block": 8, "only batch": 1} {
 		t.Run(name, func(t *testing.T) {
 			o, disk := faultyOptions(t)
@@ -878,6 +883,7 @@ func TestLogWritesZerosAhead(t *testing.T) {
 
 // TestCampaignLogPowerCuts: the power fails during an append: of the sectors not synced some are written, some are not.
 func TestCampaignLogPowerCuts(t *testing.T) {
+	t.Parallel()
 	o, disk := faultyOptions(t)
 	r := rand.New(rand.NewPCG(3, 4))
 	var l *logStore
@@ -915,6 +921,7 @@ func TestCampaignLogPowerCuts(t *testing.T) {
 }
 
 func TestLogAgainstSlice(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		dir, err := os.MkdirTemp(t.TempDir(), "")
 		if err != nil {
@@ -1045,6 +1052,7 @@ func (f *countFSM) Restore(r io.ReadCloser) error       { return r.Close() }
 func (f *countFSM) count() int                          { f.mu.Lock(); defer f.mu.Unlock(); return f.n }
 
 func TestLogUnderRaft(t *testing.T) {
+	t.Parallel()
 	o := logOptionsIn(t)
 	snaps := raft.NewInmemSnapshotStore()
 	for round := range 3 {

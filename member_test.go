@@ -256,6 +256,7 @@ func TestJoin(t *testing.T) {
 }
 
 func TestJoinThatCannot(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	t.Run("nobody listens", func(t *testing.T) {
 		m := newMember(t, freeAddr(t))
@@ -930,6 +931,7 @@ func TestReadySaysWhatIsMissing(t *testing.T) {
 
 // Whatever comes to whatever route, with headers that let it in, the member answers and works on.
 func TestGarbage(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	l := c.leader(t)
 	st := l.s.Status()
@@ -979,6 +981,7 @@ func TestGarbage(t *testing.T) {
 }
 
 func TestJoinWithAnIDOfAnotherCluster(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	m := newMember(t, c[0].conf.Addr)
 	must(t, c[0].s.AddAllowedMember(t.Context(), m.conf.Addr))
@@ -991,6 +994,7 @@ func TestJoinWithAnIDOfAnotherCluster(t *testing.T) {
 }
 
 func TestRollingRestartOfFive(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 5)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -1044,6 +1048,7 @@ func TestRollingRestartOfFive(t *testing.T) {
 }
 
 func TestBehindAProxyPerMember(t *testing.T) {
+	t.Parallel()
 	var passed atomic.Int64
 	behind := func(m *testMember) *testMember {
 		m.listen = freeAddr(t)
@@ -1088,6 +1093,7 @@ func TestBehindAProxyPerMember(t *testing.T) {
 
 // Members that come at the same time are promoted one after the other, whoever is ready first.
 func TestFourJoinAtOnce(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	var wg sync.WaitGroup
 	for range 4 {
@@ -1111,6 +1117,7 @@ func TestFourJoinAtOnce(t *testing.T) {
 }
 
 func TestAnnouncedAddressEndsWithTheConfiguredOne(t *testing.T) {
+	t.Parallel()
 	var p peerTable
 	p.announce("m", "new:1", "old:1")
 	for _, step := range []struct{ configured, want string }{
@@ -1160,6 +1167,7 @@ func (h halfMade) build(t *testing.T, m *testMember) {
 
 // Whoever reaches the door can announce another address for a member. It must not cut that member off.
 func TestForgedAnnouncement(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	leader, victim := c.leader(t), c.follower(t)
 	var wrong *testMember

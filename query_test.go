@@ -378,6 +378,7 @@ func TestQuerySeesWholeTransactions(t *testing.T) {
 }
 
 func TestQueryOnFollowerSeesWrites(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	l, f := c.leader(t).s, c.follower(t).s
 	for i := range 20 {

@@ -369,6 +369,7 @@ func TestCallsToASilentVoterAreBounded(t *testing.T) {
 
 // A cut off member answers a Get with an error that tells both, that nobody leads and that the time is over.
 func TestGetOnMemberCutOff(t *testing.T) {
+	t.Parallel()
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		must(t, l.s.Set(t.Context(), "k", []byte("old")))
 		c.obey("partition {L} {F} {G}")
@@ -396,6 +397,7 @@ func TestGetOnMemberCutOff(t *testing.T) {
 
 // TestGetSeesWriteElsewhere writes on one member and reads on each, while others write.
 func TestGetSeesWriteElsewhere(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	ctx := ctxFor(t, time.Minute)
 	noise, stop := context.WithCancel(ctx)
@@ -435,6 +437,7 @@ func TestGetSeesWriteElsewhere(t *testing.T) {
 
 // Nobody passes a forwarded write on: two members that take each other for the leader would do it for ever.
 func TestForwardedWriteIsNotForwarded(t *testing.T) {
+	t.Parallel()
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		before := c.net.arrivals()
 		_, sent, err := f.s.peer.propose(t.Context(), g.s.ident().id, g.conf.Addr, encodeOpen(firstFormat, [16]byte{1}))
@@ -459,6 +462,7 @@ func TestForwardedWriteIsNotForwarded(t *testing.T) {
 // its own, so each must succeed, and as every effect takes one revision, the revision counts how often they had any: also
 // a set twice, which nothing else would show.
 func TestForwardedWritesThroughLeaderDeaths(t *testing.T) {
+	t.Parallel()
 	bubble(t, func(t *testing.T, c *script, _, _, _ *scriptMember) {
 		for round := range 4 {
 			c.obey("cast leader L followers F G")

@@ -62,6 +62,7 @@ func editMeta(t *testing.T, dir string, f func(m *meta)) {
 
 // Which file and which log go on together, with A applied, I the last install, and a log of F to L.
 func TestStartRule(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		damage func(t *testing.T, dir string, applied uint64)
@@ -467,6 +468,7 @@ func (c testCluster) strayLog(t *testing.T, m *testMember, n uint64) {
 func kvSum(hash string) string { return hash[:16] }
 
 func TestBackupAndRestore(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	w := startWriters(t, 4, func() *Service { return c[0].s })
 	c.fill(t, "key", 200)

@@ -293,6 +293,7 @@ func restoreAt(t *testing.T, dir, from string, at time.Time) uint64 {
 }
 
 func TestRevisionAfterRestore(t *testing.T) {
+	t.Parallel()
 	at := func(text string) time.Time {
 		at, err := time.Parse(time.RFC3339Nano, text)
 		must(t, err)
@@ -399,6 +400,7 @@ func TestRestoreGivesNoRevisionTwice(t *testing.T) {
 
 // A state in which nothing ever was begins nowhere else.
 func TestRestoreOfAStateThatNeverBegan(t *testing.T) {
+	t.Parallel()
 	dir, to := t.TempDir(), filepath.Join(t.TempDir(), "new")
 	must(t, createFile(filepath.Join(dir, "snap")))
 	must(t, Restore(to, filepath.Join(dir, "snap")))
@@ -413,6 +415,7 @@ func TestRestoreOfAStateThatNeverBegan(t *testing.T) {
 
 // The files of every release and of every format that there was are taken.
 func TestRestoreOfAnOldFile(t *testing.T) {
+	t.Parallel()
 	for version, g := range goldens {
 		t.Run(version, func(t *testing.T) {
 			to := filepath.Join(t.TempDir(), "new")

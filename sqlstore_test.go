@@ -390,6 +390,7 @@ func TestStrayWALIsRefused(t *testing.T) {
 
 // A crash leaves the files as they are: copies of them must open, in the state of the last commit.
 func TestOpenAfterCrash(t *testing.T) {
+	t.Parallel()
 	dir, after := t.TempDir(), t.TempDir()
 	s := openTestStore(t, filepath.Join(dir, "snap"), testBudget)
 	fill(t, s, 1000, 100)
@@ -414,6 +415,7 @@ func shellCopy(t testing.TB, from, to string) {
 }
 
 func TestDamageIsFound(t *testing.T) {
+	t.Parallel()
 	damages := map[string]struct {
 		sql    string
 		atOpen bool
@@ -481,6 +483,7 @@ func TestDamageIsFound(t *testing.T) {
 
 // SQLite takes many flipped bits for data. Whatever bit flips: an error, or the same rows as before.
 func TestFlippedBitsNeverGiveWrongData(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "snap")
 	s := openTestStore(t, path, -1)
 	fill(t, s, 60, 40)
@@ -548,6 +551,7 @@ func TestFlippedBitsNeverGiveWrongData(t *testing.T) {
 }
 
 func TestForeignFilesAreRefusedUntouched(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		sql  string
 		want error
@@ -789,6 +793,7 @@ func receiveCopy(t testing.TB, s *store) (meta, error) {
 
 // Every transaction puts its index into all of some rows, so that a copy of a moment in between would show.
 func TestCopyUnderWritesIsOfOneMoment(t *testing.T) {
+	t.Parallel()
 	s := newTestStore(t, testBudget)
 	keepUp(t, s)
 	write := func() {
@@ -843,6 +848,7 @@ func TestCopyUnderWritesIsOfOneMoment(t *testing.T) {
 }
 
 func TestReceiveRefusesBadStreams(t *testing.T) {
+	t.Parallel()
 	s := newTestStore(t, testBudget)
 	fill(t, s, 200, 50)
 	c, err := s.copy(t.Context())
@@ -926,6 +932,7 @@ func TestBackupOpensWithSqlite3(t *testing.T) {
 }
 
 func TestSqlite3ReadsBesideUs(t *testing.T) {
+	t.Parallel()
 	tool, err := exec.LookPath("sqlite3")
 	if err != nil {
 		t.Skip("no sqlite3")
@@ -943,6 +950,7 @@ func TestSqlite3ReadsBesideUs(t *testing.T) {
 }
 
 func TestInstallReplacesEverythingAtOnce(t *testing.T) {
+	t.Parallel()
 	leader := newTestStore(t, testBudget)
 	fill(t, leader, 2000, 100)
 	apply(t, leader, func(tx *storeTx) {

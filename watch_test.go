@@ -950,6 +950,7 @@ func (v *traveller) await(t testing.TB, revision uint64) (errs []error) {
 // A watch on a follower goes on through changes of the leader, an installed snapshot and a rebuild of its member, and is resumed
 // after a restart and on another member: in the end it has seen each change that the history holds once, in order.
 func TestWatchTravels(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	m := c.follower(t)
 	var here atomic.Pointer[testMember]
