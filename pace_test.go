@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/raft"
 	walfs "github.com/hashicorp/raft-wal/fs"
 	"github.com/hashicorp/raft-wal/types"
 )
@@ -250,6 +251,57 @@ func TestAppendsInProgress(t *testing.T) {
 		l.pace.add(2 * time.Second)
 		if took, n := l.appends(0); len(took) != paceKept || took[4] != 2*time.Second || n != 5 {
 			t.Errorf("%v of %d", took, n)
+		}
+	})
+}
+
+// A voter's pace is the longest of its newest answers and of what it has not answered yet; none, if it does not keep up.
+func TestPaceOfPeer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const term = 7
+		var a aheadTable
+		want := func(what string, want time.Duration, ok bool) {
+			t.Helper()
+			if got, is := a.pace("f", term); got != want || is != ok {
+				t.Errorf("%s: %v, %v, want %v, %v", what, got, is, want, ok)
+			}
+		}
+		last := uint64(0)
+		append := func(took time.Duration) {
+			args := &raft.AppendEntriesRequest{Term: term, PrevLogEntry: last, Entries: commands(term, last+1)}
+			last++
+			a.ordinary("f", args)
+			time.Sleep(took)
+			a.holds("f", args)
+		}
+		want("nothing is known", 0, false)
+		append(time.Second)
+		append(2)
+		want("two answers", 0, false)
+		append(2)
+		want("three", time.Second, true)
+		append(3)
+		append(1)
+		want("the first is old", 3, true)
+		append(2 * time.Second)
+		want("the disk of all turns slow", 2*time.Second, true)
+		for range 3 {
+			append(1)
+		}
+		args := &raft.AppendEntriesRequest{Term: term, PrevLogEntry: last, Entries: commands(term, last+1)}
+		e := a.begin("f", args)
+		time.Sleep(5)
+		want("an early send is not answered", 5, true)
+		close(e.done)
+		want("it is", 1, true)
+		a.ordinary("f", args)
+		time.Sleep(6)
+		want("raft's append is not answered", 6, true)
+		a.forget("f", term, 0)
+		want("it failed", 0, false)
+		if _, ok := a.pace("f", term+1); ok {
+			t.Error("it is known in another term")
 		}
 	})
 }

@@ -233,6 +233,26 @@ func TestReachesMajority(t *testing.T) {
 	}
 }
 
+func TestNoHandOverToOneThatReachesNobody(t *testing.T) {
+	t.Parallel()
+	for i := range 2 {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			clusterOf(t, 3, func(c *script, log *logged, l *scriptMember, others []*scriptMember) {
+				mute, other := others[i], others[1-i]
+				c.deafen(l, mute)
+				c.deafen(other, mute)
+				time.Sleep(2*probeVoters + stallLimit)
+				must(c.t, l.s.TransferLeader(c.t.Context(), ""))
+				time.Sleep(time.Second)
+				if st := other.s.Status(); st.Role != Leader {
+					c.t.Errorf("%s leads, and %s is the one that reaches others", st.LeaderAddr, other.conf.Addr)
+				}
+			})
+		})
+	}
+}
+
 // A follower that was cut off does not move the leader when it is back.
 func TestCutOffFollowerMovesNobody(t *testing.T) {
 	t.Parallel()
@@ -307,6 +327,24 @@ func TestOneSideCallsNobodyOfTheOther(t *testing.T) {
 			})
 		})
 	}
+	t.Run("the leader", func(t *testing.T) {
+		t.Parallel()
+		clusterOf(t, 3, func(c *script, log *logged, l *scriptMember, others []*scriptMember) {
+			for _, m := range others {
+				c.deafen(m, l)
+			}
+			time.Sleep(10 * time.Second)
+			term := others[0].s.Status().Term
+			for range dose(1, 5) {
+				time.Sleep(time.Minute)
+			}
+			for _, m := range others {
+				if st := m.s.Status(); st.Term != term || st.LeaderID == "" || st.LeaderID == l.s.ident().id {
+					c.t.Errorf("%s: in term %d the leader is %s, in term %d it was another one than %s", m.name, st.Term, st.LeaderAddr, term, l.conf.Addr)
+				}
+			}
+		})
+	})
 }
 
 // A leader that nobody reaches hands over within ten seconds, once, and the others write again. Its followers say what is wrong.
