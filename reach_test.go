@@ -239,14 +239,14 @@ func TestNoHandOverToOneThatReachesNobody(t *testing.T) {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Parallel()
 			clusterOf(t, 3, func(c *script, log *logged, l *scriptMember, others []*scriptMember) {
-				mute, other := others[i], others[1-i]
+				mute, other, term := others[i], others[1-i], l.s.Status().Term
 				c.deafen(l, mute)
 				c.deafen(other, mute)
 				time.Sleep(2*probeVoters + stallLimit)
 				must(c.t, l.s.TransferLeader(c.t.Context(), ""))
 				time.Sleep(time.Second)
-				if st := other.s.Status(); st.Role != Leader {
-					c.t.Errorf("%s leads, and %s is the one that reaches others", st.LeaderAddr, other.conf.Addr)
+				if st := other.s.Status(); st.Role != Leader || st.Term != term+1 {
+					c.t.Errorf("%s leads in term %d after %d, and %s is the one that reaches others", st.LeaderAddr, st.Term, term, other.conf.Addr)
 				}
 			})
 		})
