@@ -48,6 +48,7 @@ func TestBesideTheFirstRelease(t *testing.T) {
 	t.Parallel()
 	program := buildRelease(t, "v0.1.0")
 	t.Run("upgrade", func(t *testing.T) { rollingUpgrade(t, program) })
+	t.Run("founders", func(t *testing.T) { foundersBeside(t, program) })
 	t.Run("going back in the first format", func(t *testing.T) { goingBackInTime(t, program) })
 	t.Run("going back meanwhile", func(t *testing.T) { goingBackMeanwhile(t, program) })
 	t.Run("going back too late", func(t *testing.T) { goingBackTooLate(t, program) })
@@ -249,6 +250,64 @@ func checkOthers(t *testing.T, m *testMember, older []*process) {
 		}
 		return m.s.unreached()
 	})
+}
+
+// foundersBeside: a member of the first release is no founder, and is named as the one that is missing. Beside the cluster that comes
+// of the others, and as its leader, it lets in a founder that was wiped; and what it calls proves nothing to one that is a stranger.
+func foundersBeside(t *testing.T, program string) {
+	c := testCluster{newMember(t, ""), newMember(t, ""), newMember(t, "")}
+	third := c[2]
+	old := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: third.conf.Addr, join: c[0].conf.Addr, program: program, client: third.conf.Client}
+	t.Cleanup(old.stop)
+	for _, m := range c {
+		older(&m.conf)
+		for _, founder := range c {
+			m.conf.Bootstrap = append(m.conf.Bootstrap, founder.conf.Addr)
+		}
+	}
+	old.launch()
+	c[0].start()
+	c[1].start()
+	is(t, c[0].s.Ready(ctxFor(t, 2*time.Second)), context.DeadlineExceeded, "the founders wait", old.addr+" is silent")
+	must(t, c[0].s.Err())
+	old.kill()
+	third.start()
+	c.awaitVoters(t, 3)
+
+	old = &process{t: t, dir: old.dir + "2", addr: freeAddr(t), join: c[0].conf.Addr, program: program, client: third.conf.Client}
+	t.Cleanup(old.stop)
+	must(t, c[1].s.AddAllowedMember(ctxFor(t, patience), old.addr))
+	old.start()
+	old.awaitReady()
+	c.awaitVoters(t, 4)
+	eventually(t, patience, "the first release to lead", func() error { return c.leader(t).s.TransferLeader(ctxFor(t, patience), old.addr) })
+	must(t, c[0].s.Set(ctxFor(t, patience), "k", []byte("v")))
+	third.stop()
+	must(t, os.RemoveAll(third.conf.Dir))
+	third.start()
+	must(t, third.s.Ready(ctxFor(t, patience)))
+	if v, err := third.s.Get(ctxFor(t, patience), "k"); string(v) != "v" || err != nil || third.s.held() {
+		t.Errorf("a wiped founder reads %q, %v", v, err)
+	}
+	if r := old.must(order{Op: "status"}).Status; r.Role != Leader {
+		t.Logf("meanwhile the leadership has gone to %s", r.LeaderAddr)
+	}
+	third.stop()
+	must(t, os.RemoveAll(third.conf.Dir))
+	bootstrap, log := third.conf.Bootstrap, newLogged("gives no proof")
+	third.conf.Bootstrap, third.conf.Logger = nil, slog.New(log)
+	third.start()
+	eventually(t, patience, "a hint without proof, or a proof", func() error {
+		if len(log.all()) == 0 && third.s.Err() == nil {
+			return errors.New("neither")
+		}
+		return nil
+	})
+	if old.must(order{Op: "status"}).Status.Role == Leader && third.s.Err() != nil {
+		t.Errorf("proved by the first release: %v", third.s.Err())
+	}
+	third.stop()
+	third.conf.Bootstrap = bootstrap
 }
 
 // goingBackInTime: at the first format the state of this version is what the first release takes for its own, as a snapshot that
