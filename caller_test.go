@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"path/filepath"
 	"runtime"
@@ -498,4 +499,13 @@ func TestFunctionsOfATransportThatPanic(t *testing.T) {
 	}
 	_, err = Open(t.Context(), Config{Dir: t.TempDir(), Addr: "127.0.0.1:1", TLS: true, Client: &http.Client{Transport: base}})
 	is(t, err, ErrInvalid)
+}
+
+// Raft reads a snapshot in its own goroutine, out of a body that a handler before ours may have made.
+func TestSnapshotBodyThatPanics(t *testing.T) {
+	x := &exchange{rc: http.NewResponseController(httptest.NewRecorder())}
+	r := &receivedReader{x: x, r: oddBody{}, until: time.Now().Add(time.Minute)}
+	if _, err := r.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "panicked") {
+		t.Error(err)
+	}
 }
