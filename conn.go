@@ -29,6 +29,7 @@ type conn struct {
 	stmts [queries]driver.Stmt
 	args  []driver.NamedValue
 	buf   []byte
+	seat  int64 // of the store, when it was opened: see reconnect
 }
 
 var sqliteDriver sqlite.Driver

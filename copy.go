@@ -41,7 +41,7 @@ func (s *store) copy(ctx context.Context) (*storeCopy, error) {
 }
 
 func (s *store) beginCopy() (_ *storeCopy, err error) {
-	c, err := openReader(s.path)
+	c, err := s.openReader()
 	if err != nil {
 		return nil, err
 	}
@@ -388,15 +388,18 @@ func (t tailReader) Read(p []byte) (int, error) {
 }
 
 // checkFile reads all of a database that no one has open, and changes nothing.
-func checkFile(path string) (meta, error) {
-	m, err := checkClosed(path)
+func checkFile(path string) (meta, error) { return checkFileOf(path, false) }
+
+// checkFileOf is checkFile, of a lone member's file if lone says so: see strange.
+func checkFileOf(path string, lone bool) (meta, error) {
+	m, err := checkClosed(path, lone)
 	if err != nil {
 		return meta{}, aboutFile("check", path, err)
 	}
 	return m, nil
 }
 
-func checkClosed(path string) (m meta, err error) {
+func checkClosed(path string, lone bool) (m meta, err error) {
 	if _, err := checkHeader(path); err != nil {
 		return m, err
 	}
@@ -405,7 +408,7 @@ func checkClosed(path string) (m meta, err error) {
 		return m, err
 	}
 	defer c.close()
-	if err := c.checkSchema(); err != nil {
+	if err := c.checkSchema(); err != nil && !(lone && errors.As(err, new(*strangeSchema))) {
 		return m, err
 	}
 	if said, err := c.text(queryText[qQuickCheck]); err != nil || said != "ok" {

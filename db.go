@@ -192,6 +192,7 @@ type Service struct {
 	lock    *dirLock
 	store   *store
 	wal     *logStore
+	names   *nameWatch // of the files that are neither the log's nor the state's
 	fsm     *fsm
 	peer    *peer
 	snaps   *snapshotStore
@@ -470,7 +471,7 @@ func (s *Service) close() error {
 func (s *Service) drain(limit time.Duration) {
 	ctx, cancel := context.WithTimeout(s.ctx, limit)
 	defer cancel()
-	for !s.batch.empty() && s.faults.first(faultRemoved, faultLog, faultApply, faultState, faultLogFull, faultStateWaits) == nil {
+	for !s.batch.empty() && s.faults.first(faultRemoved, faultLog, faultApply, faultGone, faultState, faultLogFull, faultStateWaits) == nil {
 		wait, stop := context.WithTimeout(ctx, 5*time.Millisecond)
 		<-wait.Done()
 		stop()

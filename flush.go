@@ -213,6 +213,9 @@ func (s *store) keepUp() error {
 // sync returns when the file has all that is committed now. Whoever begins to read the file calls it first. It is ErrCorrupt if
 // somebody else has written to the file: what was committed since is not in it, and comes only with forgive or install.
 func (s *store) sync(ctx context.Context) error {
+	if err := s.awaitSeated(ctx); err != nil && ctx.Done() != nil {
+		return s.explain("read", err)
+	}
 	s.tailMu.RLock()
 	want := s.commits
 	s.tailMu.RUnlock()
@@ -637,7 +640,7 @@ func (s *store) flushWhenDue(ctx context.Context) {
 func (s *store) barrier() error {
 	s.lockFile()
 	defer s.fileMu.Unlock()
-	return s.explain("sync", s.barrierLocked())
+	return s.explain("sync", s.namedBarrierLocked())
 }
 
 // calmBarrier is barrier for whoever does not mind that it rests.
@@ -646,12 +649,15 @@ func (s *store) calmBarrier() error {
 	defer s.fileMu.Unlock()
 	s.pace.rested()
 	defer s.pace.hurry()
-	return s.explain("sync", s.barrierLocked())
+	return s.explain("sync", s.namedBarrierLocked())
 }
+
+// namedBarrierLocked is for whoever gives up what the file has: it is durable only under its names.
+func (s *store) namedBarrierLocked() error { return cmpErr(s.barrierLocked(), s.seated()) }
 
 // barrierLocked needs fileMu.
 func (s *store) barrierLocked() error {
-	if s.closed {
+	if s.closed || s.writer == nil {
 		return ErrClosed
 	}
 	return s.writeTail(func(t *tail) (err error) {
@@ -668,6 +674,9 @@ func (s *store) barrierLocked() error {
 
 // checkForeign is asked in a transaction, or while there is none.
 func (s *store) checkForeign() error {
+	if s.writer == nil {
+		return ErrClosed
+	}
 	v, err := s.writer.one(qDataVersion)
 	if err != nil {
 		return err
@@ -886,6 +895,27 @@ func (s *store) walSize() int64 {
 	return info.Size()
 }
 
+// checkpointOnce opens the connection if there is none. A checkpoint without the names could be cut short by a crash, and leave half of
+// it in the database and nothing beside it.
+func (s *store) checkpointOnce(c **conn) (err error) {
+	if s.seated() != nil {
+		return nil
+	}
+	if *c == nil {
+		seat := s.seat.Load()
+		if *c, err = openConn(s.path, "mode=rw", "wal_autocheckpoint=0", "trusted_schema=OFF"); err != nil {
+			return err
+		}
+		(*c).seat = seat
+		if err := (*c).keepWAL(true); err != nil {
+			return err
+		}
+	}
+	s.checkpointMu.Lock()
+	defer s.checkpointMu.Unlock()
+	return s.note((*c).passive())
+}
+
 // warnOfReader says, once each time, that a reader in another program keeps the WAL from beginning anew: without its end the WAL grows
 // by all that is written. What this program's own readers keep is bounded.
 func (s *store) warnOfReader(long *bool) {
@@ -909,7 +939,7 @@ func (s *store) shrink() {
 		return
 	}
 	defer s.fileMu.Unlock()
-	if s.closed {
+	if s.closed || s.writer == nil {
 		return
 	}
 	if err := s.writer.pragma("shrink_memory"); err != nil {
@@ -938,15 +968,11 @@ func (s *store) checkpoint(ctx context.Context) {
 		} else {
 			seen, quiet = m, 0
 		}
-		var err error
-		if c == nil {
-			c, err = openConn(s.path, "mode=rw", "wal_autocheckpoint=0", "trusted_schema=OFF")
+		if c != nil && c.seat != s.seat.Load() {
+			c.close()
+			c = nil
 		}
-		if err == nil {
-			s.checkpointMu.Lock()
-			err = s.note(c.passive())
-			s.checkpointMu.Unlock()
-		}
+		err := s.checkpointOnce(&c)
 		if err == nil || isBusy(err) {
 			warned = false
 			continue

@@ -171,7 +171,7 @@ func (f *fsm) recovers(err error, wait time.Duration) bool {
 	switch {
 	case errors.Is(err, errAgain):
 		wait = time.Millisecond
-	case errors.Is(err, errPaused):
+	case errors.Is(err, errPaused), errors.Is(err, errUnseated):
 		wait = min(wait, 50*time.Millisecond)
 	case isIO(err): // the store remembers it, and no try after it can succeed
 		f.fault(fmt.Errorf("apply has stopped, restart this member once the disk is whole: %w", err))
@@ -640,7 +640,7 @@ func (f *fsm) Restore(source io.ReadCloser) error {
 		// Perhaps because an install ended in its barrier: what raft is about to cut from the log must be on the disk.
 		return f.store.barrier()
 	}
-	return f.installLocked(in)
+	return cmpErr(f.installLocked(in), f.store.seated()) // raft empties its log next
 }
 
 // installLocked replaces the state by that of a verified file (5). f.mu is held.
@@ -663,6 +663,8 @@ func (f *fsm) blame(err error) {
 		f.fault(fmt.Errorf("the state can't be synced, restart this member once the disk is whole: %w", err))
 	case errors.Is(err, errForeign), errors.Is(err, ErrCorrupt):
 		f.paused.Store(true)
+		f.distrust(err)
+	case errors.Is(err, errUnseated):
 		f.distrust(err)
 	}
 }

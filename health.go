@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -33,6 +34,7 @@ const (
 	faultRemoved
 	faultLog
 	faultApply
+	faultGone
 	faultRaft
 	faultState
 	faultForeign
@@ -40,6 +42,7 @@ const (
 	faultDispute
 	faultLogDamage
 	faultSchema
+	faultUnseated
 	faultStall
 	faultLogFull
 	faultStateWaits
@@ -77,6 +80,7 @@ var faultTable = [faultKinds]struct {
 	faultRemoved:    {"removed from the cluster", notReady | inErr | refusesWrites | refusesReads, "nothing: an empty directory joins anew"},
 	faultLog:        {"the disk of the log has failed", isSilent | unfit | notReady | inErr | refusesWrites | refusesReads, "a restart, which reads the disk again"},
 	faultApply:      {"the disk of the state has failed", isSilent | unfit | notReady | inErr | refusesWrites | refusesReads, "a restart, which reads the disk again"},
+	faultGone:       {"files of the directory were removed or replaced", isSilent | unfit | notReady | inErr | refusesWrites | refusesReads, "a restart, with the files put back"},
 	faultRaft:       {"raft does not start again", unfit | notReady | inErr, "the next try, seconds later"},
 	faultState:      {"`snap` is damaged", unfit | notReady | inErr | refusesWrites | refusesReads, "the rebuild from the leader; alone, a backup"},
 	faultForeign:    {"another program wrote to `snap`", unfit | notReady | inErr | refusesReads, "the rebuild from the leader; alone, its contents are taken"},
@@ -84,6 +88,7 @@ var faultTable = [faultKinds]struct {
 	faultDispute:    {"the states differ and there is no majority", inErr, "a backup, or the removal of the wrong members"},
 	faultLogDamage:  {"an old entry of the log is damaged", inErr, "an empty directory that joins anew"},
 	faultSchema:     {"a lone member's `snap` has tables or indexes of another program", inErr, "`DROP` of what Err names"},
+	faultUnseated:   {"a shell has removed `snap-wal`, because the program itself opened `snap`", notReady | inErr, "the file put in place anew, at once"},
 	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
 	faultLogFull:    {"no space for the log, or no file descriptor", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
 	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
@@ -255,6 +260,7 @@ func (s *Service) watchHealth() {
 			return
 		}
 		s.checkStall()
+		s.checkNames()
 		s.checkFile()
 		s.checkRemoved()
 		s.learnVote()
@@ -290,6 +296,31 @@ func (s *Service) watchHealth() {
 func (s *Service) checkStall() {
 	s.faults.set(faultStall, s.hangs())
 	s.faults.ofLog(s.wal.failed())
+}
+
+// checkNames finds files that were removed or replaced. That is for good: what has been written to them since is in no file that has a
+// name. Only what SQLite keeps beside snap can be mended.
+func (s *Service) checkNames() {
+	for _, n := range []*nameWatch{s.names, s.wal.names, s.store.names} {
+		for path, err := range n.look() {
+			if s.store.beside(path) && s.store.names.holdAt(s.store.path) == nil {
+				s.distrust(fmt.Errorf("%w: %w", errUnseated, err))
+			} else if s.faults.first(faultGone) == nil {
+				s.faults.set(faultGone, fmt.Errorf("%w: this member answers nothing any more: stop it, put its directory back as it was, or empty it and "+
+					"start with a bootURL", err))
+			}
+		}
+	}
+}
+
+// watchNames enters the names that neither the log nor the state has.
+func (s *Service) watchNames() error {
+	s.names = newNameWatch(s.log)
+	ours := func() bool {
+		ident, found, err := readIdentity(s.conf.Dir)
+		return err == nil && found && ident == *s.ident()
+	}
+	return errors.Join(s.names.add(s.path("id"), ours), s.names.add(s.path(filepath.Join("wal", "lock")), nil))
 }
 
 // checkFile finds what another program, or the disk, did to snap.
@@ -464,6 +495,9 @@ func (k markAnswer) value() string { return fmt.Sprintf("%d %x %s", k.Applied, k
 // apply and must not block.
 func (s *Service) distrust(err error) {
 	switch {
+	case errors.Is(err, errUnseated):
+		s.faults.set(faultUnseated, fmt.Errorf("%w; the file is being put in place anew; a program must not open the files of its own member: use "+
+			"Backup", err))
 	case errors.Is(err, errForeign): // also if a reader has met what it wrote, and taken it for damage
 		s.faults.set(faultForeign, fmt.Errorf("%w: another program wrote to %s: this member serves nothing until its state is "+
 			"rebuilt from the leader; use sqlite3 -readonly", ErrCorrupt, s.path("snap")))
@@ -513,7 +547,7 @@ func (s *Service) trust() {
 	case <-s.rebuildCh:
 	default:
 	}
-	for _, k := range []faultKind{faultForeign, faultDiverged, faultState} {
+	for _, k := range []faultKind{faultForeign, faultDiverged, faultState, faultUnseated} {
 		s.faults.set(k, nil)
 	}
 	s.fsm.paused.Store(false)
@@ -521,6 +555,14 @@ func (s *Service) trust() {
 }
 
 func (s *Service) rebuild() error {
+	if s.faults.first(faultUnseated) != nil {
+		if err := s.reseat(); !errors.Is(err, ErrCorrupt) {
+			return err
+		} else if s.onlyVoter() && s.faults.first(faultForeign) == nil {
+			s.faults.set(faultState, err)
+			return fmt.Errorf("no other member has the state: restore a backup: %w", err)
+		}
+	}
 	r := s.raft.Load()
 	c := r.GetConfiguration().Configuration()
 	if v := voters(c); len(v) == 1 && string(v[0].ID) == s.ident().id {
@@ -547,7 +589,37 @@ func (s *Service) rebuild() error {
 	if err := s.fsm.installLocked(in); err != nil {
 		return err
 	}
+	if err := s.reseatIfDue(); err != nil {
+		return err
+	}
 	s.trust()
+	return nil
+}
+
+// reseat puts snap in place anew. What else is held against the state is the rebuild's, after it.
+func (s *Service) reseat() error {
+	s.fsm.mu.Lock()
+	defer s.fsm.mu.Unlock()
+	if err := s.reseatIfDue(); err != nil {
+		return err
+	}
+	if s.faults.first(faultForeign, faultDiverged, faultState) != nil {
+		s.wantRebuild()
+		return nil
+	}
+	s.trust()
+	return nil
+}
+
+// reseatIfDue: fsm.mu is held.
+func (s *Service) reseatIfDue() error {
+	if s.faults.first(faultUnseated) == nil {
+		return nil
+	}
+	if err := s.store.reseat(); err != nil {
+		return err
+	}
+	s.faults.set(faultUnseated, nil)
 	return nil
 }
 
@@ -561,6 +633,9 @@ func (s *Service) forgive() error {
 	defer s.fsm.mu.Unlock()
 	s.log.Error("another program wrote to snap; this is the only member, so its contents are taken as they are", "file", s.path("snap"))
 	if err := s.store.forgive(); err != nil {
+		return err
+	}
+	if err := s.reseatIfDue(); err != nil {
 		return err
 	}
 	if err := s.fsm.reload(); err != nil {

@@ -79,6 +79,7 @@ type logStore struct {
 
 	removal sync.WaitGroup // of segment files that nothing refers to any more
 	reserve *reserve       // write guards its spare descriptor
+	names   *nameWatch     // of the files that are open
 
 	mu       sync.Mutex // guards the fields below; never held across I/O
 	firstIdx uint64     // what the log should hold: truncations are entered here first, appends last. Reopening makes the
@@ -122,6 +123,7 @@ func openLog(o logOptions) (*logStore, error) {
 	l := &logStore{
 		logOptions: o,
 		sink:       &walSink{log: o.log},
+		names:      newNameWatch(o.log),
 		closed:     make(chan struct{}),
 		calls:      map[*time.Time]struct{}{},
 	}
@@ -203,6 +205,7 @@ func (l *logStore) close() error {
 	l.files.Lock()
 	defer l.files.Unlock()
 	if l.wal != nil {
+		l.names.drop(l.metaPath())
 		l.closeErr = l.wal.Close()
 		l.wal = nil
 	}
@@ -369,12 +372,12 @@ func (l *logStore) deleted(low, high, term uint64) {
 
 // Set implements raft.StableStore.
 func (l *logStore) Set(key, value []byte) error {
-	return l.change("set "+string(key), waits, func() error { return l.wal.Set(key, value) })
+	return l.change("set "+string(key), waits, func() error { return cmpErr(l.wal.Set(key, value), l.names.hold()) })
 }
 
 // SetUint64 implements raft.StableStore.
 func (l *logStore) SetUint64(key []byte, value uint64) error {
-	return l.change("set "+string(key), waits, func() error { return l.wal.SetUint64(key, value) })
+	return l.change("set "+string(key), waits, func() error { return cmpErr(l.wal.SetUint64(key, value), l.names.hold()) })
 }
 
 // Get implements raft.StableStore. A key that was never set has no value and gives no error.
@@ -621,6 +624,7 @@ func (l *logStore) reopenLocked() error {
 	l.files.Lock()
 	defer l.files.Unlock()
 	if l.wal != nil {
+		l.names.drop(l.metaPath())
 		l.wal.Close()
 		l.wal = nil
 	}
@@ -830,7 +834,7 @@ func diskFull(err error) bool {
 func (l *logStore) openWAL() (*wal.WAL, error) {
 	l.sink.forget()
 	l.removal.Wait() // raft-wal would find these files and remove them as well
-	f := &filer{Filer: segment.NewFiler(l.dir, zeroedFS{l.vfs, int64(l.segmentSize), l.reserve}), dir: l.dir, vfs: l.vfs, removal: &l.removal, log: l.log}
+	f := &filer{Filer: segment.NewFiler(l.dir, zeroedFS{l.vfs, int64(l.segmentSize), l.reserve, l.names}), dir: l.dir, vfs: l.vfs, removal: &l.removal, log: l.log}
 	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Level: hclog.Off, Output: io.Discard})
 	logger.RegisterSink(l.sink)
 	var w *wal.WAL
@@ -856,9 +860,15 @@ func (l *logStore) openWAL() (*wal.WAL, error) {
 		w.Close()
 		return nil, l.explain("open", err)
 	}
+	if err := l.names.add(l.metaPath(), nil); err != nil && !isMissing(err) { // a meta store of its own has no such file
+		w.Close()
+		return nil, l.explain("open", err)
+	}
 	f.relaxed.Store(true)
 	return w, nil
 }
+
+func (l *logStore) metaPath() string { return filepath.Join(l.dir, metadb.FileName) }
 
 // unopened tells corruption from the system's errors. A file that is missing is lost: raft-wal makes the last segment itself.
 func (l *logStore) unopened(err error) error {
@@ -985,6 +995,7 @@ type zeroedFS struct {
 	types.VFS
 	size    int64 // of a segment; beyond it no zeros are written
 	reserve *reserve
+	names   *nameWatch
 }
 
 const (
@@ -996,18 +1007,60 @@ const (
 var zeros [zeroSmall]byte
 
 func (z zeroedFS) Create(dir, name string, size uint64) (types.WritableFile, error) {
-	return z.zeroed(z.VFS.Create(dir, name, size))
+	return z.zeroed(dir, name)(z.VFS.Create(dir, name, size))
 }
 
 func (z zeroedFS) OpenWriter(dir, name string) (types.WritableFile, error) {
-	return z.zeroed(z.VFS.OpenWriter(dir, name))
+	return z.zeroed(dir, name)(z.VFS.OpenWriter(dir, name))
 }
 
-func (z zeroedFS) zeroed(file types.WritableFile, err error) (types.WritableFile, error) {
+func (z zeroedFS) zeroed(dir, name string) func(types.WritableFile, error) (types.WritableFile, error) {
+	return func(file types.WritableFile, err error) (types.WritableFile, error) {
+		if err != nil {
+			return nil, err
+		}
+		return &zeroedFile{WritableFile: file, size: z.size, reserve: z.reserve, place: z.place(dir, name, file)}, nil
+	}
+}
+
+// OpenReader opens a segment that has ended.
+func (z zeroedFS) OpenReader(dir, name string) (types.ReadableFile, error) {
+	file, err := z.VFS.OpenReader(dir, name)
 	if err != nil {
 		return nil, err
 	}
-	return &zeroedFile{WritableFile: file, size: z.size, reserve: z.reserve}, nil
+	return &placedReader{file, z.place(dir, name, file)}, nil
+}
+
+// place enters the name of a file that was just opened.
+func (z zeroedFS) place(dir, name string, file any) place {
+	p := place{names: z.names, path: filepath.Join(dir, name)}
+	if f, ok := file.(interface{ Stat() (fs.FileInfo, error) }); ok {
+		if info, err := f.Stat(); err == nil {
+			p.name = z.names.enter(p.path, info, nil)
+		}
+	}
+	return p
+}
+
+// A place is the entry of an open file among the names.
+type place struct {
+	names *nameWatch
+	path  string
+	name  *watchedName
+}
+
+// leave comes before the file is closed, and so before raft-wal removes it.
+func (p place) leave() { p.names.dropEntry(p.path, p.name) }
+
+type placedReader struct {
+	types.ReadableFile
+	place place
+}
+
+func (r *placedReader) Close() error {
+	r.place.leave()
+	return r.ReadableFile.Close()
 }
 
 // A zeroedFile has one writer, which only appends: nothing after its last write is wanted.
@@ -1015,6 +1068,12 @@ type zeroedFile struct {
 	types.WritableFile
 	size, until int64 // zeros were written until here
 	reserve     *reserve
+	place       place
+}
+
+func (f *zeroedFile) Close() error {
+	f.place.leave()
+	return f.WritableFile.Close()
 }
 
 // Sync is that of raft-wal's file, which opens the directory after the first sync of a new file, once, to sync its name as well. Where
@@ -1023,7 +1082,10 @@ func (f *zeroedFile) Sync() error {
 	err := f.WritableFile.Sync()
 	var at *fs.PathError
 	if noDescriptor(err) && errors.As(err, &at) && at.Op == "open" {
-		return f.reserve.sync()
+		err = f.reserve.sync()
+	}
+	if err == nil { // what is acknowledged has a name
+		err = hasName(f.WritableFile)
 	}
 	return err
 }

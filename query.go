@@ -316,7 +316,7 @@ func (o readOnly) Connect(context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.raw, nil
+	return c.raw, c.keepWAL(true)
 }
 
 // Driver makes the querier a connector of database/sql.
@@ -341,11 +341,15 @@ func (q *querier) connect(ctx context.Context) (*queryConn, error) {
 	if q.closed {
 		return nil, ErrClosed
 	}
+	seat := q.s.seat.Load()
+	if err := q.s.seated(); err != nil {
+		return nil, err
+	}
 	held, err := q.below.Conn(ctx)
 	if err != nil {
 		return nil, err
 	}
-	c := &queryConn{q: q, held: held, id: lastConn.Add(1)}
+	c := &queryConn{q: q, held: held, seat: seat, id: lastConn.Add(1)}
 	if err := c.prepare(); err != nil {
 		held.Close()
 		return nil, err
@@ -386,6 +390,7 @@ type queryConn struct {
 	held *sql.Conn // of the pool below; it keeps raw ours
 	raw  driver.Conn
 	id   int64
+	seat int64 // of the store, when it was opened
 
 	mu     sync.Mutex  // guards the fields below; held across calls of SQLite, which one goroutine at a time may make
 	step   driver.Stmt // stepStatement
@@ -498,6 +503,14 @@ func (c *queryConn) IsValid() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return !c.closed && c.raw.(driver.Validator).IsValid()
+}
+
+// ResetSession comes before a connection of the pool is used again: not if the file was put in place anew since.
+func (c *queryConn) ResetSession(context.Context) error {
+	if c.seat != c.q.s.seat.Load() {
+		return driver.ErrBadConn
+	}
+	return nil
 }
 
 // Close ends a query that still runs.

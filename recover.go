@@ -95,6 +95,9 @@ func (s *Service) openState(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := finishMending(s.path("snap")); err != nil {
+		return err
+	}
 	for _, e := range entries { // what an install or a restore left that did not end was never acknowledged
 		if leftover(e.Name()) {
 			if err := os.Remove(s.path(e.Name())); err != nil {
@@ -128,6 +131,9 @@ func (s *Service) openState(ctx context.Context) error {
 		return *strange
 	}
 	s.checkSchema()
+	if err := s.watchNames(); err != nil {
+		return err
+	}
 	s.fsm.fault = s.faults.ofApply
 	s.fsm.distrust = s.distrust
 	s.snaps = &snapshotStore{fsm: s.fsm, path: s.path("snap.incoming")}

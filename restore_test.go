@@ -205,7 +205,7 @@ func TestRestoreSaysTheWaysOut(t *testing.T) {
 	_, err = reader.one(qUserVersion)
 	must(t, err)
 	must(t, s.Close()) // it can't leave WAL mode
-	must(t, reader.pragma("query_only=OFF"))
+	must(t, errors.Join(reader.pragma("query_only=OFF"), reader.keepWAL(false)))
 	must(t, reader.close())
 	if _, err := os.Stat(in("d/snap-wal")); err == nil {
 		t.Fatal("the last reader has left the log")

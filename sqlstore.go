@@ -306,6 +306,10 @@ type store struct {
 	inFile atomic.Pointer[meta]  // of the last one that the file has
 	failed atomic.Pointer[error] // the disk's first error: nothing is written any more
 
+	names *nameWatch   // of the file, its WAL and the WAL's index
+	seat  atomic.Int64 // counts how often the file was put in place anew: connections of before see an old one
+	step  func(string) // for tests: called between the steps of a mending
+
 	// strange is what an Open would refuse in the schema: a lone member has nobody to get a clean copy from, and goes on beside it.
 	strange atomic.Pointer[error]
 	uneasy  func(error) // told why the file could not be written; set before maintain, must not block
@@ -320,6 +324,7 @@ type store struct {
 	fileMu      sync.Mutex
 	unchecked   trouble // the writer's checkpoints that failed; fileMu
 	writer      *conn
+	guard       *lockGuard
 	dataVersion int64             // PRAGMA data_version of the writer as of its last transaction
 	own         map[ownKey]uint64 // hashes of the private rows, as the file has them
 	walLong     int64             // the WAL's size that is worth a warning
@@ -400,20 +405,20 @@ func openStore(o storeOptions) (*store, error) {
 		press:   make(chan struct{}, 1),
 		ripe:    make(chan struct{}, 1),
 		uneasy:  func(error) {},
+		names:   newNameWatch(o.log),
+		step:    func(string) {},
 	}
 	s.queries, s.damaged = newQuerier(s), func(error) {}
 	s.pace.press, s.pace.ending = s.press, s.ending // until maintain runs
 	for range cap(s.readers) {
 		s.readers <- nil
 	}
-	if err := s.openWriter(); err != nil {
-		for _, c := range []*conn{s.witness, s.writer} {
-			if c != nil {
-				c.close()
-			}
-		}
+	m, err := s.connect()
+	if err != nil {
 		return nil, s.explain("open", err)
 	}
+	s.last.Store(&m)
+	s.inFile.Store(&m)
 	s.enlist()
 	if fresh {
 		s.memory.empty()
@@ -562,6 +567,35 @@ func checkIdentity(application, version, page int64) error {
 	return nil
 }
 
+// connect opens the writer and the witness, and returns what the file holds. After an error there is neither.
+func (s *store) connect() (m meta, err error) {
+	defer func() {
+		if err != nil {
+			s.disconnect()
+		}
+	}()
+	if err := s.openWriter(); err != nil {
+		return m, err
+	}
+	if m, err = s.writer.readMeta(); err != nil {
+		return m, err
+	}
+	if s.own, err = s.writer.readOwn(m); err != nil {
+		return m, err
+	}
+	if s.witness, err = openReader(s.path); err != nil {
+		return m, err
+	}
+	if err := s.rebase(); err != nil {
+		return m, err
+	}
+	if err := s.watchNames(); err != nil {
+		return m, err
+	}
+	s.guardLocks()
+	return m, nil
+}
+
 func (s *store) openWriter() error {
 	// Without temp_store SQLite journals a statement that changes many pages in a temporary file: a transaction that is larger than its
 	// cache would then depend on the space in /var/tmp, on the right to write there, and on a descriptor.
@@ -585,19 +619,7 @@ func (s *store) openWriter() error {
 			return err
 		}
 	}
-	m, err := c.readMeta()
-	if err != nil {
-		return err
-	}
-	if s.own, err = c.readOwn(m); err != nil {
-		return err
-	}
-	s.last.Store(&m)
-	s.inFile.Store(&m)
-	if s.witness, err = openReader(s.path); err != nil {
-		return err
-	}
-	return s.rebase()
+	return c.keepWAL(true)
 }
 
 // checkSchema keeps what it finds. fileMu is held, or nobody else is there yet.
@@ -680,12 +702,22 @@ func (s *store) closeWriter() error {
 		// has moved it into the database before; closing the last connection would. So it stays open, as after a kill.
 		return nil
 	}
+	if s.names.holdAt(s.path) != nil { // Err has said so; by their names it would change another's files
+		return s.disconnect()
+	}
+	if s.seated() != nil {
+		if err := s.reseatLocked(); err != nil {
+			return errors.Join(err, s.disconnect())
+		}
+	}
 	s.witnessMu.Lock()
 	err := s.witness.close()
 	s.witness = nil
 	s.witnessMu.Unlock()
+	s.guard.unlock()
+	defer s.guard.close()
 	if err == nil {
-		err = s.writer.pragma("synchronous=FULL")
+		err = errors.Join(s.writer.keepWAL(false), s.writer.pragma("synchronous=FULL"))
 	}
 	if err == nil {
 		_, err = s.writer.one(qTruncate)
@@ -1030,8 +1062,12 @@ func (s *store) borrow() (c *conn, err error) {
 	case <-s.ending:
 		return nil, ErrClosed
 	}
+	if c != nil && c.seat != s.seat.Load() {
+		c.close()
+		c = nil
+	}
 	if c == nil {
-		if c, err = openReader(s.path); err != nil {
+		if c, err = s.openReader(); err != nil {
 			s.readers <- nil
 			return nil, s.explain("open", err)
 		}
@@ -1040,13 +1076,17 @@ func (s *store) borrow() (c *conn, err error) {
 }
 
 func openReader(path string) (*conn, error) {
-	return openConn(path, "mode=rw", "query_only=ON", "cache_size=-2000", "trusted_schema=OFF")
+	c, err := openConn(path, "mode=rw", "query_only=ON", "cache_size=-2000", "trusted_schema=OFF")
+	if err != nil {
+		return nil, err
+	}
+	return c, c.keepWAL(true)
 }
 
 // note remembers the first error of the disk. The system reports a failed write once and then takes the pages for written:
 // the next sync would succeed, and raft would cut its log behind rows that are not on the disk. So there is no next one.
 func (s *store) note(err error) error {
-	if isIO(err) {
+	if isIO(err) && s.seated() == nil { // else a new connection has met the old index of the WAL beside an empty one
 		s.failed.CompareAndSwap(nil, &err)
 	}
 	return err
@@ -1171,22 +1211,33 @@ func (s *store) pause(ctx context.Context, d time.Duration) bool {
 
 // scan reads the rows that the copy in memory does not cover yet, and compares the sums at the end.
 func (s *store) scan(ctx context.Context) error {
-	c, err := openReader(s.path)
+	for {
+		done, err := s.scanSeat(ctx)
+		if done || err != nil {
+			return err
+		}
+	}
+}
+
+// scanSeat scans until the file is put in place anew.
+func (s *store) scanSeat(ctx context.Context) (done bool, err error) {
+	c, err := s.openReader()
 	if err != nil {
-		return s.explain("open", err)
+		return false, s.explain("open", err)
 	}
 	defer c.close()
 	if err := s.scanHistory(ctx, c); err != nil {
-		return err
+		return false, err
 	}
-	for {
+	for c.seat == s.seat.Load() {
 		if err := s.going(ctx); err != nil {
-			return err
+			return false, err
 		}
 		if done, err := s.scanChunk(c); done || err != nil {
-			return err
+			return done, err
 		}
 	}
+	return false, nil
 }
 
 // going is nil as long as what runs in the background may go on.

@@ -1,0 +1,250 @@
+//go:build unix
+
+package quorate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// unguard takes away the second kind of lock, so that there is something to mend.
+func (s *store) unguard() {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	s.guard.unlock()
+}
+
+// loseLocks does what a program does that reads snap once, and then a shell that reads and closes it.
+func (m *testMember) loseLocks(t *testing.T) {
+	t.Helper()
+	_, err := os.ReadFile(m.snap())
+	must(t, err)
+	sqlite3(t, m.snap(), "select count(*) from kv")
+}
+
+// The program opens and closes snap; on Linux that costs nothing, and elsewhere, as without the second lock, it is mended.
+func TestProgramOpensItsSnap(t *testing.T) {
+	t.Parallel()
+	m := newMember(t, "")
+	s := m.start()
+	n := 0
+	write := func() {
+		t.Helper()
+		for range 20 {
+			must(t, s.Set(ctxFor(t, patience), fmt.Sprintf("k%03d", n), make([]byte, 3000)))
+			n++
+		}
+	}
+	count := func(got, want string) {
+		t.Helper()
+		if strings.TrimSpace(got) != want {
+			t.Errorf("%s rows, want %s", got, want)
+		}
+	}
+	whole := func() {
+		t.Helper()
+		rows, err := s.Query(ctxFor(t, patience), "SELECT count(*) FROM kv")
+		must(t, err)
+		defer rows.Close()
+		var got int
+		rows.Next()
+		must(t, rows.Scan(&got))
+		count(fmt.Sprint(got), fmt.Sprint(n))
+		count(sqlite3(t, "-readonly", m.snap(), "select count(*) from kv"), fmt.Sprint(n))
+		backup := filepath.Join(t.TempDir(), "backup")
+		f, err := os.Create(backup)
+		must(t, err)
+		_, err = s.Backup(ctxFor(t, patience), f)
+		must(t, errors.Join(err, f.Close()))
+		count(sqlite3(t, backup, "select count(*) from kv"), fmt.Sprint(n))
+	}
+	write()
+	whole()
+	if _, err := guardLocks(m.snap()); err == nil && s.store.guard != nil {
+		m.loseLocks(t)
+		must(t, s.store.names.hold())
+		write()
+		whole()
+		if s.store.seat.Load() != 0 {
+			t.Error("there was something to mend")
+		}
+	}
+	for _, lose := range []func(){
+		func() { s.store.unguard(); m.loseLocks(t) },
+		func() { must(t, os.Remove(m.snap()+"-wal")) },
+		func() { must(t, os.Remove(m.snap()+"-shm")) },
+		func() { s.store.unguard(); m.loseLocks(t); sqlite3(t, "-readonly", m.snap(), "select 1") },
+	} {
+		before := s.store.seat.Load()
+		begun, err := s.store.copy(t.Context()) // sees its moment to the end
+		must(t, err)
+		at := n
+		lose()
+		write()
+		whole()
+		eventually(t, patience, "mended", func() error {
+			if s.store.seat.Load() == before {
+				return errors.New("no")
+			}
+			return s.Err()
+		})
+		must(t, s.Ready(ctxFor(t, patience)))
+		whole()
+		old := filepath.Join(t.TempDir(), "old")
+		_, err = receive(old, begun)
+		must(t, errors.Join(err, begun.Close()))
+		count(sqlite3(t, old, "select count(*) from kv"), fmt.Sprint(at))
+		must(t, s.store.names.hold())
+	}
+	s.store.unguard()
+	m.loseLocks(t)
+	write()
+	m.stop() // at once
+	if _, err := checkFile(m.snap()); err != nil {
+		t.Error(err)
+	}
+	s = m.start()
+	whole()
+}
+
+// Nothing is cut from the log while the file has lost a name, and a foreign write in between is no part of the state.
+func TestNoBarrierWithoutNames(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	keepUp(t, s)
+	fill(t, s, 100, 100)
+	must(t, s.barrier())
+	must(t, os.Remove(s.path+"-wal"))
+	for _, f := range []func() error{s.barrier, s.calmBarrier} {
+		if err := f(); !errors.Is(err, errUnseated) {
+			t.Error(err)
+		}
+	}
+	if err := s.sync(ctxFor(t, 50*time.Millisecond)); !errors.Is(err, errUnseated) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	var c *conn
+	if err := s.checkpointOnce(&c); err != nil || c != nil {
+		t.Error("a checkpoint", err)
+	}
+	must(t, os.Remove(s.path+"-shm"))
+	sqlite3(t, s.path, "UPDATE kv SET value = 'x' WHERE key = 'key/0000001'; PRAGMA wal_checkpoint(TRUNCATE)")
+	before, err := os.Stat(s.path)
+	must(t, err)
+	if err := s.reseat(); !errors.Is(err, ErrCorrupt) && err != nil {
+		t.Fatal(err)
+	} else if err != nil { // it has met the foreign page
+		now, err := os.Stat(s.path)
+		must(t, err)
+		if !os.SameFile(before, now) {
+			t.Error("a copy that is wrong was put in place")
+		}
+	} else {
+		if it, err := s.writer.get("key/0000001"); err != nil || it == nil || it.value == "x" {
+			t.Error("it is part of the state:", it, err)
+		}
+	}
+	must(t, os.Remove(s.path))
+	if err := s.reseat(); !errors.Is(err, errGone) {
+		t.Error(err)
+	}
+}
+
+// A member of several is mended as a lone one is.
+func TestMendedFollower(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	for i := range 20 {
+		must(t, c[0].s.Set(ctxFor(t, patience), fmt.Sprint("k", i), make([]byte, 3000)))
+	}
+	c.awaitEqual(t)
+	m := c.follower(t)
+	before := m.s.store.seat.Load()
+	m.s.store.unguard()
+	m.loseLocks(t)
+	eventually(t, patience, "mended", func() error {
+		if m.s.store.seat.Load() == before {
+			return errors.New("no")
+		}
+		return m.s.Err()
+	})
+	must(t, c[0].s.Set(ctxFor(t, patience), "after", nil))
+	c.awaitEqual(t)
+	m.stop()
+	if _, err := checkFile(m.snap()); err != nil {
+		t.Error(err)
+	}
+}
+
+const seatEnv = "QUORATE_TEST_SEAT"
+
+// A process that is killed between any two steps of the mending leaves a directory that opens with all that was acknowledged.
+func TestKilledWhileMending(t *testing.T) {
+	if env := os.Getenv(seatEnv); env != "" {
+		killedWhileMending(t, env)
+		return
+	}
+	t.Parallel()
+	for _, step := range []string{"copied", "named", "placed", "sides"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(quickDir(t), "data")
+			cmd := exec.Command(os.Args[0], "-test.run=^TestKilledWhileMending$", "-test.v")
+			cmd.Env = append(os.Environ(), seatEnv+"="+step+" "+dir)
+			said, err := cmd.CombinedOutput()
+			if err == nil || !bytes.Contains(said, []byte("killed at")) {
+				t.Fatalf("%v: %s", err, said)
+			}
+			s, err := Open(t.Context(), Config{Dir: dir, Logger: testLogger(t)})
+			must(t, err)
+			defer s.Close()
+			must(t, s.verified(t.Context()))
+			for i := range 60 {
+				if v, err := s.Get(ctxFor(t, patience), fmt.Sprint("k", i)); len(v) != 3000 || err != nil {
+					t.Fatal(i, len(v), err)
+				}
+			}
+			if left, _ := filepath.Glob(filepath.Join(dir, "snap.*")); len(left) > 0 {
+				t.Error("left behind:", left)
+			}
+			must(t, s.store.names.hold())
+		})
+	}
+}
+
+func killedWhileMending(t *testing.T, env string) {
+	at, dir, _ := strings.Cut(env, " ")
+	m := newMember(t, "")
+	m.conf.Dir = dir
+	s, err := Open(t.Context(), m.conf)
+	must(t, err)
+	set := func(from, to int) {
+		for i := from; i < to; i++ {
+			must(t, s.Set(t.Context(), fmt.Sprint("k", i), make([]byte, 3000)))
+		}
+	}
+	set(0, 30)
+	must(t, cutLog(s, 0))
+	set(30, 60)
+	s.store.step = func(step string) {
+		if step != at && !(at == "sides" && step == "named") {
+			return
+		}
+		if at == "sides" { // placeMended ends after its first step
+			os.Remove(s.store.path + "-shm")
+			os.Remove(s.store.path + "-wal")
+		}
+		fmt.Println("killed at", step)
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	must(t, os.Remove(filepath.Join(dir, "snap-shm"))) // its WAL is there, and older than the copy
+	<-t.Context().Done()
+}
