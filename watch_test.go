@@ -1209,3 +1209,28 @@ func TestWatchAfterARestart(t *testing.T) {
 		break
 	}
 }
+
+// When an install has put other rows in the place of those that were there, every watcher reads what led to them, whatever it watches.
+func TestReplacedStateIsRead(t *testing.T) {
+	h := newHub(func() uint64 { return 5 })
+	c := h.join("prefix")
+	n := h.next(c, 5)
+	if n.bell == nil {
+		t.Fatalf("nothing has changed, and next is %+v", n)
+	}
+	h.replaced(9)
+	select {
+	case <-n.bell.rung:
+	default:
+		t.Error("the bell does not ring")
+	}
+	if n.bell.first > 6 {
+		t.Errorf("who waited goes on at %d, and has seen 5", n.bell.first)
+	}
+	if n := h.next(c, 5); !n.behind || n.cursor != 5 {
+		t.Errorf("next is %+v", n)
+	}
+	if n := h.next(c, 9); n.behind || n.bell == nil {
+		t.Errorf("who has read it gets %+v", n)
+	}
+}
