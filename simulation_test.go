@@ -208,7 +208,7 @@ func (l *life) live() {
 	for range 2 {
 		x, y := names[l.rnd.IntN(len(names))], names[l.rnd.IntN(len(names))]
 		rest := 0
-		switch l.rnd.IntN(6) {
+		switch l.rnd.IntN(7) {
 		case 0: // a random split
 			for _, from := range l.members {
 				for _, to := range l.members {
@@ -232,6 +232,14 @@ func (l *life) live() {
 			rest = 1
 		case 5:
 			rest = len(names)
+		case 6: // one, the leader if it is one, reaches the others and is not reached, for longer than it may lead so
+			m := l.member(x)
+			if leader, err := leaderOf(l.members); err == nil {
+				m = leader
+			}
+			l.deafen(m)
+			time.Sleep(2 * stallLimit)
+			l.net.serve(m.conf.Addr, l.front(m.s))
 		}
 		time.Sleep(time.Duration(l.rnd.IntN(1200)) * time.Millisecond)
 		var dead []*scriptMember
