@@ -1234,3 +1234,46 @@ func TestReplacedStateIsRead(t *testing.T) {
 		t.Errorf("who has read it gets %+v", n)
 	}
 }
+
+// While slow consumers keep much, each reads one change at a time, and misses none for that.
+func TestNoChangeIsMissedOneAtATime(t *testing.T) {
+	t.Parallel()
+	s, err := Open(t.Context(), Config{Dir: t.TempDir()})
+	must(t, err)
+	defer s.Close()
+	for i := range 10 {
+		must(t, s.Set(t.Context(), fmt.Sprint("k", i%3), nil))
+	}
+	s.hub.held.Add(heldBytes)
+	want := uint64(2)
+	for e, err := range s.Watch(ctxFor(t, patience), "k", 1) {
+		if must(t, err); e.Revision != want {
+			t.Fatalf("revision %d, want %d", e.Revision, want)
+		}
+		if want++; want > 10 {
+			break
+		}
+	}
+	if n := s.hub.held.Load(); n != heldBytes {
+		t.Errorf("%d bytes are held", n-heldBytes)
+	}
+}
+
+// Once the ringer has ended, a large crowd is rung for by whoever has something for it.
+func TestLargeCrowdAfterTheRinger(t *testing.T) {
+	h := newHub(func() uint64 { return 5 })
+	var c *crowd
+	for range directRings + 1 {
+		c = h.join("")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	h.ring(ctx)
+	b := h.next(c, 5).bell
+	h.publish(6, []past{{revision: 6, last: 6, key: "k"}})
+	select {
+	case <-b.rung:
+	default:
+		t.Error("nobody rings")
+	}
+}
