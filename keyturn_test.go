@@ -98,7 +98,11 @@ func TestTurnsEnd(t *testing.T) {
 				}
 				return increment(old)
 			})
+			began := time.Now()
 			must(t, errors.Join(err, <-stayed))
+			if d := time.Since(began); d >= turnLimit {
+				t.Errorf("who stayed waited %v", d)
+			}
 		},
 		"an Update in an Update of the key": func(t *testing.T, s *Service) {
 			calls := 0
