@@ -78,6 +78,7 @@ type step struct {
 	kind  stepKind
 	to    string   // stepJoin: the cluster
 	at    []string // stepJoin: where it answers
+	held  bool     // stepJoin: whoever answers says that nothing is acknowledged in it yet
 	fault error    // stepWait: what no waiting mends
 	words string   // stepWait: what is missing
 }
@@ -101,7 +102,8 @@ func (f founder) decide(pass []heard) step {
 			if len(at) == 0 {
 				return step{words: fmt.Sprintf("cluster %s has admitted this member, and no founder answers for it: %s", shortID(c), troubles(pass))}
 			}
-			return step{kind: stepJoin, to: c, at: at}
+			held := !slices.ContainsFunc(pass, func(h heard) bool { return h.err == nil && h.status.Cluster == c && !h.status.Held })
+			return step{kind: stepJoin, to: c, at: at, held: held}
 		}
 	}
 	return step{fault: f.twoClusters(clusters)}
@@ -337,6 +339,9 @@ func (s *Service) takeStep(next step) bool {
 			return true
 		}
 		next.words = fmt.Sprintf("cluster %s answers at %s, and has not admitted this member: %v", shortID(next.to), strings.Join(next.at, ", "), err)
+		if next.held {
+			next.words += " (nothing is acknowledged in it yet: if the member that began it is lost, empty the directories of all founders)"
+		}
 		f.refusal, f.patience = s.refusedForGood(err), time.Time{}
 		if f.refusal != nil {
 			f.patience = time.Now().Add(refusedPace)

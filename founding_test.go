@@ -826,6 +826,47 @@ func TestHoldEndsByTheState(t *testing.T) {
 	})
 }
 
+// The member that began the cluster loses its directory before anybody else votes. Nothing was acknowledged, nobody can lead, and the
+// words say what to do.
+func TestFounderLostTooEarly(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.front = func(next http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+				if filepath.Base(req.URL.Path) == "append" { // so that nobody gets the log, and a vote with it
+					http.NotFound(w, req)
+					return
+				}
+				next.ServeHTTP(w, req)
+			})
+		}
+		c.founders("abc")
+		if got := c.poll(ctxFor(t, scriptLimit), func() error {
+			if c.member("b").s.Status().Cluster == "" || c.member("c").s.Status().Cluster == "" {
+				return errors.New("not admitted")
+			}
+			return nil
+		}); got != "ok" {
+			t.Fatal(got)
+		}
+		c.wipe("a")
+		c.obey("restart a")
+		time.Sleep(3 * time.Second)
+		c.waits("a", "nothing is acknowledged in it yet", "empty the directories of all founders")
+		c.waits("b", "0 of 3 founders vote")
+		c.front = nil
+		for _, name := range []string{"a", "b", "c"} {
+			c.wipe(name)
+		}
+		for _, name := range []string{"a", "b", "c"} {
+			c.obey("restart " + name)
+		}
+		c.whole("abc", 3)
+	})
+}
+
 // A founder that was killed between its new id and its first entry begins anew with the others, or alone and held if it is started
 // without its list.
 func TestFounderThatWasKilled(t *testing.T) {

@@ -143,6 +143,7 @@ type statusAnswer struct {
 	Follows       int64         `json:"follows,omitempty"`   // ms since this member learned of that leader; 0 also if the release does not say
 	Confirmed     int64         `json:"confirmed,omitempty"` // ms since a round began in which a quorum has confirmed the leader, and 1; 0 = none, or the release does not say
 	Founders      []string      `json:"founders,omitempty"`  // Config.Bootstrap of a member that has no cluster yet: see founding.go
+	Held          bool          `json:"held,omitempty"`      // a majority of the founders does not vote yet, so that nothing is acknowledged
 	Empty         bool          `json:"empty,omitempty"`     // it is a member of nothing, and asks nobody to be admitted
 	Healthy       bool          `json:"healthy"`
 	Unfit         string        `json:"unfit,omitempty"` // why it should not lead; a release that does not say is fit if it is healthy

@@ -139,6 +139,57 @@ func TestOpenKilledAtAnyMoment(t *testing.T) {
 	}
 }
 
+// Founders in processes of their own are killed at any moment of their first start, and one of them loses its directory too. What comes of it is one cluster.
+func TestFoundersKilledAtAnyMoment(t *testing.T) {
+	t.Parallel()
+	for round := range dose(2, 50) {
+		var list []*process
+		var addrs []string
+		for range 3 {
+			p := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), client: newClient(t, new(line))}
+			t.Cleanup(p.stop)
+			list, addrs = append(list, p), append(addrs, p.addr)
+		}
+		for _, p := range list {
+			p.bootstrap = addrs
+		}
+		list[0].launch()
+		list[1].launch()
+		for i := range 4 {
+			<-time.After(time.Duration(rand.IntN(250)) * time.Millisecond)
+			p := list[rand.IntN(2+i/2)]
+			p.kill()
+			if i == round%2 { // while the third is silent there is no cluster; one of two voters would be a quorum
+				must(t, os.RemoveAll(p.dir))
+			}
+			p.launch()
+			if i == 1 {
+				list[2].launch()
+			}
+		}
+		eventually(t, patience, "one cluster of three", func() error {
+			cluster := ""
+			for _, p := range list {
+				r, err := p.do(order{Op: "status"})
+				switch {
+				case err != nil:
+					return err
+				case r.Status.Cluster == "" || cluster != "" && r.Status.Cluster != cluster || countVoters(r.Status) != 3:
+					return fmt.Errorf("%s: %+v, and another one is in cluster %s", p.addr, r.Status, cluster)
+				}
+				cluster = r.Status.Cluster
+			}
+			return nil
+		})
+		for _, p := range list {
+			p.must(order{Op: "set", Key: p.addr})
+		}
+		for _, p := range list {
+			p.kill()
+		}
+	}
+}
+
 // The first member loses its directory and is started again as at the very first time, with an empty bootURL: that makes a
 // second cluster, whose only member the others still call.
 func TestWipedFirstMember(t *testing.T) {

@@ -1291,6 +1291,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
+	a.Held = s.held()
 	if st.Cluster == "" {
 		a.ID = s.ident().id
 		a.Founders, a.Empty = s.conf.Bootstrap, s.founder().empty()

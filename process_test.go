@@ -96,7 +96,7 @@ func TestMemberProcess(t *testing.T) {
 	c := Config{Logger: testLogger(t)}
 	var given memberConfig
 	must(t, json.Unmarshal([]byte(text), &given))
-	c.Dir, c.Addr, c.Join, c.History = given.Dir, given.Addr, given.Join, given.History
+	c.Dir, c.Addr, c.Join, c.Bootstrap, c.History = given.Dir, given.Addr, given.Join, given.Bootstrap, given.History
 	var ways ways
 	c.Client = newClient(t, &ways.out)
 	s, err := Open(context.Background(), c)
@@ -236,12 +236,14 @@ func load(ctx context.Context, s *Service, writers int) int64 {
 // A memberConfig is what a process is told of its Config.
 type memberConfig struct {
 	Dir, Addr, Join string
+	Bootstrap       []string
 	History         int
 }
 
 type process struct {
 	t               *testing.T
 	dir, addr, join string
+	bootstrap       []string
 	program         string // of an earlier release; "" is this test binary
 	history         int    // Config.History
 	client          *http.Client
@@ -287,7 +289,7 @@ func (p *process) start() {
 // launch starts it and waits for nothing.
 func (p *process) launch() {
 	p.t.Helper()
-	text, err := json.Marshal(memberConfig{p.dir, p.addr, p.join, p.history})
+	text, err := json.Marshal(memberConfig{p.dir, p.addr, p.join, p.bootstrap, p.history})
 	must(p.t, err)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestMemberProcess$", "-test.timeout=0")
 	cmd.Env = append(os.Environ(), processEnv+"="+string(text))
