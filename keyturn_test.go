@@ -110,6 +110,8 @@ func TestTurnsEnd(t *testing.T) {
 				if calls++; calls == 1 {
 					_, err := s.Update(t.Context(), "k", increment)
 					must(t, err)
+				} else if n := s.updates.waiting("k"); n != 1 {
+					t.Errorf("%d turns at the second try, whose first turn has ended", n)
 				}
 				return increment(old)
 			})
