@@ -318,7 +318,10 @@ func (s *Service) watchNames() error {
 	s.names = newNameWatch(s.log)
 	ours := func() bool {
 		ident, found, err := readIdentity(s.conf.Dir)
-		return err == nil && found && ident == *s.ident()
+		if err != nil { // without a descriptor nobody can tell; what is damaged is not ours
+			return !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrFormat)
+		}
+		return found && ident == *s.ident()
 	}
 	return errors.Join(s.names.add(s.path("id"), ours), s.names.add(s.path(filepath.Join("wal", "lock")), nil))
 }

@@ -127,6 +127,13 @@ func TestOwnRenamesAreKnown(t *testing.T) {
 	look()
 	must(t, writeIdentity(m.conf.Dir, *s.ident()))
 	look()
+	must(t, writeIdentity(m.conf.Dir, identity{id: s.ident().id, cluster: s.ident().cluster, intent: intentJoin})) // of another size
+	if s.names.look(); s.names.look() == nil {
+		t.Error("the id of another member is taken for its own")
+	}
+	must(t, writeIdentity(m.conf.Dir, *s.ident()))
+	must(t, os.Chmod(s.path("id"), 0)) // as root can read it all the same, this tells elsewhere
+	look()
 	must(t, s.Set(ctxFor(t, patience), "end", nil))
 }
 
