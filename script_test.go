@@ -23,7 +23,6 @@ import (
 // elected is chance, so a cast gives names to the parts and the rest of the history speaks of those.
 func TestScript(t *testing.T) {
 	t.Parallel()
-	t.Parallel()
 	files, err := filepath.Glob("testdata/script/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatal("no scripts", err)
