@@ -65,6 +65,8 @@ type batcher struct {
 	active    map[*flight]bool   // formed and not settled
 	flights   map[uint64]*flight // those of active that have a seq
 	closed    error              // why nothing is accepted any more
+	refusal   error              // why the leader took no write when it was asked last, if that was so
+	refusedAt time.Time
 
 	// About the batches of this session that callers have left; see leaveLocked.
 	barrier uint64  // no batch is formed before every seq up to this one is settled: the newest that a caller has left with ErrUncertain
@@ -156,6 +158,9 @@ func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 	defer b.mu.Unlock()
 	if b.closed != nil {
 		return nil, notApplied(b.closed)
+	}
+	if b.idle == 0 && b.refusal != nil && time.Since(b.refusedAt) < 2*resendMax { // the next try of what has the slots will tell
+		return nil, notApplied(b.refusal)
 	}
 	b.queue = append(b.queue, p)
 	b.bytes += len(p.data)
@@ -340,6 +345,8 @@ func (b *batcher) settle(f *flight) {
 		case errors.Is(err, errRaftBusy): // the next attempt waits longer for it
 			b.refused(f)
 			continue
+		case errors.Is(err, errRefused) && b.refuseAll(f, err):
+			return
 		case err != nil:
 			b.refused(f)
 			if tooLarge(err) && b.split(f, err) {
@@ -451,6 +458,45 @@ func (b *batcher) refused(f *flight) {
 	b.mu.Unlock()
 }
 
+// errRefused: the leader takes no writes, and no other voter can lead. No send will do better before somebody has mended something.
+var errRefused = errors.New("the leader takes no writes")
+
+// refuseAll answers everybody in a flight. False: an earlier send of it may be in the log, so it is sent until that is known.
+func (b *batcher) refuseAll(f *flight, cause error) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if f.uncertain || f.fence { // and keeps its slot meanwhile
+		b.refuseQueueLocked(cause)
+		return false
+	}
+	f.onWire = false
+	f.failLocked(notApplied(cause))
+	b.finishLocked(f)
+	return true
+}
+
+// refuseQueue: the leader, which may be this member, takes no writes. Nobody shall wait behind those that are in the slots: they may be
+// in the log, or may get there, and wait until that is known.
+func (b *batcher) refuseQueue(cause error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.idle == 0 {
+		b.refuseQueueLocked(cause)
+	}
+}
+
+func (b *batcher) refuseQueueLocked(cause error) {
+	b.refusal, b.refusedAt = cause, time.Now()
+	for _, p := range b.queue {
+		if !p.gone {
+			p.err = notApplied(cause)
+			p.done <- struct{}{}
+		}
+	}
+	b.queue, b.bytes, b.left = nil, 0, 0
+	b.room.notify()
+}
+
 func (b *batcher) doubt(f *flight) {
 	b.mu.Lock()
 	f.onWire, f.uncertain = false, true
@@ -467,6 +513,7 @@ func (b *batcher) answered(f *flight, o outcome) bool {
 			return false
 		}
 		b.mu.Lock()
+		b.refusal = nil
 		b.finishWithLocked(f, o)
 		b.mu.Unlock()
 	case outcomeGone:

@@ -48,7 +48,7 @@
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
 // What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
 // member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), handover.go (who
-// leads when the leader should not), identity.go (who this member is), recover.go (how a directory comes to life), founding.go (how
+// leads when the leader should not), space.go (how much the disk has left), identity.go (who this member is), recover.go (how a directory comes to life), founding.go (how
 // members begin together), copy.go and pieces.go (how a state travels), waiting.go (who waits to take part),
 // restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
 // reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), certificate.go (how long certificates are valid), journal.go (what is logged of the others),
@@ -176,6 +176,7 @@ type Config struct {
 	// member, changes nothing. Each change takes the disk space of its value once more.
 	History int
 
+	space   func(dir string) diskSpace                               // what its file system has; nil is the system's: a seam for tests that fill the disk
 	vfs     types.VFS                                                // the log's files; nil is the system's: a seam for tests that break the disk
 	segment int                                                      // bytes of a segment of the log; 0 is 8 MiB: a seam for tests of many segments
 	lookup  func(ctx context.Context, host string) ([]string, error) // the addresses of a boot address's name; nil is the system's: a seam for tests
@@ -218,11 +219,14 @@ type Service struct {
 	changing chan struct{}          // one change of the configuration at a time on this leader: see changeMembers
 	joined   chan struct{}          // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
 
-	begun   atomic.Int64  // when the raft that runs was started, by monotonic
-	handing chan struct{} // one hand-over at a time: see handOver
-	turns   turns
-	relief  relief
-	fitness chan struct{} // has room for one: this member's fitness to lead may have changed
+	begun    atomic.Int64  // when the raft that runs was started, by monotonic
+	handing  chan struct{} // one hand-over at a time: see handOver
+	turns    turns
+	relief   relief
+	refusal  atomic.Pointer[error] // why this leader takes no writes; nil = it does
+	ballast  *ballast
+	replaced atomic.Bool   // a voter that is fit would lead in the place of this leader, whose log waits for space
+	fitness  chan struct{} // has room for one: this member's fitness to lead may have changed
 
 	founding   *founding  // set by Open, if this member has no cluster yet and Config.Bootstrap; else nil
 	strangers  strangers  // other clusters that call this address
@@ -326,6 +330,9 @@ func (c Config) resolve() (Config, error) {
 	if c.Memory == 0 {
 		c.Memory = 64 << 20
 	}
+	if c.space == nil {
+		c.space = spaceOf
+	}
 	if c.format == 0 {
 		c.format = entryFormat
 	}
@@ -353,6 +360,7 @@ func (s *Service) open(ctx context.Context) error {
 	if err := s.openState(ctx); err != nil {
 		return err
 	}
+	s.noteSpace()
 	s.batch = newBatcher(s.ctx)
 	s.batch.propose, s.batch.begin, s.batch.changed, s.batch.applied = s.propose, s.begin, s.changes.wait, s.awaitApplied
 	s.batch.most = func() int { return int(s.peer.sizes.least()) - 2*appendOverhead }
@@ -397,6 +405,7 @@ func (s *Service) startBackground() {
 	s.running.Go(s.watchReach)
 	s.running.Go(s.watchPace)
 	s.running.Go(s.watchFitness)
+	s.running.Go(s.watchSpace)
 	s.running.Go(s.rebuildLoop)
 	s.running.Go(s.verifyLog)
 }
@@ -412,6 +421,9 @@ func (s *Service) abandon() {
 	s.cancel()
 	if s.peer != nil {
 		s.peer.close()
+	}
+	if s.ballast != nil {
+		s.ballast.close()
 	}
 	if s.wal != nil {
 		s.wal.close()
@@ -456,6 +468,7 @@ func (s *Service) close() error {
 	files := make(chan error, 1)
 	go func() {
 		s.running.Wait()
+		s.ballast.close()
 		files <- errors.Join(s.wal.close(), s.store.close(), s.lock.unlock())
 	}()
 	select {
@@ -698,7 +711,7 @@ const (
 // for does not move away; but one that took long to reach is old, and the next round's must be reached sooner. behind says how far
 // this member has come, if that is all that is missing.
 func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behind string) {
-	if s.unready() != nil {
+	if s.unready() != nil || s.refusal.Load() != nil {
 		return false, ""
 	}
 	if target.index == 0 {
@@ -715,7 +728,7 @@ func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behi
 	}
 	late := time.Since(target.began) > readyLag
 	*target = landing{}
-	if late || !s.batch.open() || s.unready() != nil {
+	if late || !s.batch.open() || s.unready() != nil || s.refusal.Load() != nil {
 		return false, ""
 	}
 	if err := s.verified(wait); err != nil {

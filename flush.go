@@ -202,12 +202,19 @@ func (s *store) keepUp() error {
 		return *failed
 	}
 	s.tailMu.RLock()
-	late := s.stuck != nil || s.tail.size+s.flushing.size > tailLimit
+	late := s.stuck != nil && !passing(s.stuck) || s.tail.size+s.flushing.size > s.tailLimit
 	s.tailMu.RUnlock()
 	if late {
 		return s.flush()
 	}
 	return nil
+}
+
+// isStuck: the last flush has failed.
+func (s *store) isStuck() bool {
+	s.tailMu.RLock()
+	defer s.tailMu.RUnlock()
+	return s.stuck != nil
 }
 
 // sync returns when the file has all that is committed now. Whoever begins to read the file calls it first. It is ErrCorrupt if
@@ -351,15 +358,20 @@ func (s *store) writeTail(f func(t *tail) error) error {
 		s.filed = upTo
 	}
 	s.flushing = tail{}
+	was := s.stuck
 	s.stuck = err
 	if isBusy(err) {
 		s.stuck = nil // a shell has the file for now; commits go on as long as the tail is not full
 	}
 	close(s.turned)
 	s.turned = make(chan struct{})
+	eased := was != nil && err == nil
 	s.tailMu.Unlock()
 	if err == nil && t.meta != nil {
 		s.keepRoom(t)
+	}
+	if eased {
+		s.eased()
 	}
 	return err
 }

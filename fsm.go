@@ -95,7 +95,7 @@ func newFSM(st *store, log *slog.Logger) (*fsm, error) {
 		store: st, log: log, closing: make(chan struct{}),
 		delivered: func(uint64, uint64, outcome) {}, fault: func(error) {}, distrust: func(error) {},
 	}
-	st.uneasy = f.blame
+	st.uneasy, st.eased = f.blame, f.calm
 	return f, f.reload()
 }
 
@@ -233,9 +233,7 @@ func (f *fsm) tryApply(logs []*raft.Log) ([]any, error) {
 	}
 	a.keepSessions()
 	tx.commit()
-	if f.store.failed.Load() == nil {
-		f.fault(nil)
-	}
+	f.calm()
 	a.publish()
 	for _, d := range a.deliveries {
 		f.delivered(d.session, d.seq, d.outcome)
@@ -666,6 +664,15 @@ func (f *fsm) blame(err error) {
 		f.distrust(err)
 	case errors.Is(err, errUnseated):
 		f.distrust(err)
+	case passing(err):
+		f.fault(fmt.Errorf("the state is kept in memory, as its file can't be written for now: %w", err))
+	}
+}
+
+// calm ends the fault of apply, unless the file can't be written.
+func (f *fsm) calm() {
+	if f.store.failed.Load() == nil && !f.store.isStuck() {
+		f.fault(nil)
 	}
 }
 

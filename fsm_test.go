@@ -484,8 +484,57 @@ func TestRowAndIndexCommitTogether(t *testing.T) {
 	must(t, <-done)
 }
 
-// Invariant (3): an error of the storage is no answer. While the file can't be written apply waits, and with space back everything
-// is in it, with no trace of the failed attempts.
+// A full disk under the file alone stops no apply as long as the tail has room: what is committed is answered and read, the fault is
+// told, and it ends when the file has been written.
+func TestApplyGoesOnInMemory(t *testing.T) {
+	f := newFSMWith(t, 1<<20)
+	var told atomic.Pointer[error]
+	f.fault = func(err error) { told.Store(&err) }
+	session := openTestSession(t, f, 1, "one")
+	must(t, f.store.flush())
+	must(t, f.store.writer.pragma("max_page_count=16"))
+	set := func(index uint64, value string) {
+		t.Helper()
+		if o := applyOne(t, f, command(index, batchBytes(session, index, 0, transaction{setOp("k", value)}))); o.kind != outcomeDone {
+			t.Fatalf("answered %+v", o)
+		}
+		if r, ok, err := f.store.get("k"); !ok || err != nil || r.value != value {
+			t.Fatalf("read %d bytes, %v, %v", len(r.value), ok, err)
+		}
+	}
+	set(2, strings.Repeat("x", 100<<10))
+	ctx, stop := context.WithCancel(t.Context())
+	var flusher sync.WaitGroup
+	flusher.Go(func() { f.store.flushWhenDue(ctx) })
+	wants := func(full bool) {
+		t.Helper()
+		eventually(t, 20*time.Second, "the fault", func() error {
+			if p := told.Load(); p == nil || isFull(*p) != full {
+				return fmt.Errorf("told %v", p)
+			}
+			return nil
+		})
+	}
+	wants(true)
+	told.Store(nil)
+	set(3, strings.Repeat("y", 100<<10))
+	if p := told.Load(); p != nil && *p == nil {
+		t.Error("the fault has ended with an apply, and the file is not written")
+	}
+	f.store.fileMu.Lock()
+	must(t, f.store.writer.pragma("max_page_count=1000000"))
+	f.store.fileMu.Unlock()
+	wants(false)
+	must(t, f.store.sync(t.Context()))
+	stop()
+	flusher.Wait()
+	if at := f.store.inFile.Load().applied; at != 3 {
+		t.Errorf("the file is at %d", at)
+	}
+}
+
+// Invariant (3): an error of the storage is no answer. When the file can't be written and the tail is full apply waits, and with space
+// back everything is in it, with no trace of the failed attempts.
 func TestApplyWaitsForTheFile(t *testing.T) {
 	f, other := newFSMWith(t, 1<<20), newFSMWith(t, 1<<20)
 	var told atomic.Pointer[error]
@@ -509,6 +558,7 @@ func TestApplyWaitsForTheFile(t *testing.T) {
 	if err := f.store.flush(); !isFull(err) {
 		t.Fatalf("flush: %v", err)
 	}
+	f.store.tailLimit = 1
 	before := f.store.meta().stateHash()
 	answers := make(chan []any, 1)
 	go func() { answers <- f.ApplyBatch(logs[1:]) }()

@@ -98,7 +98,7 @@ func (c *candidate) better(than *candidate) bool {
 	return cmp.Or(fit(c)-fit(than), c.rank-than.rank, cmp.Compare(c.answer.LastIndex, than.answer.LastIndex), cmp.Compare(than.ID, c.ID)) > 0
 }
 
-// successor is the best of the voters that can lead. It asks all of them, and waits for none much longer than for the first one.
+// successor is the best of the voters that can lead. It asks all of them, and waits for none much longer than for what it needs.
 func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Server, error) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
@@ -108,30 +108,27 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 		err error
 	}
 	all := voters(s.raft.Load().GetConfiguration().Configuration())
-	var list []raft.Server
-	for _, m := range s.others() {
-		if m.Suffrage == raft.Voter && (c.addr == "" || string(m.Address) == c.addr) {
-			list = append(list, m)
-		}
+	replies := make(chan reply, len(all))
+	go s.askOthers(ctx, all, func(i int, a statusAnswer, err error) { replies <- reply{all[i], a, err} })
+	found := survey{ready: 1, voters: len(all)}
+	if s.faults.first(faultLogFull) != nil {
+		found.ready--
 	}
-	replies := make(chan reply, len(list))
-	go s.askOthers(ctx, list, func(i int, a statusAnswer, err error) { replies <- reply{list[i], a, err} })
-	var best *candidate
 	var enough <-chan time.Time
-	var reasons []string
-	for range list {
+	for range len(all) - 1 {
 		select {
 		case r := <-replies:
 			rank, err := s.mayLead(r.m, r.a, r.err, term, c)
 			if err == nil && !reachesMajority(r.a, all) {
 				err = errors.New("it does not reach a majority of the voters")
 			}
-			if err != nil {
-				reasons = append(reasons, fmt.Sprintf("%s: %v", peerName(r.m.ID, r.m.Address), err))
-			} else if one := (&candidate{r.m, r.a, rank}); one.better(best) {
-				best = one
+			if c.addr == "" || string(r.m.Address) == c.addr {
+				found.add(&candidate{r.m, r.a, rank}, err)
 			}
-			if best != nil && enough == nil {
+			if r.err == nil && r.a.Healthy && !r.a.LogFull {
+				found.ready++
+			}
+			if found.best != nil && found.quorate() && enough == nil {
 				enough = time.After(handOverGrace)
 			}
 			continue
@@ -140,16 +137,39 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 		}
 		break
 	}
-	if best != nil {
-		return best.Server, nil
+	return found.choose(c)
+}
+
+// A survey is what the voters have answered.
+type survey struct {
+	best    *candidate
+	reasons []string // why the others can't lead
+	ready   int      // whose logs take the first entry of the next term, as far as is known
+	voters  int
+}
+
+func (v *survey) add(c *candidate, err error) {
+	if err != nil {
+		v.reasons = append(v.reasons, fmt.Sprintf("%s: %v", peerName(c.ID, c.Address), err))
+	} else if c.better(v.best) {
+		v.best = c
 	}
-	if len(list) == 0 {
+}
+
+func (v *survey) quorate() bool { return v.ready > v.voters/2 }
+
+func (v *survey) choose(c choice) (raft.Server, error) {
+	switch {
+	case v.best != nil && (v.quorate() || c.leaving):
+		return v.best.Server, nil
+	case v.best != nil: // reads go on here, and a new leader answers none before a majority has its first entry
+		return raft.Server{}, fmt.Errorf("%w: the logs of %d of %d voters take an entry now, need %d", errNobody, v.ready, v.voters, v.voters/2+1)
+	case v.voters < 2:
 		return raft.Server{}, fmt.Errorf("%w: there is none", errNobody)
+	case v.reasons == nil:
+		return raft.Server{}, fmt.Errorf("%w: none has answered in time", errNobody)
 	}
-	if len(reasons) < len(list) {
-		reasons = append(reasons, fmt.Sprintf("%d did not answer in time", len(list)-len(reasons)))
-	}
-	return raft.Server{}, fmt.Errorf("%w: %s", errNobody, strings.Join(reasons, "; "))
+	return raft.Server{}, fmt.Errorf("%w: %s", errNobody, strings.Join(v.reasons, "; "))
 }
 
 // mayLead says why a voter that has answered so can't take over, or how good it would be.
@@ -287,11 +307,7 @@ func (s *Service) watchFitness() {
 	defer tick.Stop()
 	for {
 		changed := s.changes.wait()
-		if why := s.unfitToLead(); why != nil && s.role() == Leader && s.silent() == nil {
-			if err := s.relieve(why, s.preference(why)); err != nil {
-				s.log.Debug("this member is unfit to lead and stays the leader", "why", why, "error", err)
-			}
-		}
+		s.giveWay()
 		select {
 		case <-tick.C:
 		case <-changed:
@@ -300,6 +316,69 @@ func (s *Service) watchFitness() {
 			return
 		}
 	}
+}
+
+// giveWay relieves this member if it leads, is unfit to and can be. If not, and it can't write either, it refuses writes from here on.
+func (s *Service) giveWay() {
+	why := s.unfitToLead()
+	if why == nil || s.role() != Leader || s.silent() != nil {
+		s.replaced.Store(false)
+		s.refusal.Store(nil)
+		return
+	}
+	err := s.tryToGiveWay(why)
+	if err == nil {
+		return
+	}
+	s.log.Debug("this member is unfit to lead and stays the leader", "why", why, "error", err)
+	if full := s.suffers(refusesLeading); full != nil {
+		refusal := fmt.Errorf("%w: %w; %w", errRefused, full, err)
+		s.refusal.Store(&refusal)
+		s.batch.refuseQueue(refusal)
+	} else {
+		s.refusal.Store(nil)
+	}
+}
+
+// tryToGiveWay: where the log waits for space, raft waits for the log and can't hand over. Then it is told of the error as soon as
+// another voter is there: it steps down, and that voter is the first to stand.
+func (s *Service) tryToGiveWay(why error) error {
+	if s.wal.staying.Load() == 0 {
+		return s.relieve(why, s.preference(why))
+	}
+	if !s.relief.due() {
+		return errTooSoon
+	}
+	if _, err := s.successor(s.ctx, s.raft.Load().CurrentTerm(), choice{}); err != nil {
+		return err
+	}
+	s.relief.tried(nil)
+	s.replaced.Store(true)
+	return nil
+}
+
+// takesNoWrite says why this leader does not take an entry. What mends a full cluster is taken: the list of those who may join, which is
+// as good as no space.
+func (s *Service) takesNoWrite(data []byte) error {
+	p := s.refusal.Load()
+	if p == nil {
+		return nil
+	}
+	e, err := decodeEntry(data)
+	if err != nil || e.kind != entryBatch {
+		return nil
+	}
+	if len(e.batch.txs) == 0 {
+		return *p
+	}
+	for _, tx := range e.batch.txs {
+		for _, o := range tx {
+			if o.kind != opAllow && o.kind != opDisallow {
+				return *p
+			}
+		}
+	}
+	return nil
 }
 
 // preference ranks the voters for a leader that is unfit for this reason; nil = all alike.

@@ -60,7 +60,14 @@ type logOptions struct {
 	// ahead is called with a leader's new entries, and the term of the one before them, just before they are written. It must
 	// not wait. True: other members may hold them from now on. nil = never.
 	ahead func(entries []*raft.Log, prevTerm uint64) bool
-	fault func(error) // called once with the sticky fault, and with nil whenever an error has passed; may be nil
+	fault func(error) // called once with the sticky fault, with a passing one when it begins, and with nil when it has passed; may be nil
+
+	// What a full disk, or another passing error, means for an append. A follower's is answered if resent is set: its leader sends it
+	// again, and meanwhile raft can vote. A leader's waits as long as stays says that no other voter could lead, for an error makes
+	// raft step down; nil = never. room gives back space that is held in reserve; true = the append is tried again at once.
+	resent bool
+	stays  func() bool
+	room   func() bool
 }
 
 // A logStore is raft's LogStore, StableStore and MonotonicLogStore.
@@ -80,6 +87,7 @@ type logStore struct {
 	removal sync.WaitGroup // of segment files that nothing refers to any more
 	reserve *reserve       // write guards its spare descriptor
 	names   *nameWatch     // of the files that are open
+	staying atomic.Int32   // appends of a leader that wait for space
 
 	mu       sync.Mutex // guards the fields below; never held across I/O
 	firstIdx uint64     // what the log should hold: truncations are entered here first, appends last. Reopening makes the
@@ -87,6 +95,7 @@ type logStore struct {
 	lastTerm uint64
 	size     int64
 	cache    logCache
+	cut      bool                    // the end of the log was deleted, and nothing has been appended since
 	pace     pace                    // of the appends, each with its fsync
 	writing  time.Time               // when the one began that goes on; zero = none
 	calls    map[*time.Time]struct{} // when the store calls in progress began
@@ -259,8 +268,11 @@ func (l *logStore) StoreLogs(entries []*raft.Log) error {
 		}
 	}
 	how, ahead := waits, false
-	if l.leader() {
-		how, ahead = answers, l.sendAhead(entries)
+	switch {
+	case l.leader():
+		how, ahead = stays, l.sendAhead(entries)
+	case l.resent && !l.isCut():
+		how = answers
 	}
 	err := l.change(fmt.Sprintf("append %d entries at index %d", len(entries), entries[0].Index), how, func() error {
 		if err := l.follows(entries); err != nil {
@@ -310,6 +322,7 @@ func (l *logStore) follows(entries []*raft.Log) error {
 func (l *logStore) appended(entries []*raft.Log, took time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.cut = false
 	l.pace.add(took)
 	if l.lastIdx == 0 {
 		l.firstIdx = entries[0].Index
@@ -360,7 +373,7 @@ func (l *logStore) deleted(low, high, term uint64) {
 	before := l.lastIdx - l.firstIdx + 1
 	switch {
 	case low > l.firstIdx:
-		l.lastIdx, l.lastTerm = low-1, term
+		l.lastIdx, l.lastTerm, l.cut = low-1, term, true
 	case high < l.lastIdx:
 		l.firstIdx = high + 1
 	default:
@@ -508,24 +521,36 @@ type conduct int
 const (
 	waits   conduct = iota // retries while the error is passing, parks for good on anything worse
 	answers                // returns the error; a passing one once it is certain that nothing was stored
+	stays                  // a leader's append: answers as soon as another voter could lead
 )
 
 // change runs op, which changes the log or the stable store, under the rules for faults. op runs with write held.
 func (l *logStore) change(what string, how conduct, op func() error) error {
-	defer l.began()()
+	call := l.begin()
+	defer l.end(call)
 	err := l.try(what, op)
-	for first := err; how == answers && passing(err); {
-		if err = l.settle(); err == nil {
+	for first := err; how != waits && passing(err); {
+		err = l.settle()
+		stay := err == nil && how == stays && l.stays != nil && l.stays()
+		switch {
+		case err == nil && !stay:
 			return first
-		}
-		if passing(err) && !l.pause() {
+		case (stay || passing(err)) && !l.pauseLeading(how):
 			err = ErrClosed
+		case stay:
+			l.again(call)
+			if err = l.try(what, op); passing(err) {
+				first = err
+			}
+		default:
+			l.again(call)
 		}
 	}
 	for passing(err) {
 		if !l.pause() {
 			return l.park()
 		}
+		l.again(call)
 		err = l.try(what, op)
 	}
 	var usage usageError
@@ -535,26 +560,75 @@ func (l *logStore) change(what string, how conduct, op func() error) error {
 		return nil
 	case errors.As(err, &usage):
 		return usage.err
-	case how == answers:
+	case how != waits:
 		return err
 	default:
 		return l.park()
 	}
 }
 
-func (l *logStore) began() (ended func()) {
+// pauseLeading is pause, of a leader's append that others can see waiting.
+func (l *logStore) pauseLeading(how conduct) bool {
+	if how == stays {
+		l.staying.Add(1)
+		defer l.staying.Add(-1)
+	}
+	return l.pause()
+}
+
+// begin notes that a store call is in progress, again that it has come back with a passing error and is tried anew: it does not hang.
+func (l *logStore) begin() (call *time.Time) {
 	now := time.Now()
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.calls[&now] = struct{}{}
-	l.mu.Unlock()
-	return func() {
-		l.mu.Lock()
-		delete(l.calls, &now)
-		l.mu.Unlock()
+	return &now
+}
+
+func (l *logStore) again(call *time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	*call = time.Now()
+}
+
+func (l *logStore) end(call *time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.calls, call)
+}
+
+// probe looks whether a log that met a full disk takes entries again, where no append is there to find out: it opens what has to be
+// opened, and writes a file of its own.
+func (l *logStore) probe() {
+	if l.settle() != nil {
+		return
+	}
+	l.write.Lock()
+	err := l.tryFile()
+	l.write.Unlock()
+	if err == nil {
+		l.passed()
 	}
 }
 
-// try runs op once, and once more if the spare descriptor was what it needed.
+const probeName = "probe"
+
+func (l *logStore) tryFile() error {
+	f, err := l.vfs.Create(l.dir, probeName, zeroAhead)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(zeros[:], 0)
+	return errors.Join(err, f.Sync(), f.Close(), l.vfs.Delete(l.dir, probeName))
+}
+
+func (l *logStore) isCut() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.cut
+}
+
+// try runs op once, and once more if the spare descriptor or the space in reserve was what it needed.
 func (l *logStore) try(what string, op func() error) (err error) {
 	defer func() {
 		if !errors.As(err, new(usageError)) {
@@ -568,6 +642,12 @@ func (l *logStore) try(what string, op func() error) (err error) {
 	}
 	if err = l.attemptLocked(what, op); noDescriptor(err) && l.wal != nil {
 		l.log.Warn("the log met the limit of open files and has used its spare descriptor", "dir", l.dir, "err", err)
+		err = l.attemptLocked(what, op)
+	}
+	if isFull(err) && l.room != nil && l.room() {
+		if again := l.usableLocked(); again != nil {
+			return again
+		}
 		err = l.attemptLocked(what, op)
 	}
 	return err
@@ -685,6 +765,7 @@ func (l *logStore) tell(err error) {
 		l.mu.Unlock()
 		if begins {
 			l.log.Warn("the log takes no entries for now, and tries again", "dir", l.dir, "err", err)
+			l.fault(err)
 		}
 	default:
 		l.stick(err)

@@ -389,7 +389,7 @@ func TestLogFullDiskFollower(t *testing.T) {
 				wantLog(t, l, 1, 70)
 				mu.Lock()
 				defer mu.Unlock()
-				if len(told) != 1 || told[0] != nil {
+				if len(told) != 2 || !isFull(told[0]) || told[1] != nil {
 					t.Fatal("told of", told)
 				}
 			})

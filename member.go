@@ -173,6 +173,7 @@ func (s *Service) startPeer() {
 		remove:     s.serveRemove,
 		transfer:   s.serveTransfer,
 		standsLast: s.standsLast,
+		logWaits:   func() error { return s.faults.first(faultLogFull) },
 		answers:    s.turns.answers,
 		status:     s.statusAnswer,
 		confirm:    s.confirmLeader,
@@ -271,6 +272,9 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 	if r.State() != raft.Leader {
 		return nil
 	}
+	if err := s.takesNoWrite(data); err != nil {
+		return func(context.Context) (outcome, bool, error) { return outcome{}, false, err }
+	}
 	early := s.fsm.ahead.expect(data)
 	future := r.Apply(data, patience)
 	if early {
@@ -312,7 +316,11 @@ func (s *Service) propose(ctx context.Context, data []byte) (outcome, bool, erro
 	ctx, stop := context.WithTimeout(ctx, appendTimeout+timeFor(int64(len(data))))
 	defer stop()
 	answer, sent, err := s.peer.propose(ctx, id, addr, data)
-	if err != nil {
+	var r *refusal
+	switch {
+	case errors.As(err, &r) && r.Final && !sent:
+		return outcome{}, false, fmt.Errorf("%w: %w", errRefused, err)
+	case err != nil:
 		return outcome{}, sent, err
 	}
 	o, err := decodeOutcome(answer)
@@ -365,6 +373,10 @@ func (s *Service) servePropose(ctx context.Context, data []byte) ([]byte, error)
 		return encodeOutcome(o), nil
 	case sent:
 		return nil, err
+	case errors.Is(err, errRefused):
+		r := refuse(http.StatusServiceUnavailable, codeNotApplied, "%v", err)
+		r.Final = true
+		return nil, r
 	case errors.Is(err, errRaftBusy), passing(err):
 		return nil, refuse(http.StatusServiceUnavailable, codeNotApplied, "%v", err)
 	}
@@ -1303,6 +1315,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	if err := s.unfitToLead(); err != nil {
 		a.Unfit = err.Error()
 	}
+	a.LogFull = s.faults.first(faultLogFull) != nil
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter, NoVote: m.NoVote})
 	}

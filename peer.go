@@ -71,6 +71,7 @@ type peerHost struct {
 	snapshots func(delta int)
 	incoming  func() string // the file in which a snapshot that comes in pieces grows; nil: none is taken in pieces
 
+	logWaits   func() error                        // why the log takes no entries for now
 	standsLast func() bool                         // this member does not stand for election yet
 	answers    func(id raft.ServerID, term uint64) // a peer has answered an append of raft's
 

@@ -105,10 +105,14 @@ func (s *Service) openState(ctx context.Context) error {
 			}
 		}
 	}
+	s.ballast = newBallast(s.path("wal"), s.log)
 	s.wal, err = openLog(logOptions{
 		dir: s.path("wal"), vfs: s.conf.vfs, segmentSize: s.conf.segment, log: s.log,
 		leader: func() bool { r := s.raft.Load(); return r != nil && r.State() == raft.Leader },
 		fault:  s.faults.ofLog,
+		resent: true,
+		stays:  func() bool { return !s.replaced.Load() },
+		room:   s.spaceNeeded,
 		ahead:  s.peer.sendAhead,
 	})
 	if err != nil {
@@ -134,7 +138,12 @@ func (s *Service) openState(ctx context.Context) error {
 	if err := s.watchNames(); err != nil {
 		return err
 	}
-	s.fsm.fault = s.faults.ofApply
+	s.fsm.fault = func(err error) {
+		if isFull(err) {
+			s.spaceNeeded()
+		}
+		s.faults.ofApply(err)
+	}
 	s.fsm.distrust = s.distrust
 	s.snaps = &snapshotStore{fsm: s.fsm, path: s.path("snap.incoming")}
 	return s.startRule()

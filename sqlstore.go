@@ -313,6 +313,7 @@ type store struct {
 	// strange is what an Open would refuse in the schema: a lone member has nobody to get a clean copy from, and goes on beside it.
 	strange atomic.Pointer[error]
 	uneasy  func(error) // told why the file could not be written; set before maintain, must not block
+	eased   func()      // told that it could be written again; the same
 
 	ending  chan struct{} // closed when close begins: maintain ends, nothing new starts
 	reload  chan struct{} // holds one token when a scan is due
@@ -349,18 +350,19 @@ type store struct {
 	missed  int             // rows that transactions have read from the file since the scan began
 	closed  bool            // changes under fileMu too
 
-	tailMu   sync.RWMutex  // guards the fields below; never held across I/O
-	tail     tail          // what was committed since the last flush began
-	flushing tail          // what the flush under way is writing
-	used     tail          // empty, with the room that the last flush's rows and changes took, for the next one's
-	commits  uint64        // number of commits, so that a reader of the file can wait for what it must see
-	filed    uint64        // as many of them are in the file
-	stuck    error         // of the last flush, if it failed: apply must not go on
-	turned   chan struct{} // closed when a flush has ended, well or not
-	flusher  bool          // maintain runs
-	dirty    chan struct{} // holds one token when there is something to flush
-	press    chan struct{} // holds one token when that is not to wait
-	ripe     chan struct{} // holds one when it is worth a flush
+	tailMu    sync.RWMutex  // guards the fields below; never held across I/O
+	tail      tail          // what was committed since the last flush began
+	flushing  tail          // what the flush under way is writing
+	used      tail          // empty, with the room that the last flush's rows and changes took, for the next one's
+	commits   uint64        // number of commits, so that a reader of the file can wait for what it must see
+	filed     uint64        // as many of them are in the file
+	stuck     error         // of the last flush, if it failed: apply goes on only if that passes, and as long as the tail has room
+	turned    chan struct{} // closed when a flush has ended, well or not
+	flusher   bool          // maintain runs
+	tailLimit int64         // the constant of that name; a test waits for less
+	dirty     chan struct{} // holds one token when there is something to flush
+	press     chan struct{} // holds one token when that is not to wait
+	ripe      chan struct{} // holds one when it is worth a flush
 
 	stateMu sync.Mutex // guards the fields below
 	verdict error      // what the scan found
@@ -390,23 +392,25 @@ func openStore(o storeOptions) (*store, error) {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	s := &store{
-		path:    path,
-		lone:    o.lone,
-		walLong: walLong,
-		log:     o.log,
-		memory:  newMemory(o.memory, o.log),
-		ending:  make(chan struct{}),
-		reload:  make(chan struct{}, 1),
-		readers: make(chan *conn, runtime.GOMAXPROCS(0)),
-		lists:   make(chan struct{}, maxLists),
-		holds:   make(map[hold]bool),
-		turned:  make(chan struct{}),
-		dirty:   make(chan struct{}, 1),
-		press:   make(chan struct{}, 1),
-		ripe:    make(chan struct{}, 1),
-		uneasy:  func(error) {},
-		names:   newNameWatch(o.log),
-		step:    func(string) {},
+		path:      path,
+		lone:      o.lone,
+		walLong:   walLong,
+		log:       o.log,
+		memory:    newMemory(o.memory, o.log),
+		ending:    make(chan struct{}),
+		reload:    make(chan struct{}, 1),
+		readers:   make(chan *conn, runtime.GOMAXPROCS(0)),
+		lists:     make(chan struct{}, maxLists),
+		holds:     make(map[hold]bool),
+		turned:    make(chan struct{}),
+		dirty:     make(chan struct{}, 1),
+		press:     make(chan struct{}, 1),
+		ripe:      make(chan struct{}, 1),
+		uneasy:    func(error) {},
+		names:     newNameWatch(o.log),
+		step:      func(string) {},
+		eased:     func() {},
+		tailLimit: tailLimit,
 	}
 	s.queries, s.damaged = newQuerier(s), func(error) {}
 	s.pace.press, s.pace.ending = s.press, s.ending // until maintain runs

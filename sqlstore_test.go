@@ -1179,6 +1179,7 @@ func TestFullDisk(t *testing.T) {
 	setTx(t, tx, "large", make([]byte, 1<<20))
 	tx.allow("n1")
 	tx.commit()
+	s.tailLimit = 1
 	for range 2 {
 		if err := s.flush(); !isFull(err) || isIO(err) {
 			t.Fatalf("flush: %v", err)

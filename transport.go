@@ -532,6 +532,10 @@ func (p *peer) serveAppend(ctx context.Context, x *exchange) error {
 	if !ok {
 		return refuse(http.StatusServiceUnavailable, codeNotReady, "raft answered %T", answer)
 	}
+	if err := p.host.logWaits(); err != nil && !resp.Success && len(args.Entries) > 0 {
+		// A leader's raft would take this for a log that differs, and pause for up to 10 s before it sends anything again.
+		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+	}
 	x.answer(encodeAppendAnswer(resp))
 	return nil
 }

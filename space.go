@@ -1,0 +1,173 @@
+package quorate
+
+// How much space the file system has left, and what this member holds of it in reserve, so that what others have committed can still
+// be stored and applied when the disk is full. It owns the limit below which a member is unfit to lead, and the file wal/reserve. It
+// never decides what an entry or a flush does about a full disk: logstore.go and fsm.go give the reserve back when they meet one.
+// Control comes from Open, watchSpace and Close.
+//
+// A member below the limit takes no new writes as a leader. So what still comes is in flight already, at most some batches, and the
+// reserve is there for that. The reserve is made again when there is space for it and the limit both.
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+const (
+	spaceLow    = 64 << 20 // bytes of free space below which a member is unfit to lead, or
+	spaceShare  = 16       // this part of the file system, if that is less
+	spaceSlack  = 16       // this part of the limit more has to be free before it is fit again
+	spaceLook   = time.Second
+	spaceOften  = 250 * time.Millisecond // while there is too little
+	reserveName = "reserve"
+)
+
+// A diskSpace is what a file system has, in bytes. total is 0 where that can't be told.
+type diskSpace struct{ free, total int64 }
+
+// low is the limit.
+func (d diskSpace) low() int64 { return min(spaceLow, d.total/spaceShare) }
+
+// A ballast is a file that takes up space until something more important needs it.
+type ballast struct {
+	path string
+	log  *slog.Logger
+
+	mu     sync.Mutex // guards the file and the fields below, over the I/O
+	size   int64      // of the file; 0 = there is none
+	unable bool       // the file system can't promise space
+	closed bool
+}
+
+func newBallast(dir string, log *slog.Logger) *ballast {
+	b := &ballast{path: filepath.Join(dir, reserveName), log: log}
+	if info, err := os.Stat(b.path); err == nil { // of a life that was killed
+		b.size = info.Size()
+	}
+	return b
+}
+
+// missing is what hold would take from the free space.
+func (b *ballast) missing(size int64) int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.unable || b.size > 0 {
+		return 0
+	}
+	return size
+}
+
+// hold makes the file, unless it is there.
+func (b *ballast) hold(size int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.size > 0 || b.unable || b.closed || size == 0 {
+		return
+	}
+	f, err := os.OpenFile(b.path, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o600)
+	if err == nil {
+		err = errors.Join(allocate(f, size), f.Close())
+	}
+	if err == nil {
+		b.size = size
+		return
+	}
+	os.Remove(b.path)
+	b.unable = !passing(err)
+	b.log.Debug("no space is held in reserve", "file", b.path, "error", err)
+}
+
+// give removes the file. False: there was none.
+func (b *ballast) give() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.giveLocked()
+}
+
+func (b *ballast) giveLocked() bool {
+	if b.size == 0 {
+		return false
+	}
+	b.size = 0
+	return os.Remove(b.path) == nil
+}
+
+// close is give, for good.
+func (b *ballast) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	b.giveLocked()
+}
+
+// judgeSpace is the fault of a file system with too little space; was is the one that is there.
+func judgeSpace(dir string, d diskSpace, missing int64, was error) error {
+	low := d.low()
+	limit := low + missing
+	if was != nil {
+		limit += low / spaceSlack
+	}
+	if d.total == 0 || d.free >= limit {
+		return nil
+	}
+	if was != nil {
+		return was
+	}
+	return fmt.Errorf("the file system of %s has %s left: below %s this member leads only where no other can, and then takes no writes: "+
+		"free space, or give it a larger one", dir, mebibytes(d.free), mebibytes(limit))
+}
+
+func mebibytes(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }
+
+// checkSpace looks at the file system, and takes the reserve when there is room for it. free tells whether there was enough.
+func (s *Service) checkSpace() (free bool) {
+	d := s.conf.space(s.conf.Dir)
+	reserve := d.low() / 2
+	err := judgeSpace(s.conf.Dir, d, s.ballast.missing(reserve), s.faults.first(faultSpace))
+	if err == nil && s.faults.first(faultLogFull, faultStateWaits) == nil {
+		s.ballast.hold(reserve)
+	}
+	s.faults.set(faultSpace, err)
+	return err == nil
+}
+
+// noteSpace is the first look, before this member takes part.
+func (s *Service) noteSpace() {
+	d := s.conf.space(s.conf.Dir)
+	s.faults.set(faultSpace, judgeSpace(s.conf.Dir, d, s.ballast.missing(d.low()/2), nil))
+}
+
+// watchSpace looks once a second, and more often while the disk is full. What nothing else would notice while no write is taken is
+// that the log has space again: it is tried out.
+func (s *Service) watchSpace() {
+	for pause := spaceLook; ; {
+		select {
+		case <-time.After(pause):
+		case <-s.ctx.Done():
+			return
+		}
+		pause = spaceLook
+		free := s.checkSpace()
+		full := isFull(s.wal.failed())
+		if free && full {
+			s.wal.probe()
+		}
+		if !free || full {
+			pause = spaceOften
+		}
+	}
+}
+
+// spaceNeeded gives the reserve back to a log or a state that has met a full disk. True: trying again is worth it.
+func (s *Service) spaceNeeded() bool {
+	if !s.ballast.give() {
+		return false
+	}
+	s.log.Warn("the disk is full: the space held in reserve is given back", "file", s.ballast.path)
+	return true
+}

@@ -1,0 +1,6 @@
+//go:build !linux && !darwin
+
+package quorate
+
+// spaceOf can't tell.
+func spaceOf(string) diskSpace { return diskSpace{} }

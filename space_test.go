@@ -1,0 +1,410 @@
+package quorate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+func TestJudgeSpace(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	was := errors.New("it was low")
+	for _, v := range []struct {
+		what        string
+		free, total int64
+		missing     int64
+		was         error
+		low         bool
+	}{
+		{"not known", 0, 0, 0, nil, false},
+		{"at the limit", 64 * mib, 100 << 30, 0, nil, false},
+		{"below it", 64*mib - 1, 100 << 30, 0, nil, true},
+		{"without the reserve", 95 * mib, 100 << 30, 32 * mib, nil, true},
+		{"with room for the reserve", 96 * mib, 100 << 30, 32 * mib, nil, false},
+		{"a sixteenth", 3 * mib, 48 * mib, 0, nil, false},
+		{"less than a sixteenth", 3*mib - 1, 48 * mib, 0, nil, true},
+		{"it was low, and is a little above the limit", 67 * mib, 100 << 30, 0, was, true},
+		{"it was low, and is well above the limit", 68 * mib, 100 << 30, 0, was, false},
+	} {
+		err := judgeSpace("/data", diskSpace{v.free, v.total}, v.missing, v.was)
+		if (err != nil) != v.low || v.was != nil && err != nil && err != was {
+			t.Errorf("%s: %v", v.what, err)
+		}
+	}
+	wantWords(t, judgeSpace("/data", diskSpace{mib, 48 * mib}, 0, nil), "/data", "1.0 MiB left", "below 3.0 MiB")
+}
+
+func wantWords(t *testing.T, err error, words ...string) {
+	t.Helper()
+	for _, w := range words {
+		if err == nil || !strings.Contains(err.Error(), w) {
+			t.Errorf("%v does not say %q", err, w)
+		}
+	}
+}
+
+func TestBallast(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	size := func() int64 {
+		info, err := os.Stat(filepath.Join(dir, reserveName))
+		if err != nil {
+			return 0
+		}
+		var st syscall.Stat_t
+		must(t, syscall.Stat(filepath.Join(dir, reserveName), &st))
+		if st.Blocks*512 < info.Size() {
+			t.Errorf("%d bytes take %d blocks", info.Size(), st.Blocks)
+		}
+		return info.Size()
+	}
+	b := newBallast(dir, slog.New(slog.DiscardHandler))
+	if b.hold(1 << 20); b.unable {
+		t.Skip("this file system can't promise space")
+	}
+	if size() != 1<<20 || b.missing(5) != 0 {
+		t.Errorf("it holds %d bytes", size())
+	}
+	if b = newBallast(dir, slog.New(slog.DiscardHandler)); b.missing(5) != 0 { // after a kill
+		t.Error("what is there counts as missing")
+	}
+	if !b.give() || b.give() || size() != 0 || b.missing(5) != 5 {
+		t.Errorf("given back, and %d bytes are there", size())
+	}
+	b.hold(1 << 20)
+	b.close()
+	if b.hold(1 << 20); size() != 0 {
+		t.Error("there is a reserve after the end")
+	}
+}
+
+// A fakeDisk is as full as a test says.
+type fakeDisk struct{ free atomic.Int64 }
+
+func (d *fakeDisk) space(string) diskSpace { return diskSpace{d.free.Load(), 1 << 40} }
+
+// A leader's append meets a full disk: it waits as long as nobody else could lead, is no hang, and then answers. A follower's answers.
+func TestLogFullDiskWaitsForSuccessor(t *testing.T) {
+	t.Parallel()
+	o, disk := faultyOptions(t)
+	var leads, stays atomic.Bool
+	rooms := 0
+	o.leader, o.stays, o.resent = leads.Load, stays.Load, true
+	o.room = func() bool { rooms++; return rooms == 1 }
+	l := reopenLog(t, nil, o)
+	appendLog(t, l, 1, 1, 30)
+	leads.Store(true)
+	stays.Store(true)
+	disk.fail(setWrite, syscall.ENOSPC)
+	done := make(chan error, 1)
+	ended := inRaft(func() { done <- l.StoreLogs([]*raft.Log{testEntry(31, 1), testEntry(32, 1)}) })
+	comesTrue(t, func() error {
+		if l.staying.Load() == 0 {
+			return errors.New("it does not wait")
+		}
+		return nil
+	})
+	if rooms < 1 {
+		t.Error("the reserve was not asked for")
+	}
+	began := time.Now()
+	longest := time.Duration(0)
+	for time.Since(began) < 5*logRetry {
+		longest = max(longest, l.busy())
+		time.Sleep(time.Millisecond)
+	}
+	if longest > 3*logRetry {
+		t.Errorf("a call that waits counts as one that hangs for %v", longest)
+	}
+	l.probe()
+	is(t, l.failed(), syscall.ENOSPC)
+	stays.Store(false)
+	is(t, <-done, syscall.ENOSPC)
+	if !<-ended {
+		t.Error("Goexit")
+	}
+	leads.Store(false)
+	is(t, l.StoreLogs([]*raft.Log{testEntry(31, 1), testEntry(32, 1)}), syscall.ENOSPC) // a follower's
+	disk.fail(setWrite, nil)
+	is(t, l.failed(), syscall.ENOSPC)
+	l.probe()
+	if err := l.failed(); err != nil {
+		t.Errorf("after the probe: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(l.dir, probeName)); err == nil {
+		t.Error("the probe stays")
+	}
+	appendLog(t, l, 31, 2, 10)
+	wantLog(t, l, 1, 40)
+	// What was cut off is in raft's memory yet: an error would leave it there.
+	must(t, l.DeleteRange(36, 40))
+	disk.fail(setWrite, syscall.ENOSPC)
+	ended = inRaft(func() { done <- l.StoreLogs([]*raft.Log{testEntry(36, 3), testEntry(37, 3)}) })
+	comesTrue(t, func() error { return wantFault(l, syscall.ENOSPC) })
+	wantParked(t, ended)
+	disk.fail(setWrite, nil)
+	must(t, <-done)
+	wantLog(t, l, 1, 37)
+}
+
+// fullness is a cluster of three in which disks fill.
+type fullness struct {
+	*script
+	disks map[*scriptMember]*fakeDisk
+	was   Status // of the leader, when all was well
+}
+
+func newFullness(t *testing.T) *fullness {
+	c := &fullness{script: newScript(t), disks: make(map[*scriptMember]*fakeDisk)}
+	var last *fakeDisk
+	c.change = func(conf *Config) {
+		last = new(fakeDisk)
+		last.free.Store(1 << 39)
+		conf.space, conf.vfs, conf.segment = last.space, newFaultFS(), 16<<10
+	}
+	c.obey("start a")
+	c.disks[c.member("a")] = last
+	for _, name := range []string{"b", "c"} {
+		c.obey("join " + name + " via a")
+		c.disks[c.member(name)] = last
+	}
+	c.obey("await voters 3")
+	c.obey("set a k v")
+	c.obey("await equal")
+	c.leads(nil, scriptLimit)
+	c.obey("cast leader L followers F G")
+	c.was = c.cast["L"].s.Status()
+	return c
+}
+
+func (c *fullness) first(n int) []*scriptMember {
+	return []*scriptMember{c.cast["L"], c.cast["F"], c.cast["G"]}[:n]
+}
+
+// reads has every member answer a linearizable read.
+func (c *fullness) reads(when string, except ...*scriptMember) {
+	c.t.Helper()
+	for _, m := range c.members {
+		if slices.Contains(except, m) {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(c.t.Context(), time.Second)
+		if v, err := m.s.Get(ctx, "k"); err != nil || string(v) != "v" {
+			c.t.Errorf("%s: %s reads %q, %v", when, m.name, v, err)
+		}
+		cancel()
+	}
+}
+
+// writes has every member write within so long.
+func (c *fullness) writes(when string, within time.Duration, except ...*scriptMember) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), within)
+	defer cancel()
+	for _, m := range c.members {
+		if slices.Contains(except, m) {
+			continue
+		}
+		if err := m.s.Set(ctx, "w", []byte(m.name)); err != nil {
+			c.t.Errorf("%s: %s writes: %v", when, m.name, err)
+		}
+	}
+}
+
+// refused has every member refuse a write at once.
+func (c *fullness) refused(when string) {
+	c.t.Helper()
+	for _, m := range c.members {
+		began := time.Now()
+		err := m.s.Set(c.t.Context(), "w", nil)
+		if took := time.Since(began); took > 500*time.Millisecond || !errors.Is(err, ErrNotApplied) || !strings.Contains(fmt.Sprint(err), "no other voter can lead") {
+			c.t.Errorf("%s: %s answers a write after %v: %v", when, m.name, took, err)
+		}
+	}
+}
+
+// changes wants the leader to have changed so often, at least and at most, since it was asked before.
+func (c *fullness) changes(when string, least, most int) {
+	c.t.Helper()
+	c.leads(nil, scriptLimit)
+	st := c.cast["L"].s.Status()
+	same, terms := st.ID == c.was.ID, int(st.Term-c.was.Term)
+	if same && (terms > 0 || least > 0) || !same && (most == 0 || terms > 2*most) {
+		c.t.Errorf("%s: %s leads in term %d, and before in %d, the same: %v", when, c.cast["L"].name, st.Term, c.was.Term, same)
+	}
+	c.was = st
+}
+
+// The disks of one, two and three of three run low, with and without load: reads go on, the leader changes at most once, and writes
+// go on at once or two seconds after there is space.
+func TestSpaceRunsLow(t *testing.T) {
+	t.Parallel()
+	for n := 1; n <= 3; n++ {
+		t.Run(fmt.Sprint(n, " of 3"), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := newFullness(t)
+				defer c.end()
+				ctx, stop := context.WithCancel(t.Context())
+				var load sync.WaitGroup
+				if n != 2 {
+					load.Go(func() {
+						for ctx.Err() == nil {
+							c.members[0].s.Set(ctx, "load", nil)
+							time.Sleep(20 * time.Millisecond)
+						}
+					})
+				}
+				low := c.first(n)
+				for _, m := range low {
+					c.disks[m].free.Store(10 << 20)
+				}
+				time.Sleep(2500 * time.Millisecond)
+				for _, m := range low {
+					wantWords(t, m.s.Err(), "10.0 MiB left")
+				}
+				c.reads("low")
+				if n < 3 {
+					c.changes("low", 1, 1)
+					c.writes("low", time.Second)
+				} else {
+					c.changes("low", 0, 1) // they notice within a second of each other
+					c.refused("low")
+					must(t, c.members[1].s.AddAllowedMember(t.Context(), "d.test:7001")) // what mends it goes on
+					if err := c.cast["L"].s.Ready(ctxFor(t, 100*time.Millisecond)); err == nil {
+						t.Error("a leader that takes no writes is ready")
+					}
+				}
+				time.Sleep(4 * time.Second)
+				c.reads("low for a while")
+				c.changes("low for a while", 0, 0)
+				for _, m := range low {
+					c.disks[m].free.Store(1 << 39)
+				}
+				time.Sleep(time.Second)
+				c.writes("with space back", time.Second)
+				c.changes("with space back", 0, 0)
+				for _, m := range low {
+					if err := m.s.Err(); err != nil {
+						t.Errorf("with space back: %v", err)
+					}
+				}
+				stop()
+				load.Wait()
+				c.obey("await equal")
+			})
+		})
+	}
+}
+
+// The logs of one, two and three of three meet a full disk, whatever the file system says of its space.
+func TestLogsAreFull(t *testing.T) {
+	t.Parallel()
+	for n := 1; n <= 3; n++ {
+		t.Run(fmt.Sprint(n, " of 3"), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := newFullness(t)
+				defer c.end()
+				full := c.first(n)
+				writer := c.cast["L"]
+				if n == 1 {
+					writer = c.cast["F"] // what only others store is not applied on the leader
+				}
+				except := full[n-1:] // its log takes nothing, and the two others commit what it meets
+				for i := range full {
+					m := full[n-1-i] // the leader last: that a log takes nothing is known when it has been tried
+					m.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+					c.disks[m].free.Store(20 << 10)
+					ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+					err := writer.s.Set(ctx, "w", nil) // meets it
+					cancel()
+					if left := 2 - i; (err == nil) != (left >= 2) {
+						t.Errorf("a write meets %d full logs: %v", i+1, err)
+					}
+				}
+				c.reads("full", except...)
+				if n == 1 {
+					c.changes("full", 1, 1)
+					c.writes("full", time.Second, except...)
+				} else {
+					c.changes("full", 0, 0)
+					c.refused("full")
+				}
+				time.Sleep(7 * time.Second) // longer than a hang
+				c.reads("full for a while", except...)
+				c.changes("full for a while", 0, 0)
+				for _, m := range full {
+					m.conf.vfs.(*faultFS).fail(setWrite, nil)
+					c.disks[m].free.Store(1 << 39)
+				}
+				time.Sleep(time.Second)
+				c.writes("with space back", time.Second)
+				c.changes("with space back", 0, 1)
+				c.obey("await equal")
+			})
+		})
+	}
+}
+
+// The same with the states.
+func TestStatesAreFull(t *testing.T) {
+	t.Parallel()
+	for n := 1; n <= 3; n += 2 {
+		t.Run(fmt.Sprint(n, " of 3"), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := newFullness(t)
+				defer c.end()
+				full := c.first(n)
+				limit := func(pages int) {
+					for _, m := range full {
+						m.s.store.fileMu.Lock()
+						must(t, m.s.store.writer.pragma(fmt.Sprintf("max_page_count=%d", pages)))
+						m.s.store.fileMu.Unlock()
+					}
+				}
+				limit(1)
+				for i := range 5 {
+					must(t, full[0].s.Set(t.Context(), fmt.Sprint("big", i), make([]byte, 100<<10)))
+				}
+				time.Sleep(3 * time.Second)
+				for _, m := range full {
+					if err := m.s.Err(); !isFull(err) {
+						t.Errorf("Err is %v", err)
+					}
+				}
+				c.reads("full")
+				if n == 1 {
+					c.changes("full", 1, 1)
+					c.writes("full", time.Second)
+				} else {
+					c.changes("full", 0, 1)
+					c.refused("full")
+				}
+				time.Sleep(4 * time.Second)
+				c.reads("full for a while")
+				c.changes("full for a while", 0, 0)
+				limit(1 << 20)
+				time.Sleep(time.Second)
+				c.writes("with space back", time.Second)
+				c.changes("with space back", 0, 0)
+				c.obey("await equal")
+			})
+		})
+	}
+}
