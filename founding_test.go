@@ -899,3 +899,31 @@ func TestFounderThatWasKilled(t *testing.T) {
 		c.whole("ab", 2)
 	})
 }
+
+// Who asks to be admitted does not say that it is empty: the answer may be on its way.
+func TestFounderThatAsksIsNotEmpty(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.obey("start b")
+		c.founders("a", "a", "b")
+		a := c.member("a")
+		c.obey("cut b to a") // the answer to its call
+		time.Sleep(3 * time.Second)
+		if st := a.s.statusAnswer(); st.Empty && a.s.founding.asking.Load() {
+			t.Errorf("%+v", st)
+		}
+		c.obey("heal")
+		c.net.delay("b.test:7001", "a.test:7001", 300*time.Millisecond)
+		if got := c.poll(ctxFor(t, 30*time.Second), func() error {
+			if st := a.s.statusAnswer(); st.Empty || len(st.Founders) != 2 {
+				return errors.New("it says that it is empty all the time")
+			}
+			return nil
+		}); got != "ok" {
+			t.Error(got)
+		}
+		c.obey("heal")
+	})
+}
