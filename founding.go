@@ -207,7 +207,7 @@ func checkFounders(given []string) ([]string, error) {
 	for _, addr := range given {
 		addr, err := canonicalAddr(addr)
 		if err != nil {
-			return nil, fmt.Errorf("Bootstrap: %w", err)
+			return nil, fmt.Errorf("the list of Bootstrap: %w", err)
 		}
 		if slices.Contains(list, addr) {
 			return nil, fmt.Errorf("%w: Bootstrap names %s twice", ErrInvalid, addr)

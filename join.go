@@ -268,7 +268,8 @@ func (p *peer) ways(ctx context.Context, base string) []string {
 func (p *peer) mayChoose(u *url.URL) bool {
 	t, ok := p.client.Transport.(*http.Transport)
 	switch {
-	case !ok, u.Scheme == "https" && (t.DialTLSContext != nil || t.DialTLS != nil): //nolint:staticcheck // callers may still use it
+	//lint:ignore SA1019 a caller's transport may still use it
+	case !ok, u.Scheme == "https" && (t.DialTLSContext != nil || t.DialTLS != nil):
 		return false
 	case t.Proxy == nil:
 		return true
@@ -294,7 +295,8 @@ func (p *peer) onNewConnection(way string) func(*http.Request) (*http.Response, 
 		dial := t.DialContext
 		if dial == nil {
 			dial = new(net.Dialer).DialContext
-			if old := t.Dial; old != nil { //nolint:staticcheck // callers may still use it
+			//lint:ignore SA1019 a caller's transport may still use it
+			if old := t.Dial; old != nil {
 				dial = func(_ context.Context, network, addr string) (net.Conn, error) { return old(network, addr) }
 			}
 		}

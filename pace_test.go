@@ -88,7 +88,7 @@ func TestSlowness(t *testing.T) {
 			if again(nil, true) == nil || j.judged > n || i == 0 && j.judged != n {
 				t.Errorf("fault %d has ended too soon", i)
 			}
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			if i%2 == 0 { // it goes on, also where it follows by now
 				if again(slow, false) == nil {
 					t.Errorf("fault %d ends while appends are slow", i)
@@ -243,7 +243,7 @@ func TestAppendsInProgress(t *testing.T) {
 		if took, n := l.appends(0); len(took) != 4 || n != 4 {
 			t.Errorf("%v of %d", took, n)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		if took, n := l.appends(1); len(took) != 4 || took[3] != slowAppend+1 || n != 4 {
 			t.Errorf("%v of %d", took, n)
 		}
@@ -291,12 +291,12 @@ func TestPaceOfPeer(t *testing.T) {
 		}
 		args := &raft.AppendEntriesRequest{Term: term, PrevLogEntry: last, Entries: commands(term, last+1)}
 		e := a.begin("f", args)
-		time.Sleep(5)
+		time.Sleep(5 * time.Nanosecond)
 		want("an early send is not answered", 5, true)
 		close(e.done)
 		want("it is", 1, true)
 		a.ordinary("f", args)
-		time.Sleep(6)
+		time.Sleep(6 * time.Nanosecond)
 		want("raft's append is not answered", 6, true)
 		a.forget("f", term, 0)
 		want("it failed", 0, false)
