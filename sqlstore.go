@@ -596,6 +596,9 @@ func (s *store) connect() (m meta, err error) {
 	if err := s.watchNames(); err != nil {
 		return m, err
 	}
+	if err := s.writer.keepWAL(true); err != nil { // not before: an open that fails leaves nothing beside the file
+		return m, err
+	}
 	s.guardLocks()
 	return m, nil
 }
@@ -623,7 +626,7 @@ func (s *store) openWriter() error {
 			return err
 		}
 	}
-	return c.keepWAL(true)
+	return nil
 }
 
 // checkSchema keeps what it finds. fileMu is held, or nobody else is there yet.
