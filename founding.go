@@ -445,12 +445,7 @@ func (s *Service) tryBegin() error {
 	case <-s.ctx.Done():
 		return ErrClosed
 	}
-	err := s.changeIdentity(func(ident *identity) {
-		*ident = identity{id: newID(), cluster: newID(), intent: intentBootstrap, founders: strings.Join(s.conf.Bootstrap, ",")}
-	})
-	if err == nil {
-		err = s.bootstrap(s.ctx)
-	}
+	err := s.makeFirst()
 	if err == nil {
 		err = s.startRaftLocked(s.ctx)
 	}
@@ -458,6 +453,22 @@ func (s *Service) tryBegin() error {
 		return fmt.Errorf("begin the founders' cluster: %w", err)
 	}
 	return nil
+}
+
+// makeFirst writes what the first member of a cluster has on disk. What an earlier try has written stays: the entries name the id.
+func (s *Service) makeFirst() error {
+	if s.ident().intent == intentJoin {
+		err := s.changeIdentity(func(ident *identity) {
+			*ident = identity{id: newID(), cluster: newID(), intent: intentBootstrap, founders: strings.Join(s.conf.Bootstrap, ",")}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if _, last := s.wal.bounds(); last == 0 {
+		return s.bootstrap(s.ctx)
+	}
+	return s.settleIn()
 }
 
 // firstEntries are the log of a new cluster: its only member, and where founders have begun it, that the others may join, once: an

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	walfs "github.com/hashicorp/raft-wal/fs"
+	"github.com/hashicorp/raft-wal/types"
 )
 
 // The model: founders that decide by decide, with directories, a network and clusters that are nothing but what matters here.
@@ -897,6 +899,80 @@ func TestFounderThatWasKilled(t *testing.T) {
 		}
 		c.obey("start b")
 		c.whole("ab", 2)
+	})
+}
+
+// A blockFS lets nobody write id anew from the first write to the log on, once it is armed.
+type blockFS struct {
+	types.VFS
+	dir   string
+	armed atomic.Bool
+}
+
+func (f *blockFS) inTheWay() string { return filepath.Join(f.dir, "id.tmp", "in", "the", "way") }
+
+func (f *blockFS) Create(dir, name string, size uint64) (types.WritableFile, error) {
+	w, err := f.VFS.Create(dir, name, size)
+	return blockFile{w, f}, err
+}
+
+type blockFile struct {
+	types.WritableFile
+	fs *blockFS
+}
+
+func (w blockFile) WriteAt(p []byte, off int64) (int, error) {
+	if w.fs.armed.Swap(false) {
+		if err := os.MkdirAll(w.fs.inTheWay(), 0o700); err != nil {
+			return 0, err
+		}
+	}
+	return w.WritableFile.WriteAt(p, off)
+}
+
+// What fails after the first entries are in the log is done again, with the id that they name.
+func TestFoundingThatFailsHalfWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		disk := &blockFS{VFS: walfs.New()}
+		disk.armed.Store(true)
+		c.founders("b", "a", "b")
+		list := c.member("b").conf.Bootstrap
+		c.change = func(conf *Config) { conf.Bootstrap, conf.vfs, disk.dir = list, disk, conf.Dir }
+		c.obey("start a")
+		a := c.member("a")
+		c.waits("a", "begin the founders' cluster", "id.tmp")
+		if disk.armed.Load() || a.s.Err() == nil {
+			t.Errorf("armed %t, Err %v", disk.armed.Load(), a.s.Err())
+		}
+		began, _, err := readIdentity(a.conf.Dir)
+		must(t, err)
+		must(t, os.RemoveAll(filepath.Join(a.conf.Dir, "id.tmp")))
+		c.whole("ab", 2)
+		must(t, a.s.tryBegin()) // as when only raft has not started
+		c.whole("ab", 2)
+		if now := a.s.ident(); now.id != began.id || now.cluster != began.cluster || now.intent != intentMember {
+			t.Errorf("%+v has become %+v", began, now)
+		}
+
+		// A process that is killed at that point goes on at its next start.
+		c.wipe("a")
+		c.wipe("b")
+		disk.armed.Store(true)
+		c.obey("restart b")
+		c.obey("restart a")
+		c.waits("a", "begin the founders' cluster", "id.tmp")
+		c.obey("kill a")
+		began, _, err = readIdentity(a.conf.Dir)
+		must(t, err)
+		must(t, os.RemoveAll(filepath.Join(a.conf.Dir, "id.tmp")))
+		c.obey("restart a")
+		c.whole("ab", 2)
+		if now := a.s.ident(); began.intent != intentBootstrap || now.id != began.id || now.cluster != began.cluster {
+			t.Errorf("%+v has become %+v", began, now)
+		}
 	})
 }
 
