@@ -664,6 +664,7 @@ func (s *Service) diagnose(ctx context.Context) string {
 	defer cancel()
 	all := voters(s.raft.Load().GetConfiguration().Configuration())
 	trouble, leaders := make([]string, len(all)), make([]string, len(all))
+	failed := make([]error, len(all)) // what the calls of now have met
 	own, leader := "", ""
 	var wg sync.WaitGroup
 	wg.Go(func() { own = s.askOwnAddress(ctx) })
@@ -679,21 +680,27 @@ func (s *Service) diagnose(ctx context.Context) string {
 			case err != nil && caller.Err() != nil && s.reach.lately(string(m.ID)):
 				// The caller's time has ended, and says nothing of this voter.
 			case err != nil:
-				trouble[i] = fmt.Sprintf("%s: %v", peerName(m.ID, s.addressOf(m)), explain(err, base))
+				failed[i] = explain(err, base)
+				trouble[i] = fmt.Sprintf("%s: %v", peerName(m.ID, s.addressOf(m)), failed[i])
 			case a.ID != string(m.ID):
 				trouble[i] = fmt.Sprintf("at the address of %s there is now %s", peerName(m.ID, s.addressOf(m)), shortID(a.ID))
 			case !a.Healthy:
 				trouble[i] = fmt.Sprintf("%s has a fault of its own", peerName(m.ID, s.addressOf(m)))
 			default:
 				if err := s.peer.tryPost(ctx, string(m.ID), s.addressOf(m)); err != nil && (strays(err) || tooLarge(err)) {
-					trouble[i] = fmt.Sprintf("%s: %v", peerName(m.ID, s.addressOf(m)), explain(err, base))
+					failed[i] = explain(err, base)
+					trouble[i] = fmt.Sprintf("%s: %v", peerName(m.ID, s.addressOf(m)), failed[i])
 				}
 			}
 		})
 	}
 	wg.Wait()
 	id, addr := s.leader()
-	reach, mute := len(all), s.muteLeader(id, addr)
+	var now error
+	if i := slices.IndexFunc(all, func(m raft.Server) bool { return string(m.ID) == id }); i >= 0 {
+		now = failed[i]
+	}
+	reach, mute := len(all), s.muteLeader(id, addr, now)
 	var words []string
 	for i, t := range trouble {
 		if t != "" {
@@ -730,12 +737,18 @@ func (s *Service) diagnose(ctx context.Context) string {
 	return fmt.Sprintf("%d of %d voters reachable, need %d: %s", reach, len(all), len(all)/2+1, what)
 }
 
-// muteLeader says that the leader is there and that this member can't call it; empty if it can, or the leader is this member.
-func (s *Service) muteLeader(id, addr string) string {
-	if r := s.reach.of(id); id != "" && id != s.ident().id && r.err != nil {
-		return fmt.Sprintf("the leader at %s does not answer calls of this member: %s", peerName(id, addr), r.reason())
+// muteLeader says that the leader is there and that this member can't call it; empty if it can, or the leader is this member. now is
+// what a call of this moment has met, nil = nothing: it is said instead of what an earlier call met, unless its time has ended.
+func (s *Service) muteLeader(id, addr string, now error) string {
+	r := s.reach.of(id)
+	if id == "" || id == s.ident().id || r.err == nil {
+		return ""
 	}
-	return ""
+	why := r.reason()
+	if now != nil && !errors.Is(now, context.DeadlineExceeded) && !errors.Is(now, context.Canceled) {
+		why = shortText(now.Error())
+	}
+	return fmt.Sprintf("the leader at %s does not answer calls of this member: %s", peerName(id, addr), why)
 }
 
 // askOwnAddress calls this member as the others do: a handler that is not registered, or not for all that is sent, or a server that
