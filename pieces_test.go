@@ -44,9 +44,13 @@ func (c testCluster) joins(t *testing.T, m *testMember) {
 	m.start()
 	must(t, m.s.Ready(ctxFor(t, patience)))
 	testCluster{c[0], m}.awaitEqual(t)
-	if list, _ := filepath.Glob(filepath.Join(m.conf.Dir, "snap.incoming*")); len(list) > 0 {
-		t.Errorf("left: %v", list)
-	}
+	// The state may serve before raft has answered the install, and only that ends the arrival.
+	eventually(t, patience, "nothing left of the snapshot", func() error {
+		if list, _ := filepath.Glob(filepath.Join(m.conf.Dir, "snap.incoming*")); len(list) > 0 {
+			return fmt.Errorf("left: %v", list)
+		}
+		return nil
+	})
 }
 
 // pieceLog is a way on which every piece is seen.
