@@ -80,13 +80,17 @@ func (v *vigil) due() (age time.Duration, ok bool) {
 type outages struct {
 	log *slog.Logger
 
-	mu   sync.Mutex // guards list; an outage itself belongs to the one goroutine of raft that replicates to the peer
+	mu   sync.Mutex // guards list
 	list map[raft.ServerID]*outage
 }
 
-// An outage is what is known of one peer.
+// An outage is what is known of one peer. When this member leads again, raft's goroutine of a term before may still be at a call to
+// the peer, beside the one of the new term: raft does not wait for it.
 type outage struct {
-	log       *slog.Logger
+	log *slog.Logger
+
+	mu        sync.Mutex      // guards the fields below; the log is written under it, so that its lines keep their order
+	term      uint64          // the newest in which the peer was called
 	silent    vigil           // it does not answer
 	reason    string          // the gist of the newest error
 	lasts     time.Time       // since when it is that
@@ -96,20 +100,28 @@ type outage struct {
 	stateless vigil // it answers, and has not taken the state that it needs
 }
 
-func (o *outages) of(id raft.ServerID) *outage {
+// of is called before each call to a peer in a term.
+func (o *outages) of(id raft.ServerID, term uint64) *outage {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.list == nil {
 		o.list = make(map[raft.ServerID]*outage)
 	}
-	if o.list[id] == nil {
-		o.list[id] = &outage{log: o.log}
+	of := o.list[id]
+	if of == nil {
+		of = &outage{log: o.log}
+		o.list[id] = of
 	}
-	return o.list[id]
+	of.mu.Lock()
+	defer of.mu.Unlock()
+	of.term = max(of.term, term)
+	return of
 }
 
 // goesOn is called after every try that failed; the first one began then.
 func (o *outage) goesOn(peer string, began time.Time, why error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if o.silent.since.IsZero() {
 		if o.after = min(2*o.after, reminders[0]); o.ended.IsZero() || time.Since(o.ended) > outageCalm {
 			o.after = outageAfter
@@ -117,12 +129,12 @@ func (o *outage) goesOn(peer string, began time.Time, why error) {
 		o.silent = vigil{since: began, after: o.after}
 	}
 	o.silent.warn(o.log, "a member does not answer", "a member still does not answer", peer, why)
-	o.another(peer, why)
+	o.anotherLocked(peer, why)
 }
 
-// another logs a reason that has not been logged in this outage, once it has lasted: a server that does not listen may be one that
+// anotherLocked logs a reason that has not been logged in this outage, once it has lasted: a server that does not listen may be one that
 // refuses later.
-func (o *outage) another(peer string, why error) {
+func (o *outage) anotherLocked(peer string, why error) {
 	is := gist(why)
 	if is != o.reason {
 		o.reason, o.lasts = is, time.Now()
@@ -142,6 +154,8 @@ func (o *outage) another(peer string, why error) {
 
 // over is called when the peer has answered.
 func (o *outage) over(peer string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if o.silent.logged > 0 {
 		o.log.Info("a member answers again", "peer", peer, "after", time.Since(o.silent.since).Round(time.Second))
 		o.ended = time.Now()
@@ -149,11 +163,20 @@ func (o *outage) over(peer string) {
 	o.silent, o.reasons = vigil{}, nil
 }
 
-// leftAlone is called when nobody tries any more: another member leads, or this one was removed.
-func (o *outage) leftAlone() { o.silent, o.stateless, o.reasons = vigil{}, vigil{}, nil }
+// leftAlone is called when nobody calls the peer in this term any more: another member leads, or the peer was removed. In a later term
+// it may be called already.
+func (o *outage) leftAlone(term uint64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if term == o.term {
+		o.silent, o.stateless, o.reasons = vigil{}, vigil{}, nil
+	}
+}
 
 // sent is called when a peer has taken the state that it was sent since then, or has not.
 func (o *outage) sent(peer string, began time.Time, bytes int64, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if err == nil {
 		o.log.Info("a member has taken the state", "peer", peer, "bytes", bytes, "took", time.Since(began).Round(time.Millisecond))
 		o.stateless = vigil{}

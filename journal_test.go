@@ -182,7 +182,7 @@ func TestFlappingPeer(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		j := newJournal(t)
-		o := (&outages{log: j.logger("l")}).of("1")
+		o := (&outages{log: j.logger("l")}).of("1", 1)
 		down := func(d time.Duration) {
 			for began := time.Now(); time.Since(began) < d; time.Sleep(100 * time.Millisecond) {
 				o.goesOn("p", began, errors.New("down"))
@@ -216,7 +216,7 @@ func TestStateThatIsNotTaken(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		j := newJournal(t)
-		o := (&outages{log: j.logger("l")}).of("1")
+		o := (&outages{log: j.logger("l")}).of("1", 1)
 		for range 1200 {
 			o.sent("p", time.Now(), 5, errors.New("413"))
 			time.Sleep(time.Second)
@@ -236,7 +236,7 @@ func TestOutageForAnotherReason(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		words := newLogged("does not answer")
-		o := (&outages{log: slog.New(words)}).of("a")
+		o := (&outages{log: slog.New(words)}).of("a", 1)
 		began := time.Now()
 		refused, login, flap := errors.New("127.0.0.1:40123 refused"), errors.New("status 401"), errors.New("in between")
 		for i := range 100 { // ten seconds
@@ -255,6 +255,43 @@ func TestOutageForAnotherReason(t *testing.T) {
 			t.Errorf("%q", list)
 		}
 	})
+}
+
+// The goroutine of a term before is still at its call to the peer, and ends beside the one of the next term.
+func TestOutageInTwoTerms(t *testing.T) {
+	t.Parallel()
+	words := newLogged("does not answer")
+	list := &outages{log: slog.New(words)}
+	began := time.Now().Add(-time.Hour)
+	old := list.of("a", 1)
+	old.goesOn("a:1", began, errors.New("refused"))
+	now := list.of("a", 3)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for range 1000 {
+			old.leftAlone(1)
+		}
+	})
+	for i := range 1000 {
+		now.goesOn("a:1", began, fmt.Errorf("refused %d", i))
+	}
+	wg.Wait()
+	if n := len(words.all()); n != 1 {
+		t.Errorf("the outage is logged %d times", n)
+	}
+	now.leftAlone(3)
+	if now.goesOn("a:1", began, errors.New("refused")); len(words.all()) != 2 {
+		t.Errorf("after its end: %q", words.all())
+	}
+	wg.Go(func() {
+		for range 1000 {
+			old.over("a:1")
+		}
+	})
+	for i := range 1000 {
+		now.goesOn("a:1", began, fmt.Errorf("refused %d", i))
+	}
+	wg.Wait()
 }
 
 func TestTroubleThatGoesOn(t *testing.T) {

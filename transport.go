@@ -210,7 +210,7 @@ func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []b
 // hold tries until it works, or until nobody wants it any more. The conditions are looked at after a try: raft sends a last
 // append to a member that it has just removed.
 func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddress, term uint64, try func() error) error {
-	outage := t.outages.of(id)
+	outage := t.outages.of(id, term)
 	for pause := holdSoon; ; pause = min(2*pause, holdInterval) {
 		began := time.Now()
 		told := t.p.host.announced(string(id))
@@ -229,10 +229,10 @@ func (t *transport) hold(what string, id raft.ServerID, target raft.ServerAddres
 		case t.ctx.Err() != nil:
 			return errTransportClosed
 		case !t.p.host.leading(term):
-			outage.leftAlone()
+			outage.leftAlone(term)
 			return fmt.Errorf("%s to %s: not leader of term %d any more: %w", what, peer, term, err)
 		case !known:
-			outage.leftAlone()
+			outage.leftAlone(term)
 			return fmt.Errorf("%s to %s: not a member any more: %w", what, peer, err)
 		}
 		// An address that somebody announced for this member must lead to it, or anybody could cut it off by announcing one.
@@ -365,7 +365,7 @@ func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress,
 		if err == nil && !resp.Success {
 			told = errors.New("its raft has rejected the state")
 		}
-		t.outages.of(id).sent(t.name(id, target), began, args.Size, told)
+		t.outages.of(id, args.Term).sent(t.name(id, target), began, args.Size, told)
 	}
 	return err
 }
