@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -31,7 +30,7 @@ func followerScript(t *testing.T, dir string, say func(word, key, value string))
 			if ok() {
 				return true
 			}
-			if err := m.s.Err(); err != nil && !errors.Is(err, syscall.ENOSPC) {
+			if err := m.s.Err(); err != nil && !isFull(err) {
 				return false
 			}
 		}

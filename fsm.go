@@ -636,7 +636,11 @@ func (f *fsm) Restore(source io.ReadCloser) error {
 	defer os.Remove(in.path)
 	if in.meta.applied <= f.store.meta().applied {
 		// Perhaps because an install ended in its barrier: what raft is about to cut from the log must be on the disk.
-		return f.store.barrier()
+		err := f.store.barrier()
+		if err == nil {
+			f.calm()
+		}
+		return err
 	}
 	return cmpErr(f.installLocked(in), f.store.seated()) // raft empties its log next
 }
@@ -651,7 +655,11 @@ func (f *fsm) installLocked(in *incoming) error {
 		return fmt.Errorf("install snapshot at index %d: %w", m.applied, err)
 	}
 	f.log.Info("installed a snapshot", "index", m.applied, "revision", m.revision)
-	return f.reload()
+	if err := f.reload(); err != nil {
+		return err
+	}
+	f.calm() // an install before this one may have failed, and no entry may come after it
+	return nil
 }
 
 // blame reports an error of the file that apply would meet too, or would not be told of any more.

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -768,6 +769,33 @@ func TestInstallIsOneTransaction(t *testing.T) {
 	must(t, sendSnapshot(source, target, nil))
 	if got := to.store.meta(); got.stateHash() != newer || got.applied != 4 {
 		t.Fatalf("a delayed snapshot took the state back to %d", got.applied)
+	}
+}
+
+// An install meets a full disk, and the next one does not: the fault ends with that, for no entry may come after it.
+func TestInstallEndsTheFaultOfAFullDisk(t *testing.T) {
+	t.Parallel()
+	from, to := newFSMWith(t, 1<<20), newFSMWith(t, 1<<20)
+	source, target := &snapshotStore{fsm: from, path: from.store.path + ".incoming"}, &snapshotStore{fsm: to, path: to.store.path + ".incoming"}
+	var told error
+	to.fault = func(err error) { told = err }
+	session := openTestSession(t, from, 1, "one")
+	openTestSession(t, to, 1, "one")
+	applyOne(t, from, command(2, batchBytes(session, 2, 0, transaction{setOp("k", strings.Repeat("x", 200<<10))})))
+	must(t, to.store.flush())
+	must(t, to.store.writer.pragma("max_page_count=16"))
+	if err := sendSnapshot(source, target, nil); !isFull(err) || !isFull(told) {
+		t.Fatalf("the install: %v, and the fault is %v", err, told)
+	}
+	must(t, to.store.writer.pragma("max_page_count=1000000"))
+	must(t, sendSnapshot(source, target, nil))
+	if told != nil {
+		t.Errorf("after an install the fault is %v", told)
+	}
+	to.blame(syscall.ENOSPC) // of an install that was complete but for its barrier
+	must(t, sendSnapshot(source, target, nil))
+	if told != nil {
+		t.Errorf("after a snapshot that is there already the fault is %v", told)
 	}
 }
 

@@ -74,11 +74,11 @@ func ioScript(t *testing.T, dir string) {
 		cancel()
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	if err := s.Err(); err != nil && !errors.Is(err, syscall.ENOSPC) {
+	if err := s.Err(); err != nil && !isFull(err) {
 		fmt.Println("fault", err)
 	} else if err := s.Set(ctx, "end", nil); err == nil {
 		fmt.Println("well")
-	} else if now := s.Err(); now != nil && !errors.Is(now, syscall.ENOSPC) {
+	} else if now := s.Err(); now != nil && !isFull(now) {
 		fmt.Println("fault", now)
 	} else {
 		fmt.Println("ill", err, now)
