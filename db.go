@@ -138,7 +138,8 @@ type Config struct {
 	// on each of them and at every start, in any order. It is ignored once Dir holds state, that of Restore too; a start that was
 	// ended while the founders waited goes on. Where a cluster answers at one of the addresses, this member joins it. Otherwise all
 	// wait until each of them answers with the same list and an empty directory; then the smallest address begins the cluster, and
-	// the others are allowed to join. A member whose Addr is not in the list only ever joins.
+	// the others are allowed to join. A member whose Addr is not in the list only ever joins. A cluster that calls Addr from elsewhere
+	// is never joined: while it answers this member waits, and Err names it, to be given as Join if it is the right one.
 	//
 	// Open returns at once, as nothing listens on Addr yet. Until this member has a cluster, Ready says who is missing, Err shows what
 	// no waiting mends, Status.ID is empty, and calls wait as long as their contexts last. No write and no linearizable read is

@@ -83,7 +83,9 @@ type step struct {
 	words string   // stepWait: what is missing
 }
 
-// decide is the whole decision. A cluster that answers is joined, whatever else is heard: it may have acknowledged writes.
+// decide is the whole decision. A cluster that answers at a founder's address is joined, whatever else is heard: it may have
+// acknowledged writes. One that answers elsewhere has only shown that it calls this member, which can be forged (see stranger.go):
+// no cluster is begun or joined beside it, and it is not joined either.
 func (f founder) decide(pass []heard) step {
 	clusters := make(map[string][]string) // → where it answers
 	if f.admitted != "" {
@@ -102,11 +104,24 @@ func (f founder) decide(pass []heard) step {
 			if len(at) == 0 {
 				return step{words: fmt.Sprintf("cluster %s has admitted this member, and no founder answers for it: %s", shortID(c), troubles(pass))}
 			}
+			at = slices.DeleteFunc(slices.Clone(at), func(addr string) bool { return !slices.Contains(f.list, addr) })
+			switch {
+			case len(at) == 0 && c == f.admitted:
+				return step{words: fmt.Sprintf("cluster %s has admitted this member, and its leader has not called yet", shortID(c))}
+			case len(at) == 0:
+				return step{fault: f.notOfTheList(c, clusters[c][0])}
+			}
 			held := !slices.ContainsFunc(pass, func(h heard) bool { return h.err == nil && h.status.Cluster == c && !h.status.Held })
 			return step{kind: stepJoin, to: c, at: at, held: held}
 		}
 	}
 	return step{fault: f.twoClusters(clusters)}
+}
+
+func (f founder) notOfTheList(cluster, addr string) error {
+	return fmt.Errorf("%w: cluster %s, which answers at %s, says that this member's address is one of its own, and Bootstrap does not name "+
+		"%[3]s: if it is the right cluster, give it as Join in the place of Bootstrap; if it is not to have this address, call "+
+		"RemoveMember(ctx, %[4]q) there", ErrInvalid, shortID(cluster), addr, f.addr)
 }
 
 func (f founder) twoClusters(clusters map[string][]string) error {
@@ -364,8 +379,8 @@ func (s *Service) takeStep(next step) bool {
 // hasState: the cluster's leader has reached this member.
 func (s *Service) hasState() bool { return s.ident().cluster != "" && s.store.meta().applied > 0 }
 
-// askFounders is one pass: each of the others is asked once, at the same time. A cluster that has proved that it knows this member's
-// address is heard too, wherever it answers.
+// askFounders is one pass: each of the others is asked once, at the same time. A cluster that has shown that it knows this member's
+// address is heard too, wherever it answers: see decide.
 func (s *Service) askFounders() []heard {
 	ctx, cancel := context.WithTimeout(s.ctx, foundingWait)
 	defer cancel()
@@ -382,7 +397,8 @@ func (s *Service) askFounders() []heard {
 	pass = slices.DeleteFunc(pass, func(h heard) bool { // what this member says of itself is known
 		return h.addr == s.conf.Addr && (h.err != nil || h.status.ID == s.ident().id)
 	})
-	if p, ok := s.strangers.proved(); ok {
+	p, ok := s.strangers.proved()
+	if ok && !slices.ContainsFunc(pass, func(h heard) bool { return h.addr == p.addr && h.err == nil }) {
 		pass = append(pass, heard{addr: p.addr, status: statusAnswer{Cluster: p.cluster}})
 	}
 	return pass

@@ -554,7 +554,10 @@ func TestFounderDecides(t *testing.T) {
 		"a cluster":                    {self, []heard{heardAs("b:1", nil, of(x)), c}, stepJoin, "b:1", false, ""},
 		"a cluster beside a silent":    {self, []heard{{addr: "b:1", err: errors.New("why")}, heardAs("c:1", nil, of(x))}, stepJoin, "c:1", false, ""},
 		"a cluster of another list":    {self, []heard{heardAs("b:1", list[1:], nil), heardAs("c:1", nil, of(x))}, stepJoin, "c:1", false, ""},
-		"a cluster elsewhere":          {self, []heard{b, c, heardAs("d:1", nil, of(x))}, stepJoin, "d:1", false, ""},
+		"a cluster elsewhere":          {self, []heard{b, c, heardAs("d:1", nil, of(x))}, stepWait, "", true, "at d:1"},
+		"elsewhere, and another here":  {self, []heard{b, heardAs("c:1", nil, of(y)), heardAs("d:1", nil, of(x))}, stepWait, "", true, "at d:1"},
+		"elsewhere, and the same here": {self, []heard{b, heardAs("c:1", nil, of(x)), heardAs("d:1", nil, of(x))}, stepJoin, "c:1", false, ""},
+		"admitted, and elsewhere":      {founder{addr: "a:1", id: self.id, list: list, admitted: x}, []heard{b, c, heardAs("d:1", nil, of(x))}, stepWait, "", false, "has not called yet"},
 		"two clusters":                 {self, []heard{heardAs("b:1", nil, of(x)), heardAs("c:1", nil, of(y))}, stepWait, "", true, "at c:1"},
 		"admitted elsewhere":           {founder{addr: "a:1", id: self.id, list: list, admitted: y}, []heard{heardAs("b:1", nil, of(x)), c}, stepWait, "", true, "has admitted this member"},
 		"admitted, and nobody answers": {founder{addr: "a:1", id: self.id, list: list, admitted: y}, []heard{b, c}, stepWait, "", false, "has admitted this member"},
@@ -740,16 +743,59 @@ func TestFounderMeetsClusters(t *testing.T) {
 		time.Sleep(11 * time.Second)
 		c.whole("ab", 2)
 
-		// One that is not in the list, and one that finds a cluster only because that cluster calls it.
+		// One that is not in the list, and one that is called by a cluster that its list does not lead to.
 		must(t, b.AddAllowedMember(t.Context(), "d.test:7001"))
 		c.founders("d", "a", "b", "c")
 		c.whole("abd", 3)
 		c.wipe("d")
 		c.member("d").conf.Bootstrap = []string{"c.test:7001", "d.test:7001"}
 		c.obey("restart d")
+		time.Sleep(3 * time.Second)
+		c.waits("d", "cluster "+shortID(b.Status().Cluster), ".test:7001, says", "give it as Join", `RemoveMember(ctx, "d.test:7001")`)
+		if err := c.member("d").s.Err(); !errors.Is(err, ErrInvalid) {
+			t.Errorf("Err is %v", err)
+		}
+		c.obey("stop d")
+		c.member("d").conf.Bootstrap, c.member("d").conf.Join = nil, "a.test:7001"
+		c.obey("restart d")
 		c.whole("abd", 3)
 		c.founders("e", "x", "y")
 		c.waits("e", "x.test:7001 is silent")
+	})
+}
+
+// Whoever calls a founder and answers at the address that the call names may keep it waiting, and no more.
+func TestFounderJoinsNoForger(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		c.founders("a", "a", "b")
+		a, other := c.member("a"), newID()
+		list := a.conf.Bootstrap
+		proof := statusAnswer{ID: newID(), Cluster: other, Addr: forgedAddr, Confirmed: 1, Members: []memberAddr{{ID: newID(), Addr: a.conf.Addr, Voter: true}}}
+		proof.LeaderID, proof.LeaderAddr = proof.ID, proof.Addr
+		forge := statusOf(proof, "")
+		c.net.serve(forgedAddr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			if filepath.Base(req.URL.Path) != "join" {
+				forge(w, req)
+				return
+			}
+			setHeaders(w.Header(), headerProtocol, "1", headerCluster, other, headerFrom, proof.ID)
+			w.Write(asJSON(joinAnswer{Cluster: other}))
+		}))
+		send(a.s, http.MethodPost, "/raft/append", nil, map[string]string{headerCluster: other, headerFrom: proof.ID, headerFromAddr: forgedAddr})
+		time.Sleep(5 * time.Second)
+		c.waits("a", "cluster "+shortID(other), forgedAddr, "give it as Join")
+		c.change = func(conf *Config) { conf.Bootstrap = list }
+		c.obey("start b")
+		time.Sleep(time.Minute)
+		if n, ident := c.net.arrivals()[forgedAddr+" join"], a.s.ident(); n > 0 || ident.cluster != "" || a.s.Err() == nil {
+			t.Errorf("asked %d times; %+v, Err %v", n, ident, a.s.Err())
+		}
+		c.net.serve(forgedAddr, nil)
+		time.Sleep(strangerAge + 2*time.Second)
+		c.whole("ab", 2)
 	})
 }
 

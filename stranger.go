@@ -9,7 +9,7 @@ package quorate
 // address that the call names. The proof is an answer there which says that a leader of that cluster was confirmed by a quorum
 // within the last second, and that the cluster's configuration holds this member's address. Without client certificates somebody
 // who reaches this member can forge that answer too, as he could speak as a member of this cluster: hence nothing else follows
-// from it but that this member refuses its callers while the proof is fresh.
+// from it but that this member refuses its callers while the proof is fresh, or, if it has no cluster yet, begins and joins none.
 
 import (
 	"context"
