@@ -161,7 +161,11 @@ func writeIdentity(dir string, id identity) error {
 	if !id.valid() {
 		return fmt.Errorf("write member id: %w: id %q, cluster %q, intent %q", ErrInvalid, id.id, id.cluster, id.intent)
 	}
-	if err := writeTemp(idTemp(dir), encodeIdentity(id)); err != nil {
+	return replaceIdentity(dir, encodeIdentity(id))
+}
+
+func replaceIdentity(dir string, data []byte) error {
+	if err := writeTemp(idTemp(dir), data); err != nil {
 		return fmt.Errorf("write member id: %w", err)
 	}
 	if err := os.Rename(idTemp(dir), filepath.Join(dir, "id")); err != nil {

@@ -40,7 +40,7 @@ func restore(dir, from string, now func() time.Time) error {
 	}
 	err = t.fill(src, now)
 	if err != nil {
-		t.undo()
+		err = errors.Join(err, t.undo())
 	}
 	return errors.Join(err, t.lock.unlock())
 }
@@ -217,6 +217,8 @@ type target struct {
 	dir  string
 	lock *dirLock
 	had  map[string]bool // paths of what was in it and in wal before
+	id   []byte          // what the file id held, that of a member without state; nil = there was none
+	term *uint64         // before it was seeded; nil = it was not
 }
 
 // claim locks dir, which is then as it was but for the lock, and makes sure that no member's state is there. What a Restore that did
@@ -226,7 +228,11 @@ func claim(dir string) (t target, err error) {
 	if t.lock, err = lockDir(dir, ""); err != nil {
 		return t, err
 	}
-	if err = errors.Join(t.each(func(path string) { t.had[path] = true }), vacant(dir)); err != nil {
+	err = errors.Join(t.each(func(path string) { t.had[path] = true }), vacant(dir))
+	if err == nil && t.had[t.path("id")] {
+		t.id, err = os.ReadFile(t.path("id"))
+	}
+	if err != nil {
 		t.lock.takeBack()
 	}
 	return t, err
@@ -247,8 +253,9 @@ func (t target) each(f func(path string)) error {
 	return nil
 }
 
-// undo takes out what a Restore has made: snap first, for a directory with a snap and without an id is one that has lost its id.
-func (t target) undo() {
+// undo takes out what a Restore has made: snap first, for a directory with a snap and without an id is one that has lost its id. It
+// puts back what it has replaced: who was about to join goes on with that.
+func (t target) undo() error {
 	remove := func(path string) {
 		if !t.had[path] && !t.lock.owns(path) {
 			os.Remove(path)
@@ -256,7 +263,25 @@ func (t target) undo() {
 	}
 	remove(t.path("snap"))
 	t.each(remove)
+	err := t.putBack()
 	t.lock.takeBack()
+	return err
+}
+
+func (t target) putBack() error {
+	if t.term == nil {
+		return nil // id is written after that
+	}
+	if t.id != nil {
+		if err := replaceIdentity(t.dir, t.id); err != nil {
+			return err
+		}
+	}
+	if !t.had[t.path(filepath.Join("wal", "wal-meta.db"))] {
+		return nil
+	}
+	_, err := seedTerm(t.path("wal"), *t.term)
+	return err
 }
 
 // vacant: no member's state is there.
@@ -282,7 +307,7 @@ func vacant(dir string) error {
 }
 
 // fill makes the member. snap comes last: until it is there, Open refuses the directory and Restore takes it again.
-func (t target) fill(src source, now func() time.Time) error {
+func (t *target) fill(src source, now func() time.Time) error {
 	ident := identity{id: newID(), cluster: newID(), intent: intentMember}
 	file, temp := t.path("snap.source"), t.path("snap.restore")
 	defer os.Remove(file)
@@ -299,9 +324,11 @@ func (t target) fill(src source, now func() time.Time) error {
 	if m.applied == 0 {
 		ident.intent = intentBootstrap // the state of a member that had not begun yet
 	}
-	if err := seedTerm(t.path("wal"), m.term); err != nil {
+	was, err := seedTerm(t.path("wal"), m.term)
+	if err != nil {
 		return err
 	}
+	t.term = &was
 	if err := writeIdentity(t.dir, ident); err != nil {
 		return err
 	}
@@ -363,14 +390,22 @@ func copyFile(to, from string) error {
 	return writeFile(to, f)
 }
 
-// seedTerm lets raft go on in the term of the restored state: a smaller one would be older than the entries it holds.
-func seedTerm(dir string, term uint64) error {
+// seedTerm lets raft go on in the term of the restored state: a smaller one would be older than the entries it holds. It returns the
+// one that was there.
+func seedTerm(dir string, term uint64) (was uint64, err error) {
 	l, err := openLog(logOptions{dir: dir, log: slog.New(slog.DiscardHandler)})
 	if err != nil {
-		return err
+		return 0, err
 	}
-	_, err = besideRaft(context.Background(), l, func() (any, error) { return nil, l.SetUint64([]byte("CurrentTerm"), term) })
-	return errors.Join(err, l.close())
+	key := []byte("CurrentTerm")
+	was, err = besideRaft(context.Background(), l, func() (uint64, error) {
+		was, err := l.GetUint64(key)
+		if err != nil {
+			return 0, err
+		}
+		return was, l.SetUint64(key, term)
+	})
+	return was, errors.Join(err, l.close())
 }
 
 // begin makes the state that of a cluster whose only member is id.

@@ -242,7 +242,7 @@ func TestRefusedRestoreLeavesTheTarget(t *testing.T) {
 	targets := map[string]func(t *testing.T, dir string){
 		"missing": func(t *testing.T, dir string) {},
 		"empty":   func(t *testing.T, dir string) { must(t, os.Mkdir(dir, 0o750)) },
-		"begun":   func(t *testing.T, dir string) { mustUnlock(t, mustLock(t, dir)); must(t, seedTerm(dir+"/wal", 7)) },
+		"begun":   func(t *testing.T, dir string) { mustUnlock(t, mustLock(t, dir)); seed(t, dir, 7) },
 		"with something else": func(t *testing.T, dir string) {
 			putFile(t, filepath.Join(dir, "notes"), "mine")
 			putFile(t, filepath.Join(dir, "wal", "notes"), "mine")
@@ -277,6 +277,48 @@ func TestRefusedRestoreLeavesTheTarget(t *testing.T) {
 			}
 			must(t, Restore(dir, in("good")))
 		})
+	}
+}
+
+func seed(t *testing.T, dir string, term uint64) (was uint64) {
+	t.Helper()
+	was, err := seedTerm(filepath.Join(dir, "wal"), term)
+	must(t, err)
+	return was
+}
+
+// A Restore that fails at its last step puts back who was about to join, or to begin, and its term.
+func TestFailedRestorePutsTheIdentityBack(t *testing.T) {
+	t.Parallel()
+	from := filepath.Join(t.TempDir(), "copy")
+	s := fullDir(t, filepath.Join(t.TempDir(), "d"))
+	f, err := os.Create(from)
+	must(t, err)
+	_, err = s.Backup(t.Context(), f)
+	must(t, errors.Join(err, f.Close()))
+	for _, want := range writtenIdentities[:2] {
+		dir := filepath.Join(t.TempDir(), "new")
+		mustUnlock(t, mustLock(t, dir))
+		must(t, writeIdentity(dir, want))
+		seed(t, dir, 1)
+		snap := filepath.Join(dir, "snap")
+		if err := restore(dir, from, func() time.Time {
+			must(t, os.Mkdir(snap, 0o700)) // it is in the way of the rename
+			return time.Now()
+		}); err == nil {
+			t.Fatal("no error")
+		}
+		if got, ok, err := readIdentity(dir); got != want || !ok || err != nil {
+			t.Errorf("id was %+v and is %+v, %v", want, got, err)
+		}
+		if was := seed(t, dir, 1); was != 1 {
+			t.Errorf("the term is %d", was)
+		}
+		if got := names(t, dir); got != "id wal" {
+			t.Errorf("directory holds %s", got)
+		}
+		must(t, restore(dir, from, time.Now))
+		wantRestored(t, dir)
 	}
 }
 
