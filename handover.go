@@ -9,9 +9,11 @@ package quorate
 //  1. LeadershipTransfer picks the voter with the highest nextIndex. In an idle cluster all are equal, and the first in the
 //     configuration may be dead: half a second without writes, and no new leader. So the voters are asked for their status first,
 //     and LeadershipTransferToServer names the best of those that answer, are fit to lead and have the log but for one append.
-//  2. A transfer leaves a token in a channel with room for one, which the replication to that voter takes after its append. While
-//     that append is held, a second transfer to the same voter blocks in the send, and raft refuses every write until the voter
-//     answers. So nobody is handed over to who has not just answered an append, and never a second time before another answer.
+//  2. A transfer leaves a token in a channel with room for one, which the replication to that voter takes after its append, or after
+//     one of the next: its select has other channels that are ready too, and chooses at random. While that append is held, a
+//     second transfer to the same voter blocks in the send, and raft refuses every write until the voter answers. So nobody is
+//     handed over to who has not just answered an append, and never a second time before turnsAgain more answers: that the token
+//     is still there then has a chance of one in a million.
 
 import (
 	"cmp"
@@ -30,6 +32,7 @@ const (
 	handOverLimit = 2 * time.Second        // of one hand-over, where the caller has no limit of its own
 	handOverGrace = 100 * time.Millisecond // for the other voters' answers after the first one that can lead
 	turnFresh     = time.Second            // a voter whose last answer to an append is older is not handed over to
+	turnsAgain    = 20                     // appends that a voter answers between two hand-overs to it; an idle one does in half a second
 	reliefPause   = time.Minute            // between two times that a member is relieved because it is unfit, and then twice as long, up to
 	reliefMost    = 10 * time.Minute
 	reliefAgain   = 5 * time.Second      // after a hand-over that raft did not carry out
@@ -206,7 +209,8 @@ type turns struct {
 
 type turn struct {
 	answered    time.Time // an append, last
-	transferred time.Time // the lead, last
+	transferred bool      // the lead, ever
+	since       int       // answers since the last such transfer
 }
 
 func (t *turns) peerLocked(id raft.ServerID, term uint64) turn {
@@ -221,6 +225,7 @@ func (t *turns) answers(id raft.ServerID, term uint64) {
 	defer t.mu.Unlock()
 	if p := t.peerLocked(id, term); term == t.term {
 		p.answered = time.Now()
+		p.since++
 		t.peers[id] = p
 	}
 }
@@ -229,7 +234,7 @@ func (t *turns) transfers(id raft.ServerID, term uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if p := t.peerLocked(id, term); term == t.term {
-		p.transferred = time.Now()
+		p.transferred, p.since = true, 0
 		t.peers[id] = p
 	}
 }
@@ -241,8 +246,10 @@ func (t *turns) mayTake(id raft.ServerID, term uint64) error {
 	switch p := t.peerLocked(id, term); {
 	case p.answered.IsZero():
 		return errors.New("it has answered no append yet")
-	case !p.answered.After(p.transferred):
+	case p.transferred && p.since == 0:
 		return errors.New("it has answered no append since the last hand-over to it")
+	case p.transferred && p.since < turnsAgain:
+		return fmt.Errorf("it has answered %d appends since the last hand-over to it, of %d", p.since, turnsAgain)
 	case time.Since(p.answered) > turnFresh:
 		return fmt.Errorf("it has answered no append for %v", time.Since(p.answered).Round(time.Millisecond))
 	}
