@@ -247,6 +247,27 @@ func (e *strangeSchema) Error() string {
 
 func (e *strangeSchema) Unwrap() error { return ErrCorrupt }
 
+// inTheWay tells of what has a name that a format of ours takes, now or later.
+func (e *strangeSchema) inTheWay() bool {
+	return slices.ContainsFunc(e.objects, func(o object) bool {
+		name := strings.ToLower(o.name)
+		if strings.HasPrefix(name, "quorate_") {
+			return true
+		}
+		for _, tables := range schema {
+			if slices.ContainsFunc(tables, func(t table) bool { return t.name == name }) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// hasTrigger tells of what would run at our writes.
+func (e *strangeSchema) hasTrigger() bool {
+	return slices.ContainsFunc(e.objects, func(o object) bool { return o.kind == "trigger" })
+}
+
 // listed is a list for people, cut short.
 func listed(names []string) string {
 	if most := 8; len(names) > most {

@@ -411,6 +411,11 @@ func checkClosed(path string, lone bool) (m meta, err error) {
 	if err := c.checkSchema(); err != nil && !(lone && errors.As(err, new(*strangeSchema))) {
 		return m, err
 	}
+	return c.checkState()
+}
+
+// checkState reads all of the state and compares it with its sums.
+func (c *conn) checkState() (m meta, err error) {
 	if said, err := c.text(queryText[qQuickCheck]); err != nil || said != "ok" {
 		return m, cmpErr(err, corrupt("quick_check says %q", said))
 	}

@@ -285,6 +285,10 @@ func (s *store) lockState() (unlock func(), err error) {
 		unlock()
 		return nil, ErrClosed
 	}
+	if s.writer == nil { // it was lost with what failed
+		unlock()
+		return nil, *s.failed.Load()
+	}
 	return unlock, nil
 }
 
@@ -793,14 +797,19 @@ func (s *store) forgive() error {
 // reclaim makes the file ours again before anything is written: it takes away what would run at our writes, and says which format
 // it is of.
 func (s *store) reclaim(format uint64) error {
-	dropped, err := s.writer.dropTriggers()
-	if err != nil {
+	if err := s.dropTriggers(); err != nil {
 		return err
 	}
+	return errors.Join(s.writer.pragma(fmt.Sprintf("application_id=%d", applicationID)), s.writer.pragma(fmt.Sprintf("user_version=%d", format)))
+}
+
+// dropTriggers takes away what would run at our writes, loudly.
+func (s *store) dropTriggers() error {
+	dropped, err := s.writer.dropTriggers()
 	for _, sql := range dropped {
 		s.log.Error("a trigger in snap would change what this member writes: it is dropped", "path", s.path, "trigger", sql)
 	}
-	return errors.Join(s.writer.pragma(fmt.Sprintf("application_id=%d", applicationID)), s.writer.pragma(fmt.Sprintf("user_version=%d", format)))
+	return err
 }
 
 // isReplaced has the state begin anew with what the file holds. fileMu and mu are held.
@@ -907,6 +916,14 @@ func (s *store) walSize() int64 {
 	return info.Size()
 }
 
+func (s *store) openCheckpointer() (*conn, error) {
+	c, err := openConn(s.path, "mode=rw", "wal_autocheckpoint=0", "trusted_schema=OFF")
+	if err != nil {
+		return nil, err
+	}
+	return c, c.keepWAL(true)
+}
+
 // checkpointOnce opens the connection if there is none. A checkpoint without the names could be cut short by a crash, and leave half of
 // it in the database and nothing beside it.
 func (s *store) checkpointOnce(c **conn) (err error) {
@@ -914,12 +931,9 @@ func (s *store) checkpointOnce(c **conn) (err error) {
 		return nil
 	}
 	if *c == nil {
-		seat := s.seat.Load()
-		if *c, err = openConn(s.path, "mode=rw", "wal_autocheckpoint=0", "trusted_schema=OFF"); err != nil {
-			return err
-		}
-		(*c).seat = seat
-		if err := (*c).keepWAL(true); err != nil {
+		if *c, err = s.openSeated(s.openCheckpointer); errors.Is(err, errUnseated) {
+			return nil
+		} else if err != nil {
 			return err
 		}
 	}

@@ -30,6 +30,7 @@ type nameWatch struct {
 type watchedName struct {
 	is     fs.FileInfo // the file that is open, as of the last time that its name led to it
 	ours   func() bool // tells whether this member has replaced it itself; nil = it never does
+	strict bool        // another file of the same size is another file
 	odd    int         // so many looks in a row have found another file of another size
 	warned bool
 }
@@ -49,6 +50,20 @@ func (n *nameWatch) add(path string, ours func() bool) error {
 	info, err := os.Stat(path)
 	if err == nil {
 		n.enter(path, info, ours)
+	}
+	return err
+}
+
+// addStrictly is add for what nobody but SQLite makes: a shell that makes it anew makes it empty, or as long as it always is.
+func (n *nameWatch) addStrictly(path string) error {
+	if n == nil {
+		return nil
+	}
+	info, err := os.Stat(path)
+	if err == nil {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.list[path] = &watchedName{is: info, strict: true}
 	}
 	return err
 }
@@ -130,8 +145,8 @@ func (n *nameWatch) lookAt(path string, f *watchedName) error {
 	case same:
 		f.is, f.odd = info, 0
 		return nil
-	case info.Size() != f.is.Size():
-		if f.odd++; f.odd > 1 {
+	case f.strict || info.Size() != f.is.Size():
+		if f.odd++; f.odd > 1 || f.strict {
 			return fmt.Errorf("%s: %w: another file has its name", path, errGone)
 		}
 		return nil
@@ -164,7 +179,7 @@ func (n *nameWatch) holdAt(path string) error {
 	n.mu.Lock()
 	is, here := f.is, n.list[path] == f
 	n.mu.Unlock()
-	if here && (isMissing(err) || err == nil && !os.SameFile(info, is) && info.Size() != is.Size() && (f.ours == nil || !f.ours())) {
+	if here && (isMissing(err) || err == nil && !os.SameFile(info, is) && (f.strict || info.Size() != is.Size()) && (f.ours == nil || !f.ours())) {
 		return fmt.Errorf("%s: %w", path, errGone)
 	}
 	return nil

@@ -316,7 +316,11 @@ func (o readOnly) Connect(context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.raw, c.keepWAL(true)
+	if err := errors.Join(c.keepWAL(true), c.pragma("user_version")); err != nil { // its first read
+		c.close()
+		return nil, err
+	}
+	return c.raw, nil
 }
 
 // Driver makes the querier a connector of database/sql.
@@ -350,7 +354,11 @@ func (q *querier) connect(ctx context.Context) (*queryConn, error) {
 		return nil, err
 	}
 	c := &queryConn{q: q, held: held, seat: seat, id: lastConn.Add(1)}
-	if err := c.prepare(); err != nil {
+	err = c.prepare()
+	if unseated := q.s.seated(); unseated != nil { // its first read has opened the WAL by its name
+		err = unseated
+	}
+	if err != nil {
 		held.Close()
 		return nil, err
 	}

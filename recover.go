@@ -125,7 +125,7 @@ func (s *Service) openState(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.store.damaged = s.distrust
+	s.store.damaged, s.store.stop = s.distrust, s.ctx.Done()
 	s.hub = newHub(func() uint64 { return s.store.meta().revision })
 	s.store.published, s.store.replaced = s.hub.publish, s.hub.replaced
 	if s.fsm, err = newFSM(s.store, s.log); err != nil {

@@ -58,20 +58,17 @@ func placeMended(path string) error {
 	return syncDir(filepath.Dir(path))
 }
 
-// watchNames enters the names of what is open now.
+// watchNames enters the names of what is open now. While the copy is being placed, another snap is its own.
 func (s *store) watchNames() error {
-	for _, side := range append([]string{""}, sides...) {
-		if err := s.names.add(s.path+side, nil); err != nil {
+	if err := s.names.add(s.path, s.placing.Load); err != nil {
+		return err
+	}
+	for _, side := range sides {
+		if err := s.names.addStrictly(s.path + side); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func (s *store) unwatchNames() {
-	for _, side := range append([]string{""}, sides...) {
-		s.names.drop(s.path + side)
-	}
 }
 
 // guardLocks needs fileMu, or nobody else is there yet.
@@ -89,6 +86,9 @@ func (s *store) beside(path string) bool { return path == s.path+sides[0] || pat
 func (s *store) seated() error {
 	if err := s.names.holdAt(s.path); err != nil {
 		return err
+	}
+	if s.placing.Load() {
+		return fmt.Errorf("%w: %s is being put in place", errUnseated, s.path)
 	}
 	for _, side := range sides {
 		if err := s.names.holdAt(s.path + side); err != nil {
@@ -117,13 +117,18 @@ func (s *store) awaitSeated(ctx context.Context) error {
 	}
 }
 
-// reseat gives the file its names again. An error that is not ErrClosed means that nothing has changed; it is ErrCorrupt if what the
-// writer sees is not what was written. The fsm's mu is held, so that nobody commits meanwhile.
+// reseat gives the file its names again. After an error nothing that was written is lost, and the file is not seated: no barrier
+// succeeds and no reader is opened until another call succeeds, or until Open completes what this one began. The error is ErrCorrupt
+// if what the writer sees is not what was written; without a writer it is the one that took it. The fsm's mu is held, so that nobody
+// commits meanwhile.
 func (s *store) reseat() error {
 	s.lockFile()
 	defer s.fileMu.Unlock()
 	if s.closed {
 		return ErrClosed
+	}
+	if s.writer == nil {
+		return *s.failed.Load()
 	}
 	if err := s.names.holdAt(s.path); err != nil {
 		return err
@@ -151,16 +156,18 @@ func (s *store) reseatLocked() error {
 	if err := syncFile(temp); err != nil {
 		return err
 	}
+	// From here on Open takes the copy, so that nothing may become durable elsewhere, whatever happens to the names meanwhile. The copy
+	// stays after an error: snap may be without its WAL by then.
+	s.placing.Store(true)
 	if err := os.Rename(temp, mended(s.path)); err != nil {
 		return err
 	}
 	s.step("named")
-	s.unwatchNames()
-	if err = syncDir(filepath.Dir(s.path)); err == nil {
-		err = placeMended(s.path)
+	if err := syncDir(filepath.Dir(s.path)); err != nil {
+		return err
 	}
-	if err != nil {
-		return errors.Join(err, s.watchNames(), os.Remove(mended(s.path)))
+	if err := placeMended(s.path); err != nil {
+		return err
 	}
 	s.step("placed")
 	s.log.Warn("snap was put in place anew, from what this member has open", "path", s.path, "index", m.applied)
@@ -198,8 +205,9 @@ func leaveWAL(path string) error {
 	return errors.Join(err, f.Close(), os.Chmod(path, 0o600))
 }
 
-// reconnect opens the file that has just been put in place. Until that works nobody can use it, so it is tried until it does. The
-// connections that others still have see the old file as it was, and are closed when they are given back.
+// reconnect opens the file that has just been put in place. Nobody can use it before, so it is tried until it works, until it can't any
+// more, or until the member is closed; after an error there is no writer. The connections that others still have see the old file as it
+// was, and are closed when they are given back.
 func (s *store) reconnect() error {
 	s.seat.Add(1)
 	s.disconnect()
@@ -208,24 +216,35 @@ func (s *store) reconnect() error {
 		if err == nil {
 			s.inFile.Store(&m)
 			s.walChecked = 0
+			s.placing.Store(false)
 			break
 		}
-		if isForGood := !passing(err) && !isBusy(err); isForGood {
-			s.failed.CompareAndSwap(nil, &err)
-		}
 		s.log.Warn("open the file that was put in place", "path", s.path, "err", err)
-		select {
-		case <-time.After(wait):
-		case <-s.ending:
-			closed := error(ErrClosed)
-			s.failed.CompareAndSwap(nil, &closed) // there is no writer
-			return ErrClosed
+		if _, missing := os.Stat(s.path); isMissing(missing) {
+			err = fmt.Errorf("%s: %w", s.path, errGone)
+		} else if passing(err) || isBusy(err) {
+			if err = s.pauseOrEnd(wait); err == nil {
+				continue
+			}
 		}
+		s.failed.CompareAndSwap(nil, &err)
+		return err
 	}
 	if ok, verdict := s.verified(); !ok && verdict == nil {
 		s.startLoad(s.meta()) // the scan was reading the old file
 	}
 	return nil
+}
+
+// pauseOrEnd is ErrClosed if the member is closed meanwhile.
+func (s *store) pauseOrEnd(d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-s.stop:
+	case <-s.ending:
+	}
+	return ErrClosed
 }
 
 // disconnect closes the witness and the writer.
@@ -247,15 +266,34 @@ func (s *store) disconnect() (err error) {
 
 // openReader opens a reader of the file as it is placed now.
 func (s *store) openReader() (*conn, error) {
+	return s.openSeated(func() (*conn, error) { return openReader(s.path) })
+}
+
+// openSeated keeps a connection only if the names were right before it was opened and after its first read, which opens the WAL by its
+// name.
+func (s *store) openSeated(open func() (*conn, error)) (*conn, error) {
 	seat := s.seat.Load()
 	if err := s.seated(); err != nil {
 		return nil, err
 	}
-	c, err := openReader(s.path)
-	if err == nil {
-		c.seat = seat
+	c, err := open()
+	if c == nil {
+		return nil, err
 	}
-	return c, err
+	c.seat = seat
+	if err == nil {
+		_, err = c.one(qUserVersion)
+	}
+	if unseated := s.seated(); unseated != nil {
+		err = unseated
+	} else if s.seat.Load() != seat {
+		err = fmt.Errorf("%w: %s was put in place meanwhile", errUnseated, s.path)
+	}
+	if err != nil {
+		c.close()
+		return nil, err
+	}
+	return c, nil
 }
 
 // keepWAL has SQLite leave snap-wal and snap-shm alone when this connection is closed: by their names they may be another file's.

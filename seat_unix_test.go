@@ -250,3 +250,184 @@ func killedWhileMending(t *testing.T, env string) {
 	must(t, os.Remove(filepath.Join(dir, "snap-shm"))) // its WAL is there, and older than the copy
 	<-t.Context().Done()
 }
+
+// While the copy is being placed nobody opens what is there by name: who reads waits, and sees everything.
+func TestReadersWaitForThePlacing(t *testing.T) {
+	t.Parallel()
+	m := newMember(t, "")
+	s := m.start()
+	for i := range 40 {
+		must(t, s.Set(ctxFor(t, patience), fmt.Sprint("k", i), make([]byte, 3000)))
+	}
+	backup := filepath.Join(t.TempDir(), "backup")
+	read := map[string]func() error{
+		"query": func() error {
+			rows, err := s.Query(ctxFor(t, patience), "SELECT count(*) FROM kv")
+			if err != nil {
+				return err
+			}
+			defer rows.Close()
+			var n int
+			if rows.Next(); rows.Scan(&n) != nil || n != 40 {
+				return fmt.Errorf("%d rows, %v", n, rows.Err())
+			}
+			return nil
+		},
+		"backup": func() error {
+			f, err := os.Create(backup)
+			must(t, err)
+			_, err = s.Backup(ctxFor(t, patience), f)
+			return errors.Join(err, f.Close())
+		},
+	}
+	ended := make(chan string, 2*len(read))
+	s.store.step = func(step string) {
+		if step == "copied" {
+			return
+		}
+		if c, err := s.store.openReader(); !errors.Is(err, errUnseated) {
+			t.Error(step, "a reader was opened:", c, err)
+		}
+		if step != "named" {
+			return
+		}
+		for what, f := range read {
+			go func() { ended <- fmt.Sprint(what, ": ", f()) }()
+		}
+		select {
+		case what := <-ended:
+			t.Error("it did not wait:", what)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	must(t, os.Remove(m.snap()+"-wal"))
+	for range read {
+		if what := <-ended; !strings.HasSuffix(what, ": <nil>") {
+			t.Error(what)
+		}
+	}
+	if got := strings.TrimSpace(sqlite3(t, backup, "select count(*) from kv")); got != "40" {
+		t.Errorf("the backup has %s rows", got)
+	}
+}
+
+// A placing that fails half-way leaves the copy, to Open or to the next attempt, and nothing counts as durable until then.
+func TestPlacingFails(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	fill(t, s, 100, 100)
+	must(t, s.barrier())
+	must(t, os.Remove(s.path+"-shm"))
+	must(t, os.Mkdir(s.path+"-shm", 0o700))
+	must(t, os.Mkdir(filepath.Join(s.path+"-shm", "full"), 0o700))
+	if err := s.reseat(); err == nil {
+		t.Fatal("it was placed over a directory that is not empty")
+	}
+	if _, err := checkFile(mended(s.path)); err != nil {
+		t.Error("the copy:", err)
+	}
+	if err := s.barrier(); !errors.Is(err, errUnseated) {
+		t.Error(err)
+	}
+	must(t, os.RemoveAll(s.path+"-shm"))
+	must(t, s.reseat())
+	must(t, s.barrier())
+	must(t, s.names.hold())
+}
+
+// Close ends within its limits while the file that was put in place can't be opened.
+func TestCloseWhileReconnecting(t *testing.T) {
+	t.Parallel()
+	for what, spoil := range map[string]func(m *testMember){
+		"the directory is gone": func(m *testMember) { os.RemoveAll(m.conf.Dir) },
+		"it can't be opened": func(m *testMember) {
+			os.Mkdir(m.snap()+"-wal", 0o700)
+			os.Mkdir(filepath.Join(m.snap()+"-wal", "full"), 0o700)
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			m := newMember(t, "")
+			m.conf.Dir = filepath.Join(t.TempDir(), "data")
+			s, err := Open(t.Context(), m.conf)
+			must(t, err)
+			must(t, s.Set(ctxFor(t, patience), "k", make([]byte, 3000)))
+			placed := make(chan struct{})
+			s.store.step = func(step string) {
+				if step == "placed" {
+					spoil(m)
+					close(placed)
+				}
+			}
+			must(t, os.Remove(m.snap()+"-wal"))
+			<-placed
+			began := time.Now()
+			s.Close()
+			if d := time.Since(began); d > 4*time.Second {
+				t.Errorf("Close took %v", d)
+			}
+			must(t, s.lock.unlock()) // or it would be held still
+			if !s.store.closed {
+				t.Error("the store is not closed")
+			}
+		})
+	}
+}
+
+// What somebody has put into the snap of a member that is down never runs at our writes.
+func TestTriggerInAClosedSnap(t *testing.T) {
+	t.Parallel()
+	m := newMember(t, "")
+	n := 0
+	restart := func() *Service {
+		t.Helper()
+		s := m.start()
+		for i := range n {
+			if v, err := s.Get(ctxFor(t, patience), fmt.Sprint("k", i)); len(v) != 100 || err != nil {
+				t.Fatal(i, len(v), err)
+			}
+		}
+		for range 20 {
+			must(t, s.Set(ctxFor(t, patience), fmt.Sprint("k", n), make([]byte, 100)))
+			n++
+		}
+		must(t, s.Set(ctxFor(t, patience), "k0", make([]byte, 100)))
+		must(t, s.store.sync(ctxFor(t, patience)))
+		must(t, s.verified(t.Context()))
+		return s
+	}
+	restart()
+	m.stop()
+	sqlite3(t, m.snap(), `CREATE TRIGGER "a""b" AFTER INSERT ON kv BEGIN DELETE FROM kv WHERE key <> new.key; END;
+		CREATE TRIGGER meta AFTER UPDATE ON quorate_meta BEGIN DELETE FROM kv; END; CREATE TABLE theirs(x); CREATE VIEW look AS SELECT 1`)
+	for range 3 {
+		restart()
+		if got := strings.TrimSpace(sqlite3(t, "-readonly", m.snap(), "SELECT count(*) FROM sqlite_schema WHERE type = 'trigger'")); got != "0" {
+			t.Errorf("%s triggers are left", got)
+		}
+		m.stop()
+		if _, err := checkFileOf(m.snap(), true); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, c := range [][2]string{
+		{"CREATE VIEW quorate_next AS SELECT 1", "DROP VIEW quorate_next"},
+		{"CREATE TRIGGER t AFTER UPDATE ON kv BEGIN DELETE FROM kv; END; UPDATE kv SET version = version WHERE key = 'k1'", ""},
+	} {
+		sqlite3(t, m.snap(), c[0])
+		before, err := os.ReadFile(m.snap())
+		must(t, err)
+		s, err := Open(t.Context(), m.conf)
+		if err == nil {
+			s.Close()
+		}
+		if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "DROP ") {
+			t.Fatalf("%s: %v", c[0], err)
+		}
+		if after, _ := os.ReadFile(m.snap()); !bytes.Equal(before, after) {
+			t.Error("it was changed")
+		}
+		if c[1] != "" {
+			sqlite3(t, m.snap(), c[1])
+		}
+	}
+}

@@ -306,9 +306,12 @@ type store struct {
 	inFile atomic.Pointer[meta]  // of the last one that the file has
 	failed atomic.Pointer[error] // the disk's first error: nothing is written any more
 
-	names *nameWatch   // of the file, its WAL and the WAL's index
-	seat  atomic.Int64 // counts how often the file was put in place anew: connections of before see an old one
-	step  func(string) // for tests: called between the steps of a mending
+	names *nameWatch // of the file, its WAL and the WAL's index
+	// placing: the copy has its second name, and what is open is not what Open would take, until connect has succeeded.
+	placing atomic.Bool
+	seat    atomic.Int64    // counts how often the file was put in place anew: connections of before see an old one
+	stop    <-chan struct{} // closed when the member is closed, before close waits for anybody; set before maintain, nil = never
+	step    func(string)    // for tests: called between the steps of a mending
 
 	// strange is what an Open would refuse in the schema: a lone member has nobody to get a clean copy from, and goes on beside it.
 	strange atomic.Pointer[error]
@@ -611,7 +614,7 @@ func (s *store) openWriter() error {
 		return err
 	}
 	s.writer = c
-	if err := s.checkSchema(); err != nil && !(s.lone && errors.As(err, new(*strangeSchema))) {
+	if err := s.admitSchema(); err != nil {
 		return err
 	}
 	mode, err := c.text("PRAGMA journal_mode=WAL")
@@ -625,6 +628,32 @@ func (s *store) openWriter() error {
 		if err := c.pragma(pragma); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// admitSchema refuses what is not ours, before anything is written: all of it where another member may have the state, and else what
+// would get in the way of our statements. A lone member's triggers are dropped if they have changed nothing yet.
+func (s *store) admitSchema() error {
+	err := s.checkSchema()
+	strange := new(strangeSchema)
+	if err == nil || !s.lone || !errors.As(err, &strange) {
+		return err
+	}
+	if strange.inTheWay() {
+		return err
+	}
+	if !strange.hasTrigger() {
+		return nil
+	}
+	if _, damage := s.writer.checkState(); damage != nil {
+		return fmt.Errorf("%w (and the rows are not what was written: %w)", err, damage)
+	}
+	if err := s.dropTriggers(); err != nil {
+		return err
+	}
+	if err := s.checkSchema(); !errors.As(err, &strange) {
+		return err
 	}
 	return nil
 }
