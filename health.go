@@ -95,7 +95,7 @@ var faultTable = [faultKinds]struct {
 	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
 	faultUnreached:  {"voters do not reach the leader, and more of them another one", unfit, "the next leader is heard"},
 	faultSlow:       {"the log of the leader is slow, and a majority of the others is faster", unfit, "a minute, doubled each time up to ten, and appends of under 1 s"},
-	faultSpace:      {"less than 64 MiB of space left, or a sixteenth of the file system", unfit | inErr | refusesLeading, "space"},
+	faultSpace:      {"less than 64 MiB of space left, or a sixteenth of the file system, but at least 16 MiB or a quarter", unfit | inErr | refusesLeading, "space"},
 	faultStranger:   {"another cluster has this address", notReady | inErr | refusesWrites | refusesReads, "`RemoveMember` there; 15 s without proof"},
 	faultExpired:    {"this member's certificate has ended", inErr, "one that is valid: seen within a minute, on its server within an hour"},
 	faultFounding:   {"founders disagree, or may not join", notReady | inErr, "one list, one cluster, or `AddAllowedMember`"},

@@ -139,6 +139,7 @@ func openLog(o logOptions) (*logStore, error) {
 	if err := makeLogDir(o.dir); err != nil {
 		return nil, err
 	}
+	o.vfs.Delete(o.dir, probeName) // of a life that was killed
 	var err error
 	if l.reserve, err = newReserve(o.dir); err != nil {
 		return nil, err
@@ -613,9 +614,13 @@ func (l *logStore) probe() {
 
 const probeName = "probe"
 
+// tryFile takes as much space as an append may need, which is a new segment. A file of that name may be left of a probe that was cut
+// short, and Create makes no file twice.
 func (l *logStore) tryFile() error {
-	f, err := l.vfs.Create(l.dir, probeName, zeroAhead)
+	l.vfs.Delete(l.dir, probeName)
+	f, err := l.vfs.Create(l.dir, probeName, uint64(l.segmentSize))
 	if err != nil {
+		l.vfs.Delete(l.dir, probeName)
 		return err
 	}
 	_, err = f.WriteAt(zeros[:], 0)

@@ -671,7 +671,7 @@ func (s *Service) setServer(ctx context.Context, id, addr string) error {
 	if err != nil {
 		return err
 	}
-	return await(ctx, s.raft.Load().AddNonvoter(raft.ServerID(id), raft.ServerAddress(addr), c.index, 0))
+	return await(ctx, s.raft.Load().AddNonvoter(raft.ServerID(id), raft.ServerAddress(addr), c.index, raftPatience))
 }
 
 // promote makes the first non-voter that is ready a voter. One that is not holds up no other.
@@ -701,7 +701,7 @@ func (s *Service) promote() (promoted bool, err error) {
 			return false, err
 		}
 		defer end()
-		if err := await(ctx, r.AddVoter(m.ID, m.Address, c.index, 0)); err != nil {
+		if err := await(ctx, r.AddVoter(m.ID, m.Address, c.index, raftPatience)); err != nil {
 			return false, err
 		}
 		s.voteless.keep(func(who string) bool { return who != string(m.ID) })
@@ -1021,7 +1021,7 @@ func (s *Service) serveRemove(ctx context.Context, addr string) error {
 	if target == nil {
 		return nil
 	}
-	err = await(ctx, r.RemoveServer(target.ID, c.index, 0))
+	err = await(ctx, r.RemoveServer(target.ID, c.index, raftPatience))
 	if err == nil {
 		s.log.Info("a member was removed", "peer", peerName(target.ID, target.Address))
 	}
@@ -1066,7 +1066,7 @@ func (s *Service) removeServer(ctx context.Context, m raft.Server, c configurati
 	if err := s.mayRemove(ctx, m, c); err != nil {
 		return err
 	}
-	return await(ctx, s.raft.Load().RemoveServer(m.ID, c.index, 0))
+	return await(ctx, s.raft.Load().RemoveServer(m.ID, c.index, raftPatience))
 }
 
 // announce tells the others this member's address until the applied configuration has it, and again whenever nobody leads: the

@@ -15,15 +15,19 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 )
 
 const (
-	spaceLow    = 64 << 20 // bytes of free space below which a member is unfit to lead, or
-	spaceShare  = 16       // this part of the file system, if that is less
-	spaceSlack  = 16       // this part of the limit more has to be free before it is fit again
+	spaceLow    = 64 << 20       // bytes of free space below which a member is unfit to lead, or
+	spaceShare  = 16             // this part of the file system, if that is less, but
+	spaceLeast  = 2 * logSegment // are needed for the log to go on, on a file system that has four times as much
+	spaceSlack  = 16             // this part of the limit more has to be free before it is fit again
 	spaceLook   = time.Second
 	spaceOften  = 250 * time.Millisecond // while there is too little
+	probeFalse  = 5 * time.Second        // a log that is full again within this time after a probe is probed more and more rarely, up to every
+	probeMost   = 32 * time.Second
 	reserveName = "reserve"
 )
 
@@ -31,7 +35,9 @@ const (
 type diskSpace struct{ free, total int64 }
 
 // low is the limit.
-func (d diskSpace) low() int64 { return min(spaceLow, d.total/spaceShare) }
+func (d diskSpace) low() int64 {
+	return min(spaceLow, max(d.total/spaceShare, min(spaceLeast, d.total/4)))
+}
 
 // A ballast is a file that takes up space until something more important needs it.
 type ballast struct {
@@ -71,15 +77,24 @@ func (b *ballast) hold(size int64) {
 	}
 	f, err := os.OpenFile(b.path, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o600)
 	if err == nil {
-		err = errors.Join(allocate(f, size), f.Close())
+		err = errors.Join(uninterrupted(func() error { return allocate(f, size) }), f.Close())
 	}
 	if err == nil {
 		b.size = size
 		return
 	}
 	os.Remove(b.path)
-	b.unable = !passing(err)
+	b.unable = !passing(err) && !errors.Is(err, syscall.EINTR)
 	b.log.Debug("no space is held in reserve", "file", b.path, "error", err)
+}
+
+// uninterrupted tries again what a signal has interrupted, which says nothing about the file system.
+func uninterrupted(f func() error) error {
+	err := f()
+	for n := 0; n < 100 && errors.Is(err, syscall.EINTR); n++ {
+		err = f()
+	}
+	return err
 }
 
 // give removes the file. False: there was none.
@@ -145,6 +160,7 @@ func (s *Service) noteSpace() {
 // watchSpace looks once a second, and more often while the disk is full. What nothing else would notice while no write is taken is
 // that the log has space again: it is tried out.
 func (s *Service) watchSpace() {
+	var probes probing
 	for pause := spaceLook; ; {
 		select {
 		case <-time.After(pause):
@@ -154,12 +170,44 @@ func (s *Service) watchSpace() {
 		pause = spaceLook
 		free := s.checkSpace()
 		full := isFull(s.wal.failed())
-		if free && full {
+		if probes.due(full) && free {
 			s.wal.probe()
+			probes.tried(s.wal.failed() == nil)
 		}
 		if !free || full {
 			pause = spaceOften
 		}
+	}
+}
+
+// A probing says when a full log is probed. A probe can succeed where no append does, for something else takes the space in between, and
+// each time the fault goes and comes again: so that becomes rare.
+type probing struct {
+	full   bool // as of the last look
+	passed time.Time
+	pause  time.Duration
+	next   time.Time // not before
+}
+
+// due takes whether the log is full now.
+func (p *probing) due(full bool) bool {
+	if full && !p.full {
+		switch {
+		case p.passed.IsZero() || time.Since(p.passed) > probeFalse:
+			p.pause = 0
+		default:
+			p.pause = min(max(2*p.pause, spaceLook), probeMost)
+		}
+		p.next = time.Now().Add(p.pause)
+	}
+	p.full = full
+	return full && !time.Now().Before(p.next)
+}
+
+// tried takes what became of a probe.
+func (p *probing) tried(passed bool) {
+	if passed {
+		p.passed, p.full = time.Now(), false
 	}
 }
 

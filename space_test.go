@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/hashicorp/raft-wal/types"
 )
 
 func TestJudgeSpace(t *testing.T) {
@@ -35,8 +36,12 @@ func TestJudgeSpace(t *testing.T) {
 		{"below it", 64*mib - 1, 100 << 30, 0, nil, true},
 		{"without the reserve", 95 * mib, 100 << 30, 32 * mib, nil, true},
 		{"with room for the reserve", 96 * mib, 100 << 30, 32 * mib, nil, false},
-		{"a sixteenth", 3 * mib, 48 * mib, 0, nil, false},
-		{"less than a sixteenth", 3*mib - 1, 48 * mib, 0, nil, true},
+		{"a sixteenth", 32 * mib, 512 * mib, 0, nil, false},
+		{"less than a sixteenth", 32*mib - 1, 512 * mib, 0, nil, true},
+		{"two segments, and more than a sixteenth", 16 * mib, 100 * mib, 0, nil, false},
+		{"less than two segments", 16*mib - 1, 100 * mib, 0, nil, true},
+		{"a quarter, and less than two segments", 12 * mib, 48 * mib, 0, nil, false},
+		{"less than a quarter", 12*mib - 1, 48 * mib, 0, nil, true},
 		{"it was low, and is a little above the limit", 67 * mib, 100 << 30, 0, was, true},
 		{"it was low, and is well above the limit", 68 * mib, 100 << 30, 0, was, false},
 	} {
@@ -45,7 +50,7 @@ func TestJudgeSpace(t *testing.T) {
 			t.Errorf("%s: %v", v.what, err)
 		}
 	}
-	wantWords(t, judgeSpace("/data", diskSpace{mib, 48 * mib}, 0, nil), "/data", "1.0 MiB left", "below 3.0 MiB")
+	wantWords(t, judgeSpace("/data", diskSpace{mib, 48 * mib}, 0, nil), "/data", "1.0 MiB left", "below 12.0 MiB")
 }
 
 func wantWords(t *testing.T, err error, words ...string) {
@@ -90,6 +95,110 @@ func TestBallast(t *testing.T) {
 	if b.hold(1 << 20); size() != 0 {
 		t.Error("there is a reserve after the end")
 	}
+}
+
+func TestAllocationIsInterrupted(t *testing.T) {
+	t.Parallel()
+	n := 0
+	is(t, uninterrupted(func() error {
+		if n++; n < 4 {
+			return os.NewSyscallError("fallocate", syscall.EINTR)
+		}
+		return syscall.ENOSPC
+	}), syscall.ENOSPC)
+	n = 0
+	is(t, uninterrupted(func() error { n++; return syscall.EINTR }), syscall.EINTR)
+	if n > 1000 {
+		t.Errorf("%d tries", n)
+	}
+}
+
+// A full disk is met by Create, after it has made the file: the next probe finds that file.
+func TestProbeIsMadeAnew(t *testing.T) {
+	t.Parallel()
+	o, disk := faultyOptions(t)
+	o.leader, o.resent = func() bool { return false }, true
+	path := filepath.Join(o.dir, probeName)
+	l := reopenLog(t, nil, o)
+	appendLog(t, l, 1, 1, 3)
+	disk.fail(setWrite, syscall.ENOSPC)
+	is(t, l.StoreLogs([]*raft.Log{testEntry(4, 1)}), syscall.ENOSPC)
+	disk.fail(setWrite, nil)
+	must(t, l.settle())
+	disk.fail(setCreate, syscall.ENOSPC)
+	l.probe()
+	is(t, l.failed(), syscall.ENOSPC)
+	if _, err := os.Stat(path); err == nil {
+		t.Error("a probe that failed leaves its file")
+	}
+	disk.fail(setCreate, nil)
+	must(t, os.WriteFile(path, nil, 0o600)) // of one that was cut short
+	l.probe()
+	must(t, l.failed())
+	appendLog(t, l, 4, 1, 1)
+	must(t, os.WriteFile(path, nil, 0o600))
+	l = reopenLog(t, l, o)
+	if _, err := os.Stat(path); err == nil {
+		t.Error("a start leaves the probe of a life that was killed")
+	}
+}
+
+// A probe takes what a change of segments does: where that has no space, neither has the probe.
+func TestProbeTakesASegment(t *testing.T) {
+	t.Parallel()
+	o, disk := faultyOptions(t)
+	o.segmentSize = 512 << 10
+	sizes := &sizedFS{VFS: disk}
+	o.vfs = sizes
+	l := reopenLog(t, nil, o)
+	appendLog(t, l, 1, 1, 3)
+	sizes.most.Store(300 << 10)
+	if l.tryFile() == nil {
+		t.Error("a probe finds space where a segment does not")
+	}
+	sizes.most.Store(0)
+	must(t, l.tryFile())
+}
+
+func setCreate(f *faultFS, err error) { f.createErr = err }
+
+// A sizedFS has no room for larger files.
+type sizedFS struct {
+	types.VFS
+	most atomic.Int64 // 0 = any
+}
+
+func (f *sizedFS) Create(dir, name string, size uint64) (types.WritableFile, error) {
+	if most := f.most.Load(); most > 0 && int64(size) > most {
+		return nil, syscall.ENOSPC
+	}
+	return f.VFS.Create(dir, name, size)
+}
+
+func TestProbesBecomeRare(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var p probing
+		passes := 0
+		for began := time.Now(); time.Since(began) < 10*time.Minute; time.Sleep(spaceOften) {
+			if p.due(true) { // every probe succeeds, and the log is full again at the next look
+				p.tried(true)
+				passes++
+			}
+		}
+		if passes < 10 || passes > 30 {
+			t.Errorf("%d probes in ten minutes", passes)
+		}
+		p.due(false)
+		time.Sleep(time.Minute)
+		if !p.due(true) {
+			t.Error("a log that was well for a minute is not probed at once")
+		}
+		p.tried(false)
+		if time.Sleep(spaceOften); !p.due(true) {
+			t.Error("a probe that has failed puts off the next one")
+		}
+	})
 }
 
 // A fakeDisk is as full as a test says.
