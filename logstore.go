@@ -139,7 +139,7 @@ func openLog(o logOptions) (*logStore, error) {
 	if err := makeLogDir(o.dir); err != nil {
 		return nil, err
 	}
-	o.vfs.Delete(o.dir, probeName) // of a life that was killed
+	os.Remove(filepath.Join(o.dir, probeName)) // of a life that was killed
 	var err error
 	if l.reserve, err = newReserve(o.dir); err != nil {
 		return nil, err

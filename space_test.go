@@ -137,7 +137,7 @@ func TestProbeIsMadeAnew(t *testing.T) {
 	must(t, l.failed())
 	appendLog(t, l, 4, 1, 1)
 	must(t, os.WriteFile(path, nil, 0o600))
-	l = reopenLog(t, l, o)
+	reopenLog(t, l, o)
 	if _, err := os.Stat(path); err == nil {
 		t.Error("a start leaves the probe of a life that was killed")
 	}
