@@ -513,7 +513,6 @@ func (b *batcher) answered(f *flight, o outcome) bool {
 			return false
 		}
 		b.mu.Lock()
-		b.refusal = nil
 		b.finishWithLocked(f, o)
 		b.mu.Unlock()
 	case outcomeGone:
@@ -604,6 +603,7 @@ func (b *batcher) finishWithLocked(f *flight, o outcome) {
 	if f.isSettledLocked() {
 		return
 	}
+	b.refusal = nil // the leader takes writes
 	if len(o.results) != len(f.txs) {
 		f.failLocked(fmt.Errorf("%w: %d answers to the %d transactions of batch %d/%d", ErrUncertain, len(o.results), len(f.txs), f.session, f.seq))
 		b.finishLocked(f)

@@ -35,7 +35,7 @@ const (
 	turnsAgain    = 20                     // appends that a voter answers between two hand-overs to it; an idle one does in half a second
 	reliefPause   = time.Minute            // between two times that a member is relieved because it is unfit, and then twice as long, up to
 	reliefMost    = 10 * time.Minute
-	reliefAgain   = 5 * time.Second      // after a hand-over that raft did not carry out
+	reliefAgain   = 5 * time.Second      // after a hand-over that raft did not carry out, or for a fault that stops writes or reads
 	lastTurn      = 6 * heartbeatTimeout // of silence of the leader, before a member that is unfit stands: the others have tried by then
 )
 
@@ -48,6 +48,9 @@ type choice struct {
 
 // errNobody: no voter can take over, and this member stays the leader.
 var errNobody = errors.New("no other voter can lead now")
+
+// errOvertaken: this leader's log waits for space, and a voter is in a later term: it is the leader of nobody, and raft can't find out.
+var errOvertaken = errors.New("the voters are in a later term")
 
 // handOver has another voter lead, and returns nil once this member does not. An error leaves it the leader; one that wraps errNobody
 // says of each voter why it can't.
@@ -64,7 +67,10 @@ func (s *Service) handOver(ctx context.Context, c choice) error {
 		return nil
 	}
 	to, err := s.successor(ctx, term, c)
-	if err != nil {
+	switch {
+	case s.wal.staying.Load() > 0 && (err == nil || errors.Is(err, errOvertaken)):
+		return s.stepDown(ctx, term)
+	case err != nil:
 		return err
 	}
 	s.log.Info("handing over", "to", peerName(to.ID, to.Address))
@@ -74,6 +80,30 @@ func (s *Service) handOver(ctx context.Context, c choice) error {
 	s.turns.transfers(to.ID, term) // raft may have begun it only now
 	if s.leading(term) {
 		return fmt.Errorf("hand over to %s: %w", peerName(to.ID, to.Address), cmp.Or(err, errors.New("it did not win the election")))
+	}
+	return nil
+}
+
+// stepDown ends the lead of a member whose log waits for space. Raft waits for the log meanwhile: a transfer would stay in its queue, and
+// be carried out whenever there is space. So the log answers with its error, raft steps down, and a voter that is fit stands first.
+func (s *Service) stepDown(ctx context.Context, term uint64) error {
+	s.replaced.Store(true)
+	for s.leading(term) {
+		changed := s.changes.wait()
+		var err error
+		select {
+		case <-changed:
+		case <-time.After(logRetry):
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+		if err == nil && s.wal.staying.Load() == 0 && s.faults.first(faultLogFull) == nil {
+			err = errors.New("its log has space again")
+		}
+		if err != nil && s.leading(term) {
+			s.replaced.Store(false)
+			return fmt.Errorf("step down: %w", err)
+		}
 	}
 	return nil
 }
@@ -121,6 +151,9 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 	for range len(all) - 1 {
 		select {
 		case r := <-replies:
+			if r.err == nil && r.a.Term > term && s.wal.staying.Load() > 0 {
+				return raft.Server{}, errOvertaken
+			}
 			rank, err := s.mayLead(r.m, r.a, r.err, term, c)
 			if err == nil && !reachesMajority(r.a, all) {
 				err = errors.New("it does not reach a majority of the voters")
@@ -261,26 +294,30 @@ func (t *turns) mayTake(id raft.ServerID, term uint64) error {
 type relief struct {
 	mu    sync.Mutex // guards the fields below
 	last  time.Time
-	next  time.Time // not before
+	next  time.Time // not before, unless it is urgent
+	again time.Time // not before, in any case
 	pause time.Duration
 }
 
-func (r *relief) due() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return !time.Now().Before(r.next)
-}
-
-// tried takes the outcome of a hand-over.
-func (r *relief) tried(err error) {
+// due: urgent is a fault with which this leader takes no writes or answers no reads. Then the long pauses would be an outage.
+func (r *relief) due(urgent bool) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()
-	switch {
-	case errors.Is(err, errNobody): // the lead has not moved, and nothing was disturbed
+	return !now.Before(r.again) && (urgent || !now.Before(r.next))
+}
+
+// tried takes the outcome of a hand-over.
+func (r *relief) tried(err error, urgent bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if errors.Is(err, errNobody) { // the lead has not moved, and nothing was disturbed
 		return
-	case err != nil:
-		r.next = now.Add(reliefAgain)
+	}
+	now := time.Now()
+	r.again = now.Add(reliefAgain)
+	switch {
+	case err != nil, urgent:
 		return
 	case r.last.IsZero(), now.Sub(r.last) > 2*r.pause:
 		r.pause = reliefPause
@@ -293,20 +330,24 @@ func (r *relief) tried(err error) {
 var errTooSoon = errors.New("this member was relieved not long ago")
 
 // relieve hands over because this leader is unfit to lead: to a voter that is fit, at most once a minute and then twice as long, up to
-// ten. rank is that of a choice. With an error this member stays the leader: errNobody, errTooSoon, or what raft says.
+// ten; if the fault stops writes or reads, at most every five seconds. rank is that of a choice. With an error this member stays the leader: errNobody, errTooSoon, or what raft says.
 func (s *Service) relieve(why error, rank func(statusAnswer) int) error {
-	if !s.relief.due() {
+	urgent := s.urgent()
+	if !s.relief.due(urgent) {
 		return errTooSoon
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, handOverLimit)
 	defer cancel()
 	err := s.handOver(ctx, choice{rank: rank})
-	s.relief.tried(err)
+	s.relief.tried(err, urgent)
 	if err == nil {
 		s.log.Warn("this member led and was unfit to, so it has handed over", "why", why)
 	}
 	return err
 }
+
+// urgent: see relief.due.
+func (s *Service) urgent() bool { return s.suffers(refusesLeading|refusesReads) != nil }
 
 // watchFitness relieves this member as long as it leads and is unfit to. One that is silent is replaced by the others.
 func (s *Service) watchFitness() {
@@ -325,7 +366,8 @@ func (s *Service) watchFitness() {
 	}
 }
 
-// giveWay relieves this member if it leads, is unfit to and can be. If not, and it can't write either, it refuses writes from here on.
+// giveWay relieves this member if it leads, is unfit to and can be. If nobody can lead in its place, and it can't write either, it
+// refuses writes from here on.
 func (s *Service) giveWay() {
 	why := s.unfitToLead()
 	if why == nil || s.role() != Leader || s.silent() != nil {
@@ -338,7 +380,7 @@ func (s *Service) giveWay() {
 		return
 	}
 	s.log.Debug("this member is unfit to lead and stays the leader", "why", why, "error", err)
-	if full := s.suffers(refusesLeading); full != nil {
+	if full := s.suffers(refusesLeading); full != nil && errors.Is(err, errNobody) {
 		refusal := fmt.Errorf("%w: %w; %w", errRefused, full, err)
 		s.refusal.Store(&refusal)
 		s.batch.refuseQueue(refusal)
@@ -348,18 +390,22 @@ func (s *Service) giveWay() {
 }
 
 // tryToGiveWay: where the log waits for space, raft waits for the log and can't hand over. Then it is told of the error as soon as
-// another voter is there: it steps down, and that voter is the first to stand.
+// another voter is there: it steps down, and that voter is the first to stand. Where the others are in a later term, raft would have
+// stepped down already, so it does at once.
 func (s *Service) tryToGiveWay(why error) error {
 	if s.wal.staying.Load() == 0 {
+		s.replaced.Store(false)
 		return s.relieve(why, s.preference(why))
 	}
-	if !s.relief.due() {
-		return errTooSoon
-	}
-	if _, err := s.successor(s.ctx, s.raft.Load().CurrentTerm(), choice{}); err != nil {
+	switch _, err := s.successor(s.ctx, s.raft.Load().CurrentTerm(), choice{}); {
+	case errors.Is(err, errOvertaken):
+	case err != nil:
 		return err
+	case !s.relief.due(true):
+		return errTooSoon
+	default:
+		s.relief.tried(nil, true)
 	}
-	s.relief.tried(nil)
 	s.replaced.Store(true)
 	return nil
 }

@@ -243,7 +243,7 @@ func TestReliefPauses(t *testing.T) {
 		var r relief
 		wait := func() time.Duration {
 			began := time.Now()
-			for !r.due() {
+			for !r.due(false) {
 				time.Sleep(time.Second)
 			}
 			return time.Since(began)
@@ -252,18 +252,18 @@ func TestReliefPauses(t *testing.T) {
 			if got := wait(); got != want {
 				t.Errorf("relief %d after %v, want %v", i, got, want)
 			}
-			r.tried(nil)
+			r.tried(nil, false)
 		}
 		time.Sleep(21 * time.Minute)
-		r.tried(nil) // as good as the first
+		r.tried(nil, false) // as good as the first
 		if got := wait(); got != time.Minute {
 			t.Errorf("after a quiet time: %v", got)
 		}
-		r.tried(fmt.Errorf("x: %w", errNobody))
+		r.tried(fmt.Errorf("x: %w", errNobody), false)
 		if got := wait(); got != 0 {
 			t.Errorf("with nobody to hand over to: %v", got)
 		}
-		r.tried(errors.New("raft did not"))
+		r.tried(errors.New("raft did not"), false)
 		if got := wait(); got != reliefAgain {
 			t.Errorf("after a failure: %v", got)
 		}

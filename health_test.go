@@ -396,7 +396,12 @@ func (c testCluster) leaderOtherThan(t testing.TB, m *testMember) *testMember {
 				return nil
 			}
 		}
-		return errors.New("none leads")
+		text := "none leads"
+		for _, o := range c {
+			st := o.s.Status()
+			text += fmt.Sprintf("; %s is %v of term %d, unfit: %v", st.Addr, st.Role, st.Term, o.s.unfitToLead())
+		}
+		return errors.New(text)
 	})
 	return found
 }

@@ -87,7 +87,7 @@ type logStore struct {
 	removal sync.WaitGroup // of segment files that nothing refers to any more
 	reserve *reserve       // write guards its spare descriptor
 	names   *nameWatch     // of the files that are open
-	staying atomic.Int32   // appends of a leader that wait for space
+	staying atomic.Int32   // appends of a leader that wait for space, the tries between the waits included
 
 	mu       sync.Mutex // guards the fields below; never held across I/O
 	firstIdx uint64     // what the log should hold: truncations are entered here first, appends last. Reopening makes the
@@ -530,13 +530,17 @@ func (l *logStore) change(what string, how conduct, op func() error) error {
 	call := l.begin()
 	defer l.end(call)
 	err := l.try(what, op)
+	if how == stays && passing(err) {
+		l.staying.Add(1)
+		defer l.staying.Add(-1)
+	}
 	for first := err; how != waits && passing(err); {
 		err = l.settle()
 		stay := err == nil && how == stays && l.stays != nil && l.stays()
 		switch {
 		case err == nil && !stay:
 			return first
-		case (stay || passing(err)) && !l.pauseLeading(how):
+		case (stay || passing(err)) && !l.pause():
 			err = ErrClosed
 		case stay:
 			l.again(call)
@@ -566,15 +570,6 @@ func (l *logStore) change(what string, how conduct, op func() error) error {
 	default:
 		return l.park()
 	}
-}
-
-// pauseLeading is pause, of a leader's append that others can see waiting.
-func (l *logStore) pauseLeading(how conduct) bool {
-	if how == stays {
-		l.staying.Add(1)
-		defer l.staying.Add(-1)
-	}
-	return l.pause()
 }
 
 // begin notes that a store call is in progress, again that it has come back with a passing error and is tried anew: it does not hang.

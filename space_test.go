@@ -517,3 +517,101 @@ func TestStatesAreFull(t *testing.T) {
 		})
 	}
 }
+
+// A leader that was relieved a moment ago takes writes again when its disk runs low once more, and hands over after seconds.
+func TestFullLeaderIsRelievedAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newFullness(t)
+		defer c.end()
+		l := c.cast["L"]
+		for _, tries := range []int{15, 80} {
+			c.disks[l].free.Store(10 << 20)
+			for range tries {
+				c.writes("low", time.Second)
+				time.Sleep(100 * time.Millisecond)
+			}
+			c.changes("low", 1, 1)
+			if c.cast["L"] == l {
+				t.Fatal("it leads, and others are fit")
+			}
+			c.disks[l].free.Store(1 << 39)
+			eventually(t, scriptLimit, "it leads again", func() error { return l.s.TransferLeader(t.Context(), l.conf.Addr) })
+			c.changes("well", 1, 1)
+		}
+	})
+}
+
+// The logs of the leader and of a voter are full, and the leader is cut off for a while. The third one is elected meanwhile. The leader
+// of before follows it, though its own log has no space yet.
+func TestFullLeaderIsOvertaken(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newFullness(t)
+		defer c.end()
+		l, f, g := c.cast["L"], c.cast["F"], c.cast["G"]
+		full := []*scriptMember{f, l}
+		for _, m := range full {
+			m.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+			c.disks[m].free.Store(20 << 10)
+			l.s.Set(ctxFor(t, 3*time.Second), "w", nil) // meets it
+		}
+		c.changes("full", 0, 0)
+		if l.s.wal.staying.Load() == 0 {
+			t.Fatal("its log does not wait")
+		}
+		c.obey("partition {L} {F G}")
+		c.obey("elect N among F G")
+		if c.cast["N"] != g {
+			t.Fatal("the full one leads")
+		}
+		c.obey("advance 2s")
+		c.obey("heal")
+		eventually(t, 3*time.Second, "the leader of before follows", func() error {
+			if st := l.s.Status(); st.Role != Follower || st.LeaderID != g.s.Status().ID {
+				return fmt.Errorf("it is %v of term %d, and %q leads", st.Role, st.Term, st.LeaderID)
+			}
+			return nil
+		})
+		f.conf.vfs.(*faultFS).fail(setWrite, nil)
+		c.disks[f].free.Store(1 << 39)
+		time.Sleep(2 * time.Second)
+		c.writes("one has space", time.Second, l)
+		l.conf.vfs.(*faultFS).fail(setWrite, nil)
+		c.disks[l].free.Store(1 << 39)
+		time.Sleep(time.Second)
+		c.writes("with space back", time.Second)
+		c.obey("await equal")
+	})
+}
+
+// A leader whose log waits for space hands over when it is asked to, and at once.
+func TestHandOverWithFullLog(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newFullness(t)
+		defer c.end()
+		l := c.cast["L"]
+		l.s.relief.mu.Lock()
+		l.s.relief.again = time.Now().Add(time.Hour) // nothing but the request moves the lead
+		l.s.relief.mu.Unlock()
+		l.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+		l.s.Set(ctxFor(t, 3*time.Second), "w", nil)
+		c.changes("full", 0, 0)
+		if l.s.wal.staying.Load() == 0 {
+			t.Fatal("its log does not wait")
+		}
+		began := time.Now()
+		must(t, l.s.TransferLeader(ctxFor(t, 5*time.Second), ""))
+		if took := time.Since(began); took > 2*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		c.changes("full", 1, 1)
+		c.writes("full", time.Second, l)
+		l.conf.vfs.(*faultFS).fail(setWrite, nil)
+		time.Sleep(2 * time.Second)
+		c.writes("with space back", time.Second)
+		c.changes("with space back", 0, 0)
+		c.obey("await equal")
+	})
+}
