@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -193,6 +195,48 @@ func (m *testMember) openWithin(ctx context.Context) (*Service, error) {
 	defer m.mu.Unlock()
 	m.s, m.server = s, server
 	return s, nil
+}
+
+// openUntil is openWithin with a context that ends once the log has said these words: what they tell of has happened then, however
+// slow the machine is.
+func (m *testMember) openUntil(words string) (*Service, error) {
+	ctx, end := context.WithCancelCause(m.t.Context())
+	defer end(nil)
+	defer time.AfterFunc(patience, func() { end(errors.New("the log does not say " + words)) }).Stop()
+	kept := m.conf.Logger
+	defer func() { m.conf.Logger = kept }()
+	to := slog.DiscardHandler
+	if kept != nil {
+		to = kept.Handler()
+	}
+	m.conf.Logger = slog.New(listener{to, words, func() { end(context.DeadlineExceeded) }})
+	return m.openWithin(ctx)
+}
+
+const notAllowedYet = "this member is not allowed to join yet"
+
+// A listener is called when a line of the log holds its words.
+type listener struct {
+	slog.Handler
+	words string
+	heard func()
+}
+
+func (l listener) Enabled(context.Context, slog.Level) bool { return true }
+
+func (l listener) Handle(ctx context.Context, r slog.Record) error {
+	if strings.Contains(r.Message, l.words) {
+		defer l.heard()
+	}
+	return l.Handler.Handle(ctx, r)
+}
+
+func (l listener) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return listener{l.Handler.WithAttrs(attrs), l.words, l.heard}
+}
+
+func (l listener) WithGroup(name string) slog.Handler {
+	return listener{l.Handler.WithGroup(name), l.words, l.heard}
 }
 
 func (m *testMember) serve(s *Service) (*http.Server, error) {

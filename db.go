@@ -712,7 +712,7 @@ const (
 // for does not move away; but one that took long to reach is old, and the next round's must be reached sooner. behind says how far
 // this member has come, if that is all that is missing.
 func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behind string) {
-	if s.unready() != nil || s.refusal.Load() != nil {
+	if s.unready() != nil {
 		return false, ""
 	}
 	if target.index == 0 {
@@ -721,6 +721,10 @@ func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behi
 			*target = landing{}
 			return false, ""
 		}
+	}
+	if refusal := target.refusal; refusal != "" {
+		*target = landing{}
+		return false, "the leader takes no write: " + refusal
 	}
 	wait, cancel := context.WithTimeout(ctx, readyWait)
 	defer cancel()

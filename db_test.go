@@ -505,7 +505,7 @@ func TestSentinels(t *testing.T) {
 	})
 	t.Run("ErrNotAllowed", func(t *testing.T) {
 		m := newMember(t, l.conf.Addr)
-		s, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
+		s, err := m.openUntil(notAllowedYet)
 		wantIs(t, "Open of a member that is not allowed", err, ErrNotAllowed)
 		if s != nil || !strings.Contains(fmt.Sprint(err), "AddAllowedMember") || !strings.Contains(fmt.Sprint(err), m.conf.Addr) {
 			t.Errorf("Open = %v, %v", s, err)

@@ -172,8 +172,9 @@ type markAnswer struct {
 
 // indexAnswer is an entry that is committed, and that whoever asked must have applied before it reads.
 type indexAnswer struct {
-	Index uint64 `json:"index"`
-	Term  uint64 `json:"term"`
+	Index   uint64 `json:"index"`
+	Term    uint64 `json:"term"`
+	Refusal string `json:"refusal,omitempty"` // why the leader takes no write now; release 0.1.0 neither sends nor reads it
 }
 
 // termAnswer is the term of whoever sends it. It is the answer to term, and may be the body of readindex: the sender had read it

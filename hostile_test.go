@@ -1207,13 +1207,14 @@ func joinerCases(t testing.TB) (list []hostileCase) {
 			go srv.Serve(l)
 			defer srv.Close()
 			limit := 700 * time.Millisecond
-			if c.err != context.DeadlineExceeded && c.err != ErrNotAllowed { // a permission may still come
+			if c.err != context.DeadlineExceeded {
 				limit = hostilePace
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), limit)
 			defer cancel()
 			dir := filepath.Join(t.TempDir(), "data")
-			s, err := Open(ctx, Config{Dir: dir, Addr: freeAddr(t), Join: addr, Client: newClient(t, &line{})})
+			log := slog.New(listener{slog.DiscardHandler, notAllowedYet, cancel}) // a permission may still come
+			s, err := Open(ctx, Config{Logger: log, Dir: dir, Addr: freeAddr(t), Join: addr, Client: newClient(t, &line{})})
 			if err == nil {
 				s.Close()
 			}

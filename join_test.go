@@ -64,7 +64,7 @@ func TestJoinByName(t *testing.T) {
 			notYet(t, m.conf.Addr)
 			m.listen = freeAddr(t) // nobody needs to reach it here
 			notYet(t, "127.0.0.3:"+port)
-			_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
+			_, err := m.openUntil(notAllowedYet)
 			is(t, err, ErrNotAllowed)
 			must(t, c[0].s.AddAllowedMember(ctxFor(t, patience), m.conf.Addr))
 			_, err = m.openWithin(ctxFor(t, 5*time.Second))
@@ -73,7 +73,7 @@ func TestJoinByName(t *testing.T) {
 			m.stop()
 			must(t, os.RemoveAll(m.conf.Dir))
 			c[0].stop()
-			_, err = m.openWithin(ctxFor(t, 300*time.Millisecond))
+			_, err = m.openWithin(ctxFor(t, 2*time.Second))
 			name := "http://app.test:" + port
 			is(t, err, context.DeadlineExceeded, "at 127.0.0.2:"+port+": "+name+": that is this member itself",
 				"at 127.0.0.1:"+port+": "+name+" refused the connection",
@@ -145,7 +145,7 @@ func TestJoinAtOwnAddress(t *testing.T) {
 	words := newLogged("Join is this member's own address")
 	m.conf.Logger = slog.New(words)
 	m.conf.Join = "http://" + m.conf.Addr + "/raft/"
-	_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
+	_, err := m.openUntil("not admitted yet")
 	is(t, err, context.DeadlineExceeded, "refused the connection", "that is this member itself: give the address of another one")
 	if list := words.all(); len(list) != 1 {
 		t.Errorf("%q", list)

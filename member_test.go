@@ -198,7 +198,7 @@ func TestJoin(t *testing.T) {
 
 	t.Run("who is not allowed is refused", func(t *testing.T) {
 		m := newMember(t, c[0].conf.Addr)
-		_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
+		_, err := m.openUntil(notAllowedYet)
 		is(t, err, ErrNotAllowed, "AddAllowedMember", m.conf.Addr)
 		first := storedID(t, m)
 		if _, members := c[0].counts(); members != 2 {
@@ -413,7 +413,7 @@ func TestRemoveMember(t *testing.T) {
 		t.Helper()
 		m.stop()
 		must(t, os.RemoveAll(m.conf.Dir))
-		_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
+		_, err := m.openUntil(notAllowedYet)
 		is(t, err, ErrNotAllowed, "AddAllowedMember")
 		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
 		m.start()
@@ -475,7 +475,7 @@ func TestRemoveMember(t *testing.T) {
 		m := newMember(t, c[0].conf.Addr)
 		must(t, c[0].s.AddAllowedMember(ctx, m.conf.Addr))
 		must(t, c[1].s.RemoveMember(ctx, m.conf.Addr))
-		_, err := m.openWithin(ctxFor(t, 300*time.Millisecond))
+		_, err := m.openUntil(notAllowedYet)
 		is(t, err, ErrNotAllowed, m.conf.Addr)
 	})
 	t.Run("one that was admitted and never came", func(t *testing.T) {

@@ -51,10 +51,10 @@ func TestFilesRemovedUnderMember(t *testing.T) {
 				t.Error(err, s.silent())
 			}
 			s.checkNames()
+			m.stop()
 			if n := strings.Count(said.String(), "answers nothing any more"); n != 1 {
 				t.Errorf("%d lines: %s", n, said.String())
 			}
-			m.stop()
 			if what == "snap by an older copy" {
 				if got, _ := os.ReadFile(m.snap()); string(got) != "an older copy" {
 					t.Error("Close has changed a file that is not its own")

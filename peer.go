@@ -465,7 +465,7 @@ func (p *peer) serveReadIndex(ctx context.Context, x *exchange) error {
 			return err
 		}
 	}
-	return x.answerJSON(indexAnswer{at.index, at.term})
+	return x.answerJSON(indexAnswer{Index: at.index, Term: at.term, Refusal: at.refusal})
 }
 
 // serveTerm stays off raft's main loop: a read must not wait behind a slow disk.
@@ -797,7 +797,7 @@ func neverConnected(err error) bool {
 func (p *peer) readIndex(ctx context.Context, to, addr string, states uint64) (readPoint, error) {
 	var a indexAnswer
 	err := p.callJSON(ctx, request{route: "readindex", base: p.base(addr), to: to, again: true}, termAnswer{states}, &a)
-	return readPoint{a.Index, a.Term}, err
+	return readPoint{index: a.Index, term: a.Term, refusal: a.Refusal}, err
 }
 
 // askTerm is called with a context that ends with the Service.

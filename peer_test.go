@@ -86,12 +86,14 @@ func doorHost() *door {
 			}
 			return nil
 		},
-		stranger:  func(string) { d.strangers.Add(1) },
-		contact:   func(string) { d.contacts.Add(1) },
-		called:    func(string, string, time.Time, error) {},
-		propose:   func(_ context.Context, data []byte) ([]byte, error) { d.proposed.Add(1); return data, nil },
-		roundWith: func(_ string, states uint64) (readPoint, bool) { return readPoint{50, states}, states == 3 },
-		readIndex: func(context.Context) (readPoint, error) { return readPoint{50, 4}, nil },
+		stranger: func(string) { d.strangers.Add(1) },
+		contact:  func(string) { d.contacts.Add(1) },
+		called:   func(string, string, time.Time, error) {},
+		propose:  func(_ context.Context, data []byte) ([]byte, error) { d.proposed.Add(1); return data, nil },
+		roundWith: func(_ string, states uint64) (readPoint, bool) {
+			return readPoint{index: 50, term: states}, states == 3
+		},
+		readIndex: func(context.Context) (readPoint, error) { return readPoint{index: 50, term: 4}, nil },
 		join:      func(context.Context, joinRequest) (joinAnswer, error) { return joinAnswer{Cluster: "c"}, nil },
 		remove:    func(context.Context, string) error { return nil },
 		status:    func() statusAnswer { return statusAnswer{ID: "a"} },
@@ -617,11 +619,11 @@ func TestCalls(t *testing.T) {
 	if out, sent, err := b.propose(ctx, "a", addr, []byte("entry")); err != nil || !sent || string(out) != "entry" {
 		t.Errorf("propose: %q %v %v", out, sent, err)
 	}
-	if index, err := b.readIndex(ctx, "a", addr, 3); err != nil || index != (readPoint{50, 3}) {
-		t.Errorf("readindex: %d %v", index, err)
+	if index, err := b.readIndex(ctx, "a", addr, 3); err != nil || index != (readPoint{index: 50, term: 3}) {
+		t.Errorf("readindex: %v %v", index, err)
 	}
-	if index, err := b.readIndex(ctx, "a", addr, 5); err != nil || index != (readPoint{50, 4}) {
-		t.Errorf("readindex with a term that says nothing: %d %v", index, err)
+	if index, err := b.readIndex(ctx, "a", addr, 5); err != nil || index != (readPoint{index: 50, term: 4}) {
+		t.Errorf("readindex with a term that says nothing: %v %v", index, err)
 	}
 	if term, err := b.askTerm(ctx, "a", addr); err != nil || term != 7 {
 		t.Errorf("term: %d %v", term, err)
@@ -859,7 +861,7 @@ func TestSlowAnswer(t *testing.T) {
 	}
 	d.propose = func(ctx context.Context, data []byte) ([]byte, error) { return data, takesTime(ctx) }
 	d.readIndex = func(ctx context.Context) (readPoint, error) {
-		return readPoint{50, 3}, takesTime(ctx)
+		return readPoint{index: 50, term: 3}, takesTime(ctx)
 	}
 	p, _ := d.peer(t, false, nil)
 	p.slow = 100 * time.Millisecond

@@ -62,6 +62,7 @@ type landing struct {
 // A readPoint is the entry that a member must have applied before it reads. It is committed.
 type readPoint struct {
 	index, term uint64
+	refusal     string // why the leader took no write then; "" = it did
 }
 
 const roundTimeout = 2 * time.Second // of one round; Get goes on with the next until its context ends
@@ -220,7 +221,15 @@ func (s *Service) roundWith(from string, states uint64) (at readPoint, ok bool) 
 	if yes <= voters/2 || !s.leading(term) {
 		return readPoint{}, false
 	}
-	return readPoint{index, term}, true
+	return s.readPoint(index, term), true
+}
+
+func (s *Service) readPoint(index, term uint64) readPoint {
+	at := readPoint{index: index, term: term}
+	if p := s.refusal.Load(); p != nil {
+		at.refusal = (*p).Error()
+	}
+	return at
 }
 
 // leaderRound takes the commit index and then has a quorum confirm that no later term existed when it was taken.
@@ -240,7 +249,7 @@ func (s *Service) leaderRound(ctx context.Context) (readPoint, error) {
 	if !s.leading(term) {
 		return readPoint{}, errNotLeading
 	}
-	return readPoint{index, term}, nil // an entry of this term is applied, so the newest committed one is of it too
+	return s.readPoint(index, term), nil // an entry of this term is applied, so the newest committed one is of it too
 }
 
 // awaitApplied waits until this member has applied an entry that its leader has just said is committed. Raft's leader says so

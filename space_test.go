@@ -331,10 +331,15 @@ func (c *fullness) writes(when string, within time.Duration, except ...*scriptMe
 		if err := m.s.Set(ctx, "w", []byte(m.name)); err != nil {
 			c.t.Errorf("%s: %s writes: %v", when, m.name, err)
 		}
+		if m.s.unready() == nil {
+			if err := m.s.Ready(ctx); err != nil {
+				c.t.Errorf("%s: Ready of %s: %v", when, m.name, err)
+			}
+		}
 	}
 }
 
-// refused has every member refuse a write at once.
+// refused has every member refuse a write at once, and say so in Ready.
 func (c *fullness) refused(when string) {
 	c.t.Helper()
 	for _, m := range c.members {
@@ -343,6 +348,11 @@ func (c *fullness) refused(when string) {
 		if took := time.Since(began); took > 500*time.Millisecond || !errors.Is(err, ErrNotApplied) || !strings.Contains(fmt.Sprint(err), "no other voter can lead") {
 			c.t.Errorf("%s: %s answers a write after %v: %v", when, m.name, took, err)
 		}
+		ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)
+		if err := m.s.Ready(ctx); err == nil || m.s.unready() == nil && !strings.Contains(err.Error(), "no other voter can lead") {
+			c.t.Errorf("%s: Ready of %s: %v", when, m.name, err)
+		}
+		cancel()
 	}
 }
 

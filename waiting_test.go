@@ -117,7 +117,7 @@ func TestLeaderSaysWhomItRefuses(t *testing.T) {
 	words := newLogged("refused a member whose address is not allowed")
 	c := newCluster(t, 1, func(c *Config) { c.Logger = slog.New(words) })
 	m := newMember(t, c[0].conf.Addr)
-	_, err := m.openWithin(ctxFor(t, 300*time.Millisecond)) // asks several times
+	_, err := m.openWithin(ctxFor(t, 2*time.Second)) // asks several times
 	is(t, err, ErrNotAllowed)
 	if list := words.all(); len(list) != 1 || says(list[0], "AddAllowedMember", m.conf.Addr) != nil {
 		t.Errorf("%q", list)
@@ -164,7 +164,9 @@ func TestIgnoredJoinIsSaid(t *testing.T) {
 // Whatever is wrong with the way to a member, both sides' Ready says what it is and what to do.
 func TestWrongMounts(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 2)
+	c := newCluster(t, 2, func(c *Config) { // where compression is not left out, a member reads what is compressed
+		c.Client.Transport.(*http.Transport).DisableCompression = true
+	})
 	l, m := c.leader(t), c.follower(t)
 	only := func(method string) func(http.Handler) http.Handler {
 		return func(h http.Handler) http.Handler {
@@ -214,8 +216,6 @@ func TestWrongMounts(t *testing.T) {
 		"a limit":     {answers(413), "what stands before {base}/raft/ limits the size of a request: raise that, client_max_body_size in nginx"},
 		"another one": {answers(200), "what answers at {base}/raft/ is no member"},
 	} {
-		m.conf.Client.Transport.(*http.Transport).DisableCompression = true // where it isn't, this member reads what is compressed
-		l.conf.Client.Transport.(*http.Transport).DisableCompression = true
 		m.behind(mount.wrap)
 		want := strings.ReplaceAll(mount.want, "{base}", "http://"+m.conf.Addr)
 		for i, s := range []*Service{l.s, m.s} {
