@@ -24,7 +24,7 @@ import (
 const campaignEnv = "QUORATE_CAMPAIGN"
 
 // ownEnvs are what tests set for the processes that they start, which run this binary and have no campaign of their own.
-var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, logEnv, ioEnv, followerEnv}
+var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, logEnv, ioEnv, followerEnv, quotaEnv}
 
 // powerEnv, logEnv, ioEnv and followerEnv are the directories of what is traced: members, and a log alone.
 const (

@@ -13,12 +13,14 @@ import (
 	"io"
 	"net/url"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"syscall"
 	"unicode/utf8"
 
 	"modernc.org/sqlite"
+	sqlitelib "modernc.org/sqlite/lib"
 )
 
 // A conn is one connection of the driver, with its prepared statements, for one goroutine at a time. The driver is used
@@ -100,7 +102,7 @@ func (c *conn) exec(q query, args ...driver.Value) error {
 		return err
 	}
 	_, err = s.(driver.StmtExecContext).ExecContext(context.Background(), c.bind(args))
-	return err
+	return c.explain(err)
 }
 
 func (c *conn) query(q query, args ...driver.Value) (driver.Rows, error) {
@@ -108,7 +110,8 @@ func (c *conn) query(q query, args ...driver.Value) (driver.Rows, error) {
 	if err != nil {
 		return nil, err
 	}
-	return s.(driver.StmtQueryContext).QueryContext(context.Background(), c.bind(args))
+	rows, err := s.(driver.StmtQueryContext).QueryContext(context.Background(), c.bind(args))
+	return rows, c.explain(err)
 }
 
 // each calls f with the columns of every row; they are valid until f returns, but strings and bytes among them stay.
@@ -123,7 +126,7 @@ func (c *conn) each(q query, args []driver.Value, f func(v []driver.Value) error
 		if err := rows.Next(v); err == io.EOF {
 			return nil
 		} else if err != nil {
-			return err
+			return c.explain(err)
 		}
 		if err := f(v); err != nil {
 			return err
@@ -143,7 +146,7 @@ func (c *conn) one(q query) (n int64, err error) {
 // execText is for statements that run once, and for those pragmas that act when they are prepared.
 func (c *conn) execText(sql string) error {
 	_, err := c.raw.(driver.ExecerContext).ExecContext(context.Background(), sql, nil)
-	return err
+	return c.explain(err)
 }
 
 func (c *conn) pragma(p string) error { return c.execText("PRAGMA " + p) }
@@ -629,8 +632,35 @@ const (
 	sqliteMismatch   = 20
 	sqliteRange      = 25
 	sqliteNotADB     = 26
-	sqliteShmSize    = sqliteIOErr | 19<<8 // extended
+	sqliteWrite      = sqliteIOErr | 3<<8 // extended, as is the next
+	sqliteShmSize    = sqliteIOErr | 19<<8
 )
+
+// explain adds the system's error to that of a write which the quota of this user has refused. SQLite tells a full disk from a broken
+// one by ENOSPC alone, and takes EDQUOT for a failure. The same number from a sync is one.
+func (c *conn) explain(err error) error {
+	var e *sqlite.Error
+	if errors.As(err, &e) && e.Code() == sqliteWrite && c.systemErrno() == syscall.EDQUOT {
+		return fmt.Errorf("%w: %w", syscall.EDQUOT, err)
+	}
+	return err
+}
+
+// systemErrno is what the system has said to the call that failed last on this connection; 0 = unknown. The driver has no method for
+// it: where a later one has other fields, nothing is known, and a quota is a failed disk.
+func (c *conn) systemErrno() syscall.Errno {
+	v := reflect.Indirect(reflect.ValueOf(c.raw))
+	if v.Kind() != reflect.Struct {
+		return 0
+	}
+	tls, db := v.FieldByName("tls"), v.FieldByName("db")
+	f := reflect.ValueOf(sqlitelib.Xsqlite3_system_errno)
+	if !tls.IsValid() || !db.IsValid() || tls.Type() != f.Type().In(0) || db.Type() != f.Type().In(1) {
+		return 0
+	}
+	args := []reflect.Value{reflect.NewAt(tls.Type().Elem(), tls.UnsafePointer()), reflect.ValueOf(uintptr(db.Uint()))}
+	return syscall.Errno(f.Call(args)[0].Int())
+}
 
 // sqliteMemory are extended codes of I/O errors that came before any I/O: no memory, or no space for the index of the WAL in all
 // likelihood. Nothing that was written is in doubt.
@@ -639,6 +669,9 @@ var sqliteMemory = []int{sqliteIOErr | 12<<8, sqliteShmSize, sqliteIOErr | 18<<8
 func sqliteCode(err error) int {
 	var e *sqlite.Error
 	if errors.As(err, &e) {
+		if e.Code() == sqliteWrite && errors.Is(err, syscall.EDQUOT) {
+			return sqliteFull
+		}
 		return e.Code() & 0xff
 	}
 	return 0

@@ -492,5 +492,5 @@ func (c *conn) replace(path string) error {
 	if err == nil && more {
 		err = errors.New("not all pages were copied")
 	}
-	return errors.Join(err, b.Finish())
+	return c.explain(errors.Join(err, b.Finish()))
 }

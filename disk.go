@@ -22,9 +22,9 @@ func passing(err error) bool {
 	return err != nil && (isFull(err) || noDescriptor(err) || notBegun(err))
 }
 
-// isFull: the disk has no space left. With space back the same work succeeds.
+// isFull: the disk has no space left, or this user's quota has none. With space back the same work succeeds.
 func isFull(err error) bool {
-	return sqliteCode(err) == sqliteFull || errors.Is(err, syscall.ENOSPC)
+	return sqliteCode(err) == sqliteFull || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // noDescriptor: a file could not be opened, because the process or the system has too many open. A call that returns this has touched

@@ -92,8 +92,8 @@ func ioScript(t *testing.T, dir string) {
 	fmt.Println("closed", err)
 }
 
-// TestCampaignIO has every call that changes the directory of a member fail once, with the errors of a broken and of a full disk,
-// and files that can't grow, so that writes are cut short. Whatever it was, what is acknowledged is there after the next start.
+// TestCampaignIO has every call that changes the directory of a member fail once, with the errors of a broken disk, a full one and a
+// full quota, and files that can't grow, so that writes are cut short. Whatever it was, what is acknowledged is there after the next start.
 //
 // strace counts calls by thread, and which thread makes one is chance: so a case is the n-th call of a kind on a file by any one
 // thread, and only those in which a call did fail are counted.
@@ -138,7 +138,7 @@ func failCalls(t *testing.T, trial ioTrial, most int) {
 	rnd := rand.New(rand.NewPCG(seed, 11))
 	var all []ioCase
 	for _, c := range cases {
-		for _, name := range []string{"EIO", "ENOSPC"} {
+		for _, name := range []string{"EIO", "ENOSPC", "EDQUOT"} {
 			c.err = name
 			all = append(all, c)
 		}
@@ -261,9 +261,9 @@ func (c ioCase) play(t *testing.T, trial ioTrial, dir string, failed *atomic.Int
 	trial.judge(c, t, dir, said)
 }
 
-// heals: a member recovers from a full disk. What a sync that failed has left nobody knows, so that is for good whatever its error.
+// heals: a member recovers from a full disk and from a full quota. What a sync that failed has left nobody knows, so that is for good whatever its error.
 func (c ioCase) heals() bool {
-	return c.err == "ENOSPC" && !strings.HasSuffix(c.call, "sync") && !strings.HasPrefix(c.call, "unlink")
+	return c.err != "EIO" && !strings.HasSuffix(c.call, "sync") && !strings.HasPrefix(c.call, "unlink")
 }
 
 // judgeFollower takes the words of followerScript.
@@ -357,4 +357,82 @@ func possible(results map[int]string, key int, got string) bool {
 		}
 	}
 	return got == last
+}
+
+const quotaEnv = "QUORATE_TEST_QUOTA" // where the second run keeps its store
+
+// SQLite takes a full quota for a failed disk. To a member it is a full disk: nothing is lost, and the next try may succeed. The
+// same number from a sync is for good.
+func TestQuotaOfTheState(t *testing.T) {
+	if dir := os.Getenv(quotaEnv); dir != "" {
+		fillQuota(t, dir)
+		return
+	}
+	t.Parallel()
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		t.Skip("no strace")
+	}
+	dir := quickDir(t)
+	cmd := exec.Command(strace, "-f", "-qq", "-o", filepath.Join(dir, "trace"), "-P", filepath.Join(dir, "snap-wal"), "-P", filepath.Join(dir, "copy"),
+		"-e", "trace=pwrite64,write,fsync,fdatasync", "-e", "inject=pwrite64:error=EDQUOT:when=20..39", "-e", "inject=write:error=EDQUOT", "-e", "inject=fsync,fdatasync:error=EDQUOT:when=6+",
+		os.Args[0], "-test.run=^TestQuotaOfTheState$", "-test.v")
+	cmd.Env = append(os.Environ(), quotaEnv+"="+dir)
+	said, err := cmd.CombinedOutput()
+	trace, _ := os.ReadFile(filepath.Join(dir, "trace"))
+	if !bytes.Contains(trace, []byte("(INJECTED)")) {
+		t.Skipf("strace does not work here: %v: %s", err, said)
+	}
+	if err != nil {
+		t.Fatalf("%v: %s", err, said)
+	}
+}
+
+// fillQuota stays on one thread, as strace counts calls by thread.
+func fillQuota(t *testing.T, dir string) {
+	runtime.LockOSThread()
+	s := openTestStore(t, filepath.Join(dir, "snap"), testBudget)
+	var full []error
+	keys := 0
+	for ; keys < 100 && len(full) < 5; keys++ {
+		tx, err := s.begin()
+		must(t, err)
+		setTx(t, tx, fmt.Sprint("k", keys), bytes.Repeat([]byte("v"), 900))
+		tx.meta.applied++
+		tx.meta.term = 1
+		tx.commit()
+		if err := s.flush(); err != nil {
+			full = append(full, err)
+		}
+	}
+	if len(full) < 5 {
+		t.Fatal("the quota was not met")
+	}
+	if err := s.writer.copyTo(filepath.Join(dir, "copy")); err != nil {
+		full = append(full, err)
+	}
+	for _, err := range full {
+		if !isFull(err) || isIO(err) || !passing(err) || !errors.Is(err, syscall.EDQUOT) {
+			t.Errorf("isFull %v, isIO %v: %v", isFull(err), isIO(err), err)
+		}
+	}
+	for range 100 {
+		if err := s.flush(); err == nil {
+			break
+		}
+	}
+	must(t, s.sync(t.Context()))
+	must(t, s.barrier())
+	if m, err := receiveCopy(t, s); err != nil || m.keys != uint64(keys) {
+		t.Fatal(m.keys, keys, err)
+	}
+	for range 100 {
+		if err := s.barrier(); err != nil {
+			if !isIO(err) || passing(err) {
+				t.Errorf("a sync that has failed passes: %v", err)
+			}
+			return
+		}
+	}
+	t.Error("no sync failed")
 }

@@ -17,6 +17,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"modernc.org/sqlite"
@@ -190,9 +191,25 @@ func (c *conn) copyTo(path string) (err error) {
 		err = errors.New("not all pages were copied")
 	}
 	if err = errors.Join(err, b.Finish()); err != nil {
-		return err
+		return explainWrite(path, err)
 	}
 	return leaveWAL(path)
+}
+
+// explainWrite asks the system for what it has said to a connection that is closed: the file is a copy, and another page does no harm.
+func explainWrite(path string, err error) error {
+	if e := new(sqlite.Error); !errors.As(err, &e) || e.Code() != sqliteWrite {
+		return err
+	}
+	f, again := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if again == nil {
+		_, again = f.Write(make([]byte, pageSize))
+		again = errors.Join(again, f.Close())
+	}
+	if errors.Is(again, syscall.EDQUOT) {
+		return fmt.Errorf("%w: %w", syscall.EDQUOT, err)
+	}
+	return err
 }
 
 // leaveWAL sets a copy's header back to the rollback journal, so that it is complete without a WAL.
