@@ -75,12 +75,12 @@ func TestStatusOfOthers(t *testing.T) {
 		killed := time.Now()
 		c.obey("kill L")
 		c.obey("elect N among F G")
+		time.Sleep(time.Second) // the other one has heard of it
 		for _, m := range c.running(nil) {
 			if st := m.s.Status(); !st.LeaderSince.After(killed) {
 				t.Errorf("%s follows the new leader since %v, before the old one was killed at %v", m.name, st.LeaderSince, killed)
 			}
 		}
-		time.Sleep(time.Second)
 		if m := c.seenBy("N", "L"); m.Lag >= 0 || !strings.Contains(m.LastError, "refused the connection") {
 			t.Errorf("the new leader says of the dead one: %+v", m)
 		}
