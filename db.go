@@ -46,14 +46,15 @@
 // One Set: db.go (the call) → tx.go (its limits and its verdict) → op.go (its bytes) → batch.go (one entry for all that wait) →
 // raft and logstore.go (the log), ahead.go (to the others meanwhile) → fsm.go (apply) → sqlstore.go and memory.go (the state) →
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
-// What else reads: list.go, watch.go, query.go. The other rooms: peer.go, transport.go, link.go and frame.go (how members talk),
-// member.go (who takes part), join.go (how one asks to take part), succession.go (who leads when the leader is gone), handover.go (who
-// leads when the leader should not), space.go (how much the disk has left), identity.go (who this member is), recover.go (how a directory comes to life), founding.go (how
-// members begin together), copy.go and pieces.go (how a state travels), waiting.go (who waits to take part),
-// restore.go (how a backup becomes a member), health.go (what is wrong now), pace.go (how fast disks are), reach.go (who
-// reaches whom), status.go (a Status as JSON), stranger.go (who else has this address), certificate.go (how long certificates are valid), journal.go (what is logged of the others),
-// slog.go (what raft says), logqueue.go (how lines reach the caller),
-// keyturn.go (whose Update of a key is next).
+// What else reads: list.go, watch.go, query.go. One Update: keyturn.go (whose turn it is), then a Get and a Set.
+//
+// How members talk: peer.go, transport.go, link.go and frame.go; copy.go and pieces.go (how a state travels). Who takes part:
+// member.go, join.go (how one asks to), waiting.go (who waits to), founding.go (how members begin together), stranger.go (who else
+// has this address). Who leads: succession.go (when the leader is gone), handover.go (when it should not lead). How a directory comes
+// to life: identity.go (who this member is), recover.go, restore.go (out of a backup). What is wrong: health.go (the faults), space.go
+// (how much the disk has left), pace.go (how fast it is), disk.go (which errors pass), names.go and seat.go (files taken away, locks
+// dropped), reach.go (who reaches whom), certificate.go. What is said: status.go (a Status as JSON), journal.go (lines about the
+// others), slog.go (raft's lines), logqueue.go (their way to the caller).
 package quorate
 
 import (

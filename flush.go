@@ -788,7 +788,7 @@ func (s *store) forgive() error {
 		return s.explain("take over", err)
 	}
 	if err := s.checkSchema(); err != nil {
-		s.log.Error("the next Open would refuse this file if this were not the only member", "err", err)
+		s.log.Error("the next Open would refuse this file if this were not the only member", "error", err)
 	}
 	s.isReplaced()
 	return nil
@@ -969,7 +969,7 @@ func (s *store) shrink() {
 		return
 	}
 	if err := s.writer.pragma("shrink_memory"); err != nil {
-		s.log.Warn("shrink", "path", s.path, "err", err)
+		s.log.Warn("shrink", "path", s.path, "error", err)
 	}
 }
 
@@ -1004,7 +1004,7 @@ func (s *store) checkpoint(ctx context.Context) {
 			continue
 		}
 		if !warned {
-			s.log.Warn("checkpoint", "path", s.path, "err", err)
+			s.log.Warn("checkpoint", "path", s.path, "error", err)
 		}
 		if warned = true; c != nil { // where descriptors were short, SQLite may have opened it for reading only
 			c.close()

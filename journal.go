@@ -223,7 +223,7 @@ func (t *trouble) goesOn(log *slog.Logger, words string, err error, attrs ...any
 	if age >= outageAfter {
 		attrs = append(attrs, "for", age.Round(time.Second))
 	}
-	log.Warn(words, append(attrs, "err", err)...)
+	log.Warn(words, append(attrs, "error", err)...)
 }
 
 // over is called after a try that did not fail.

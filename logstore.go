@@ -641,7 +641,7 @@ func (l *logStore) try(what string, op func() error) (err error) {
 		return err
 	}
 	if err = l.attemptLocked(what, op); noDescriptor(err) && l.wal != nil {
-		l.log.Warn("the log met the limit of open files and has used its spare descriptor", "dir", l.dir, "err", err)
+		l.log.Warn("the log met the limit of open files and has used its spare descriptor", "dir", l.dir, "error", err)
 		err = l.attemptLocked(what, op)
 	}
 	if isFull(err) && l.room != nil && l.room() {
@@ -764,7 +764,7 @@ func (l *logStore) tell(err error) {
 		l.waiting = err
 		l.mu.Unlock()
 		if begins {
-			l.log.Warn("the log takes no entries for now, and tries again", "dir", l.dir, "err", err)
+			l.log.Warn("the log takes no entries for now, and tries again", "dir", l.dir, "error", err)
 			l.fault(err)
 		}
 	default:
@@ -783,7 +783,7 @@ func (l *logStore) stick(err error) {
 	}
 	l.mu.Unlock()
 	if first {
-		l.log.Error("log failed; only a restart clears this", "dir", l.dir, "err", err)
+		l.log.Error("log failed; only a restart clears this", "dir", l.dir, "error", err)
 		l.fault(err)
 	}
 }
@@ -990,7 +990,7 @@ func (f *filer) Delete(baseIndex, id uint64) error {
 		f.turn.Lock()
 		defer f.turn.Unlock()
 		if err := f.Filer.Delete(baseIndex, id); err != nil && !noDescriptor(err) { // for syncing the directory: the file is gone
-			f.log.Warn("a part of the log that is no longer needed stays until the next start", "dir", f.dir, "segment", id, "err", err)
+			f.log.Warn("a part of the log that is no longer needed stays until the next start", "dir", f.dir, "segment", id, "error", err)
 		}
 	})
 	return nil

@@ -543,7 +543,7 @@ func (p *peer) serveState(ctx context.Context, x *exchange) error {
 	err := p.host.state(ctx, w)
 	if err == nil || w.begun {
 		if err != nil {
-			p.log.Warn("state cut short", "to", peerName(x.from, x.fromAddr), "err", err)
+			p.log.Warn("state cut short", "to", peerName(x.from, x.fromAddr), "error", err)
 		}
 		return nil
 	}

@@ -76,7 +76,7 @@ func (s *store) watchNames() error {
 func (s *store) guardLocks() {
 	var err error
 	if s.guard, err = guardLocks(s.path); err != nil {
-		s.log.Debug("the locks of snap are SQLite's alone: a program that opens snap itself drops them", "path", s.path, "err", err)
+		s.log.Debug("the locks of snap are SQLite's alone: a program that opens snap itself drops them", "path", s.path, "error", err)
 	}
 }
 
@@ -236,7 +236,7 @@ func (s *store) reconnect() error {
 			s.placing.Store(false)
 			break
 		}
-		s.log.Warn("open the file that was put in place", "path", s.path, "err", err)
+		s.log.Warn("open the file that was put in place", "path", s.path, "error", err)
 		if _, missing := os.Stat(s.path); isMissing(missing) {
 			err = fmt.Errorf("%s: %w", s.path, errGone)
 		} else if passing(err) || isBusy(err) {

@@ -722,7 +722,7 @@ func (s *store) endWrites() (ended bool, err error) {
 	}
 	switch {
 	case isBusy(err), errors.Is(err, errForeign):
-		s.log.Warn("the last changes are in the log only", "path", s.path, "err", err)
+		s.log.Warn("the last changes are in the log only", "path", s.path, "error", err)
 		return false, nil
 	case err != nil:
 		return false, fmt.Errorf("the last changes are in the log only: %w", err)
