@@ -159,7 +159,7 @@ func (b *batcher) enqueue(ctx context.Context, p *pending) (*flight, error) {
 	if b.closed != nil {
 		return nil, notApplied(b.closed)
 	}
-	if b.idle == 0 && b.refusal != nil && time.Since(b.refusedAt) < 2*resendMax { // the next try of what has the slots will tell
+	if b.stuckLocked() && b.refusal != nil && time.Since(b.refusedAt) < 2*resendMax { // the next try of what it would wait for will tell
 		return nil, notApplied(b.refusal)
 	}
 	b.queue = append(b.queue, p)
@@ -480,9 +480,14 @@ func (b *batcher) refuseAll(f *flight, cause error) bool {
 func (b *batcher) refuseQueue(cause error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.idle == 0 {
+	if b.stuckLocked() {
 		b.refuseQueueLocked(cause)
 	}
+}
+
+// stuckLocked: no batch is formed before one that was sent has its answer.
+func (b *batcher) stuckLocked() bool {
+	return b.idle == 0 || b.fence != nil || b.ackedLocked() < b.barrier
 }
 
 func (b *batcher) refuseQueueLocked(cause error) {

@@ -227,6 +227,7 @@ type Service struct {
 	relief   relief
 	refusal  atomic.Pointer[error] // why this leader takes no writes; nil = it does
 	ballast  *ballast
+	trial    trial
 	replaced atomic.Bool   // a voter that is fit would lead in the place of this leader, whose log waits for space
 	fitness  chan struct{} // has room for one: this member's fitness to lead may have changed
 

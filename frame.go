@@ -147,13 +147,16 @@ type statusAnswer struct {
 	Held          bool          `json:"held,omitempty"`      // a majority of the founders does not vote yet, so that nothing is acknowledged
 	Empty         bool          `json:"empty,omitempty"`     // it is a member of nothing, and asks nobody to be admitted
 	Healthy       bool          `json:"healthy"`
-	LogFull       bool          `json:"logfull,omitempty"` // its log takes no entries for now
+	LogFull       bool          `json:"logfull,omitempty"` // its log takes no entries for now: as far as it knows, or with queryTryLog after a try
 	Unfit         string        `json:"unfit,omitempty"`   // why it should not lead; a release that does not say is fit if it is healthy
 	Fsync         int64         `json:"fsync,omitempty"`   // µs that its appends to the log take, with their fsync; 0 = none yet, or the release does not say
 	Members       []memberAddr  `json:"members"`
 	Reached       []reachAnswer `json:"reached,omitempty"` // a release that does not say gives none
 	Marks         []markAnswer  `json:"marks,omitempty"`
 }
+
+// queryTryLog is the query of a GET status that asks for a try.
+const queryTryLog = "try=log"
 
 // A reachAnswer is what became of the calls of the member that answers to another one. Times are ms before the answer.
 type reachAnswer struct {

@@ -142,10 +142,18 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 	}
 	all := voters(s.raft.Load().GetConfiguration().Configuration())
 	replies := make(chan reply, len(all))
-	go s.askOthers(ctx, all, func(i int, a statusAnswer, err error) { replies <- reply{all[i], a, err} })
-	found := survey{ready: 1, voters: len(all)}
-	if s.faults.first(faultLogFull) != nil {
-		found.ready--
+	ask, ready := s.askOthers, s.faults.first(faultLogFull)
+	full := !c.leaving && s.suffers(refusesLeading) != nil
+	if full { // then others may be, and not know it
+		ask = s.tryOthers
+	}
+	go ask(ctx, all, func(i int, a statusAnswer, err error) { replies <- reply{all[i], a, err} })
+	if full && ready == nil {
+		ready = s.tryLog(ctx)
+	}
+	found := survey{voters: len(all)}
+	if ready == nil {
+		found.ready++
 	}
 	var enough <-chan time.Time
 	for range len(all) - 1 {
@@ -221,6 +229,8 @@ func (s *Service) mayLead(m raft.Server, a statusAnswer, err error, term uint64,
 		return 0, errors.New("it has a fault of its own")
 	case a.Unfit != "" && !c.leaving:
 		return 0, fmt.Errorf("it is unfit to lead: %s", a.Unfit)
+	case a.LogFull && !c.leaving:
+		return 0, errors.New("its log takes no entry now")
 	case a.Role != Follower.String():
 		return 0, fmt.Errorf("it takes itself for a %s", a.Role)
 	case a.Term != term:

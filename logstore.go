@@ -71,7 +71,7 @@ type logOptions struct {
 }
 
 // A logStore is raft's LogStore, StableStore and MonotonicLogStore.
-// Lock order: write, files, mu.
+// Lock order: write, files, probing, mu.
 type logStore struct {
 	logOptions
 	sink   *walSink
@@ -84,6 +84,7 @@ type logStore struct {
 	files sync.RWMutex
 	wal   *wal.WAL // nil while it is away: a reopening failed and is tried again, or after close
 
+	probing sync.Mutex     // held while the file of a probe is there, over its I/O
 	removal sync.WaitGroup // of segment files that nothing refers to any more
 	reserve *reserve       // write guards its spare descriptor
 	names   *nameWatch     // of the files that are open
@@ -220,6 +221,8 @@ func (l *logStore) close() error {
 		l.wal = nil
 	}
 	l.removal.Wait()
+	l.probing.Lock() // none begins after this
+	l.probing.Unlock()
 	l.reserve.close()
 	return l.closeErr
 }
@@ -600,7 +603,7 @@ func (l *logStore) probe() {
 		return
 	}
 	l.write.Lock()
-	err := l.tryFile()
+	err := l.tryFile(l.segmentSize)
 	l.write.Unlock()
 	if err == nil {
 		l.passed()
@@ -609,11 +612,19 @@ func (l *logStore) probe() {
 
 const probeName = "probe"
 
-// tryFile takes as much space as an append may need, which is a new segment. A file of that name may be left of a probe that was cut
-// short, and Create makes no file twice.
-func (l *logStore) tryFile() error {
+// trySmall looks whether there is space for a few entries. An append does not wait for it.
+func (l *logStore) trySmall() error { return l.tryFile(len(zeros)) }
+
+// tryFile takes so much space; that of a segment is as much as an append may need. A file of that name may be left of a probe that was
+// cut short, and Create makes no file twice.
+func (l *logStore) tryFile(size int) error {
+	l.probing.Lock()
+	defer l.probing.Unlock()
+	if isClosed(l.closed) {
+		return ErrClosed
+	}
 	l.vfs.Delete(l.dir, probeName)
-	f, err := l.vfs.Create(l.dir, probeName, uint64(l.segmentSize))
+	f, err := l.vfs.Create(l.dir, probeName, uint64(size))
 	if err != nil {
 		l.vfs.Delete(l.dir, probeName)
 		return err

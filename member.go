@@ -174,6 +174,7 @@ func (s *Service) startPeer() {
 		transfer:   s.serveTransfer,
 		standsLast: s.standsLast,
 		logWaits:   func() error { return s.faults.first(faultLogFull) },
+		tryLog:     s.tryLog,
 		answers:    s.turns.answers,
 		status:     s.statusAnswer,
 		confirm:    s.confirmLeader,
@@ -759,6 +760,15 @@ func (s *Service) probe(ctx context.Context, list []raft.Server, configIndex uin
 
 // askOthers asks all of the list but this member for their status, at once, and calls f with each answer, one at a time.
 func (s *Service) askOthers(ctx context.Context, list []raft.Server, f func(i int, a statusAnswer, err error)) {
+	s.askEach(ctx, list, s.peer.status, f)
+}
+
+// tryOthers is askOthers of members that try out their logs first.
+func (s *Service) tryOthers(ctx context.Context, list []raft.Server, f func(i int, a statusAnswer, err error)) {
+	s.askEach(ctx, list, s.peer.statusTried, f)
+}
+
+func (s *Service) askEach(ctx context.Context, list []raft.Server, ask func(context.Context, string) (statusAnswer, error), f func(int, statusAnswer, error)) {
 	var mu sync.Mutex // held by f
 	var wg sync.WaitGroup
 	for i, m := range list {
@@ -767,7 +777,8 @@ func (s *Service) askOthers(ctx context.Context, list []raft.Server, f func(i in
 		}
 		wg.Go(func() {
 			base, began := baseURL(s.addressOf(m), s.conf.TLS), time.Now()
-			a, err := s.askStatus(ctx, m.ID, base)
+			a, err := ask(ctx, base)
+			err = s.checkStatus(m.ID, base, a, err)
 			s.reach.called(string(m.ID), base, began, err)
 			mu.Lock()
 			defer mu.Unlock()
@@ -780,13 +791,17 @@ func (s *Service) askOthers(ctx context.Context, list []raft.Server, f func(i in
 // askStatus is what this member of this cluster says of itself, if it is the one that answers there.
 func (s *Service) askStatus(ctx context.Context, id raft.ServerID, base string) (statusAnswer, error) {
 	a, err := s.peer.status(ctx, base)
+	return a, s.checkStatus(id, base, a, err)
+}
+
+func (s *Service) checkStatus(id raft.ServerID, base string, a statusAnswer, err error) error {
 	switch {
 	case err != nil:
-		return a, explain(err, base)
+		return explain(err, base)
 	case a.ID != string(id) || a.Cluster != s.ident().cluster:
-		return a, fmt.Errorf("member %s answers at %s", shortID(a.ID), base)
+		return fmt.Errorf("member %s answers at %s", shortID(a.ID), base)
 	}
-	return a, nil
+	return nil
 }
 
 // serveJoin admits a new member, or takes the new address of an old one. Only the leader decides; any member notes an

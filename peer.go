@@ -72,6 +72,7 @@ type peerHost struct {
 	incoming  func() string // the file in which a snapshot that comes in pieces grows; nil: none is taken in pieces
 
 	logWaits   func() error                        // why the log takes no entries for now
+	tryLog     func(ctx context.Context) error     // the same, after a try
 	standsLast func() bool                         // this member does not stand for election yet
 	answers    func(id raft.ServerID, term uint64) // a peer has answered an append of raft's
 
@@ -529,7 +530,11 @@ func (p *peer) serveStatus(ctx context.Context, x *exchange) error {
 	if _, cluster, _ := p.host.self(); x.from != "" && x.cluster != cluster {
 		p.host.confirm(ctx)
 	}
-	return x.answerJSON(p.host.status())
+	a := p.host.status()
+	if x.req.URL.RawQuery == queryTryLog && !a.LogFull {
+		a.LogFull = p.host.tryLog(ctx) != nil
+	}
+	return x.answerJSON(a)
 }
 
 // serveState: once bytes have gone out an error can only cut the stream short, which its checksum at the end tells.
@@ -832,6 +837,11 @@ func (p *peer) transfer(ctx context.Context, to, addr, target string) error {
 
 func (p *peer) status(ctx context.Context, base string) (statusAnswer, error) {
 	return p.askedStatus(ctx, request{method: http.MethodGet, route: "status", base: base})
+}
+
+// statusTried is status of a member that has tried out whether its log takes an entry. Release 0.1.0 says what it knows.
+func (p *peer) statusTried(ctx context.Context, base string) (statusAnswer, error) {
+	return p.askedStatus(ctx, request{method: http.MethodGet, route: "status", base: base, query: queryTryLog})
 }
 
 // statusBy is status on a new connection, by way of an address of base's name.

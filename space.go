@@ -9,6 +9,7 @@ package quorate
 // reserve is there for that. The reserve is made again when there is space for it and the limit both.
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -28,6 +29,8 @@ const (
 	spaceOften  = 250 * time.Millisecond // while there is too little
 	probeFalse  = 5 * time.Second        // a log that is full again within this time after a probe is probed more and more rarely, up to every
 	probeMost   = 32 * time.Second
+	trialFresh  = 250 * time.Millisecond
+	trialLimit  = 500 * time.Millisecond // for the answer to a leader, which waits for probeTimeout
 	reserveName = "reserve"
 )
 
@@ -209,6 +212,59 @@ func (p *probing) tried(passed bool) {
 	if passed {
 		p.passed, p.full = time.Now(), false
 	}
+}
+
+// A trial is the newest attempt to find out whether the log takes an entry. It serves all who ask within a moment, for anybody may ask.
+type trial struct {
+	mu    sync.Mutex // guards the fields below
+	began time.Time
+	ended chan struct{} // closed when err is there; nil = there was none yet
+	err   error
+}
+
+// outcome is that of attempt, or of one that began a moment ago. ctx ends the wait for it alone.
+func (t *trial) outcome(ctx context.Context, attempt func() error) error {
+	t.mu.Lock()
+	ended := t.ended
+	if ended == nil || isClosed(ended) && time.Since(t.began) > trialFresh {
+		ended = make(chan struct{})
+		t.began, t.ended = time.Now(), ended
+		go func() {
+			err := attempt()
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			t.err = err
+			close(ended)
+		}()
+	}
+	t.mu.Unlock()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.err
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}
+
+// tryLog says why this member's log takes no entry now. What is known may be nothing where none was appended: then it is tried out.
+func (s *Service) tryLog(ctx context.Context) error {
+	if err := s.faults.first(faultLogFull); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, trialLimit)
+	defer cancel()
+	return s.trial.outcome(ctx, s.wal.trySmall)
 }
 
 // spaceNeeded gives the reserve back to a log or a state that has met a full disk. True: trying again is worth it.

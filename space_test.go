@@ -153,11 +153,11 @@ func TestProbeTakesASegment(t *testing.T) {
 	l := reopenLog(t, nil, o)
 	appendLog(t, l, 1, 1, 3)
 	sizes.most.Store(300 << 10)
-	if l.tryFile() == nil {
+	if l.tryFile(l.segmentSize) == nil {
 		t.Error("a probe finds space where a segment does not")
 	}
 	sizes.most.Store(0)
-	must(t, l.tryFile())
+	must(t, l.tryFile(l.segmentSize))
 }
 
 func setCreate(f *faultFS, err error) { f.createErr = err }
@@ -474,6 +474,54 @@ func TestLogsAreFull(t *testing.T) {
 				time.Sleep(time.Second)
 				c.writes("with space back", time.Second)
 				c.changes("with space back", 0, 1)
+				c.obey("await equal")
+			})
+		})
+	}
+}
+
+// Whether a log takes an entry is not known before it was tried. A leader that hands over where the next one finds no majority of logs
+// for its first entry leaves the cluster without reads: it stays, refuses writes, and reads go on.
+func TestNoHandOverWithoutLogs(t *testing.T) {
+	t.Parallel()
+	for what, fill := range map[string]func(t *testing.T, c *fullness, l, f *scriptMember){
+		"the leader has little space, and a voter's log is full": func(t *testing.T, c *fullness, l, f *scriptMember) {
+			f.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+			must(t, l.s.Set(t.Context(), "w", nil)) // meets it
+			l.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+			c.disks[l].free.Store(20 << 10)
+		},
+		"both have little space, and full logs that nobody has tried": func(t *testing.T, c *fullness, l, f *scriptMember) {
+			for _, m := range []*scriptMember{f, l} {
+				m.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+				c.disks[m].free.Store(20 << 10)
+			}
+		},
+		"the leader's log is full, and one that nobody has tried": func(t *testing.T, c *fullness, l, f *scriptMember) {
+			for _, m := range []*scriptMember{f, l} {
+				m.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+			}
+			c.disks[l].free.Store(20 << 10)
+			l.s.Set(ctxFor(t, time.Millisecond), "w", nil)
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := newFullness(t)
+				defer c.end()
+				l, f := c.cast["L"], c.cast["F"]
+				fill(t, c, l, f)
+				time.Sleep(2500 * time.Millisecond)
+				c.reads("full", f)
+				c.changes("full", 0, 0)
+				c.refused("full")
+				for _, m := range []*scriptMember{f, l} {
+					m.conf.vfs.(*faultFS).fail(setWrite, nil)
+					c.disks[m].free.Store(1 << 39)
+				}
+				time.Sleep(time.Second)
+				c.writes("with space back", time.Second)
 				c.obey("await equal")
 			})
 		})

@@ -788,6 +788,7 @@ type request struct {
 	method string // "" is POST
 	route  string
 	base   string // http(s)://host:port
+	query  string
 	to     string // the member that must answer, "" if it is not known
 	body   []byte
 	stream io.Reader
@@ -910,6 +911,7 @@ func (p *peer) do(ctx context.Context, r request) (*http.Response, error) {
 	}
 	scheme, host, _ := strings.Cut(strings.TrimSuffix(r.base, "/"), "://")
 	req.URL.Scheme, req.URL.Host, req.URL.Path = scheme, host, "/raft/"+r.route
+	req.URL.RawQuery = r.query
 	req.Host = host
 	req.ContentLength = size
 	id, cluster, addr := p.host.self()
