@@ -222,7 +222,7 @@ func (l *logStore) close() error {
 	}
 	l.removal.Wait()
 	l.probing.Lock() // none begins after this
-	l.probing.Unlock()
+	defer l.probing.Unlock()
 	l.reserve.close()
 	return l.closeErr
 }
