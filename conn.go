@@ -231,8 +231,9 @@ type strangeSchema struct{ objects []object }
 
 type object struct{ kind, name, on, sql string }
 
+// drop is for people too, who paste all of a list: a table takes its indexes with it, and a virtual one others.
 func (o object) drop() string {
-	return fmt.Sprintf(`DROP %s "%s"`, strings.ToUpper(o.kind), strings.ReplaceAll(o.name, `"`, `""`))
+	return fmt.Sprintf(`DROP %s IF EXISTS "%s"`, strings.ToUpper(o.kind), strings.ReplaceAll(o.name, `"`, `""`))
 }
 
 func (e *strangeSchema) Error() string {
@@ -297,6 +298,26 @@ func (c *conn) dropTriggers() (dropped []string, err error) {
 		dropped = append(dropped, o.sql)
 	}
 	return dropped, err
+}
+
+// dropStrange takes away what another program has put beside our tables, except what has a name that a format of ours takes.
+func (c *conn) dropStrange() error {
+	err := c.checkSchema()
+	strange := new(strangeSchema)
+	if !errors.As(err, &strange) {
+		return err
+	}
+	if strange.inTheWay() {
+		return err
+	}
+	kinds := []string{"trigger", "view", "index", "table"}
+	slices.SortStableFunc(strange.objects, func(a, b object) int { return slices.Index(kinds, a.kind) - slices.Index(kinds, b.kind) })
+	for _, o := range strange.objects {
+		if again := c.execText(o.drop()); again != nil {
+			return fmt.Errorf("%w (%w)", err, again)
+		}
+	}
+	return nil
 }
 
 // createTables adds what a format has brought.

@@ -779,6 +779,8 @@ func (s *Service) backup(ctx context.Context, w io.Writer) (revision uint64, err
 // further Restore of the same file begins higher, as long as the clock does not go back. Revisions stay below 2^53 until 2156. A
 // state in which nothing was ever written begins at 0.
 //
+// Tables, indexes, views and triggers that another program has put into the file, beside a member that was alone, are left out.
+//
 // from may be a symbolic link. dir must be empty or missing. Before it answers nil Restore reads back all that it has made; if it
 // answers an error, dir is as it was, and calling it again is safe. Errors: ErrLocked if a member has the file or dir open; ErrInvalid
 // if dir holds a member, or if from is not whole, as a copy of a running member's snap alone (the error says how to make a whole one);

@@ -356,7 +356,7 @@ func (s source) takeIn(path string) error {
 	if before != after { // the lock is not where this name leads
 		return fmt.Errorf("%w: %s has changed while it was copied: close the member that has it open, or use its Backup", ErrLocked, s.path)
 	}
-	st, err := openStore(storeOptions{path: path, memory: -1, log: slog.New(slog.DiscardHandler)})
+	st, err := openStore(storeOptions{path: path, memory: -1, log: slog.New(slog.DiscardHandler), lone: true})
 	if err != nil {
 		return err
 	}
@@ -441,7 +441,8 @@ func revisionAfter(old uint64, now time.Time) uint64 {
 var revisionEpoch = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // restoreInto makes dst out of src, which is whole and not in use: the same rows under a changed meta, and nothing of the cluster
-// that src belonged to. What it has made it reads back as a whole.
+// that src belonged to, nor of another program that has put tables beside ours: a lone member runs beside them and backs them up, and
+// no member that is to join would take them. What it has made it reads back as a whole.
 func restoreInto(dst, src string, change func(*meta)) (meta, error) {
 	m, err := restoreFile(dst, src, change)
 	if err != nil {
@@ -451,7 +452,7 @@ func restoreInto(dst, src string, change func(*meta)) (meta, error) {
 }
 
 func restoreFile(dst, src string, change func(*meta)) (m meta, err error) {
-	was, err := checkFile(src)
+	was, err := checkFileOf(src, true)
 	if err != nil {
 		return m, err
 	}
@@ -464,6 +465,9 @@ func restoreFile(dst, src string, change func(*meta)) (m meta, err error) {
 	}
 	defer from.Close()
 	err = buildFile(dst, dst+".new", func(c *conn) error {
+		if err := c.dropStrange(); err != nil {
+			return err
+		}
 		m, err = c.detach(change)
 		return err
 	}, from)

@@ -534,3 +534,56 @@ func TestRestoreOfAFileThatChanges(t *testing.T) {
 	<-stopped
 	must(t, Restore(filepath.Join(base, "quiet"), filepath.Join(dir, "snap")))
 }
+
+// A lone member goes on beside what another program has put into snap. So its backup, and its file, are taken without that.
+func TestRestoreLeavesOutWhatIsNotOurs(t *testing.T) {
+	t.Parallel()
+	base := t.TempDir()
+	s := fullDir(t, filepath.Join(base, "d"))
+	sqlite3(t, s.store.path, `CREATE TABLE _litestream_seq (id INTEGER PRIMARY KEY, seq INTEGER); INSERT INTO _litestream_seq VALUES (1, 1);
+		CREATE TABLE _litestream_lock (id INTEGER UNIQUE); CREATE INDEX "their ""own" ON _litestream_seq (seq); CREATE INDEX values_of ON kv (value);
+		CREATE VIEW look AS SELECT * FROM _litestream_seq; CREATE VIRTUAL TABLE words USING fts5(a); INSERT INTO words VALUES ('x'); ANALYZE`)
+	eventually(t, patience, "Err names it", func() error {
+		if err := s.Err(); err == nil || !strings.Contains(err.Error(), `DROP TABLE IF EXISTS "_litestream_seq"`) {
+			return fmt.Errorf("Err is %v", err)
+		}
+		return nil
+	})
+	must(t, s.Set(t.Context(), "after", nil))
+	backup := func(name string) string {
+		f, err := os.Create(filepath.Join(base, name))
+		must(t, err)
+		_, err = s.Backup(t.Context(), f)
+		must(t, errors.Join(err, f.Close()))
+		return f.Name()
+	}
+	of := map[string]string{"a backup": backup("backup"), "a killed member's": filepath.Join(killed(t, s), "snap")}
+	must(t, s.Close())
+	of["a closed member's"] = s.store.path
+	was, err := os.ReadFile(s.store.path)
+	must(t, err)
+	for name, from := range of {
+		to := filepath.Join(t.TempDir(), "new")
+		if err := Restore(to, from); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if _, err := checkFile(filepath.Join(to, "snap")); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		wantRestored(t, to)
+	}
+	if is, err := os.ReadFile(s.store.path); err != nil || !bytes.Equal(is, was) {
+		t.Error("the file that was restored has changed", err)
+	}
+	sqlite3(t, s.store.path, "CREATE TRIGGER t AFTER DELETE ON quorate_allowed BEGIN DELETE FROM kv; END") // would run at what Restore removes
+	wantRestored(t, func() string { to := filepath.Join(t.TempDir(), "new"); must(t, Restore(to, s.store.path)); return to }())
+	sqlite3(t, s.store.path, "CREATE TABLE quorate_next (a)")
+	if err := Restore(filepath.Join(base, "none"), s.store.path); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), `DROP TABLE IF EXISTS "quorate_next"`) {
+		t.Errorf("a name of ours: %v", err)
+	}
+	sqlite3(t, s.store.path, "DROP TABLE quorate_next; CREATE TRIGGER u AFTER UPDATE ON kv BEGIN DELETE FROM kv; END; UPDATE kv SET version = version WHERE key = 'key1'")
+	if err := Restore(filepath.Join(base, "none"), s.store.path); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("after a trigger: %v", err)
+	}
+}
