@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -590,6 +591,14 @@ func TestGivenUp(t *testing.T) {
 			s.settle()
 			i.verdict(t, nil)
 			l.quiet()
+			_, _ = l.fill(t) // and the next time it is as if nothing had been
+			m := l.set("m")
+			l.calls["first0"].leave(t, ErrUncertain)
+			if s = l.next(); strings.Join(s.keys(), " ") != "m" {
+				t.Errorf("sent %v, want a batch that passes what was given up and carries what waits", s.keys())
+			}
+			s.settle()
+			m.verdict(t, nil)
 		})
 	})
 	t.Run("its session is gone", func(t *testing.T) {
@@ -604,6 +613,29 @@ func TestGivenUp(t *testing.T) {
 			}
 			s.settle()
 			l.quiet()
+		})
+	})
+	t.Run("its fence meets the end of the session", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next()
+			c.leave(t, ErrUncertain)
+			l.fence(1).gone()
+			l.openWith(8)
+			l.quiet()
+		})
+	})
+	t.Run("its fence goes out at once", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next()
+			time.Sleep(slotAfter)
+			began := time.Now()
+			c.leave(t, ErrUncertain)
+			l.fence(1).settle()
+			if d := time.Since(began); d != 0 {
+				t.Errorf("sent %v after the caller has left", d)
+			}
 		})
 	})
 	t.Run("the answer to a batch that does not pass it", func(t *testing.T) {
@@ -868,6 +900,121 @@ func TestStopBetweenSends(t *testing.T) {
 		l.stop(ErrClosed)
 		c.verdict(t, ErrUncertain)
 		l.end()
+	})
+}
+
+// refuseForGood answers that the leader takes no writes.
+func (s *sending) refuseForGood() {
+	s.reply <- reply{err: fmt.Errorf("%w: its disk is full", errRefused)}
+}
+
+func TestLeaderThatTakesNoWrites(t *testing.T) {
+	t.Run("an earlier send may have arrived", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			waits := l.set("waits")
+			sent[1].settle()
+			s := l.next()
+			s.lose()
+			l.next().refuseForGood() // proves nothing about the first send
+			waits.pending(t)
+			l.next().settle()
+			waits.verdict(t, nil)
+			sent[0].settle()
+		})
+	})
+	t.Run("who waits behind it, in the queue or for room in it", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			_, sent := l.fill(t)
+			var calls []*call
+			for i := range 5 { // the last one waits for room
+				calls = append(calls, l.submitOp(op{kind: opSet, key: fmt.Sprint("k", i), value: make([]byte, queueBytes/4-16)}))
+			}
+			sent[0].lose()
+			l.next().refuseForGood()
+			for _, c := range calls {
+				if c.verdict(t, ErrNotApplied); !errors.Is(c.err, errRefused) {
+					t.Errorf("%s: %v", c.key, c.err)
+				}
+			}
+		})
+	})
+	t.Run("it refuses a fence", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *wire) {
+			c := l.set("k")
+			l.next()
+			c.leave(t, ErrUncertain)
+			for range 3 {
+				s := l.fence(1)
+				s.refuseForGood()
+				synctest.Wait()
+				l.quietFor(resendMin - 1) // no new one at once, and again
+			}
+			l.fence(1).settle()
+			l.quiet()
+		})
+	})
+}
+
+// Whoever waits for room in the queue is told of the close, although nobody makes room any more.
+func TestStopTellsWhoWaitsForRoom(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		l.fill(t)
+		var calls []*call
+		for i := range 5 {
+			calls = append(calls, l.submitOp(op{kind: opSet, key: fmt.Sprint("k", i), value: make([]byte, queueBytes/4-16)}))
+		}
+		l.refuse(ErrClosed)
+		calls[4].verdict(t, ErrNotApplied)
+		if !errors.Is(calls[4].err, ErrClosed) {
+			t.Error(calls[4].err)
+		}
+		calls[3].pending(t)
+	})
+}
+
+// Every member keeps the answers of all batches behind the oldest that is not settled: they are few.
+func TestWindowBehindTheOldest(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		oldest := l.set("oldest")
+		s := l.next()
+		for i := range window - 1 {
+			time.Sleep(slotAfter)
+			c := l.set(fmt.Sprint("k", i))
+			l.next().settle()
+			c.verdict(t, nil)
+		}
+		time.Sleep(slotAfter)
+		waits := l.set("waits")
+		l.quiet()
+		s.settle()
+		oldest.verdict(t, nil)
+		l.next().settle()
+		waits.verdict(t, nil)
+	})
+}
+
+// A batch that is too large for the way is not made into others if it may be in the log: its first transactions would have an effect twice.
+func TestUncertainBatchIsNotSplit(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *wire) {
+		l.most = func() int { return maxBatch }
+		_, sent := l.fill(t)
+		a, b := l.set("a"), l.set("b")
+		sent[0].settle()
+		s := l.next()
+		l.mu.Lock()
+		l.most = func() int { return 1 }
+		l.mu.Unlock()
+		s.lose()
+		again := l.next()
+		again.reply <- reply{err: &foreignAnswer{status: http.StatusRequestEntityTooLarge}}
+		if again = l.next(); again.number() != s.number() || again.batch.sum != s.batch.sum {
+			t.Errorf("sent %v with %v, want the batch as it was", again.number(), again.keys())
+		}
+		again.settle()
+		a.verdict(t, nil)
+		b.verdict(t, nil)
+		sent[1].settle()
 	})
 }
 

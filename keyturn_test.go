@@ -206,6 +206,9 @@ func TestCloseEndsTheWaitForATurn(t *testing.T) {
 		if err := <-waits; !errors.Is(err, ErrClosed) || !errors.Is(err, ErrNotApplied) {
 			t.Errorf("who waits gets %v", err)
 		}
+		if n := s.updates.waiting("k"); n != 1 {
+			t.Errorf("%d turns when who waited has left", n)
+		}
 		return increment(old)
 	})
 	if !errors.Is(err, ErrClosed) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -113,6 +114,8 @@ func TestRoundInFlightIsNotJoined(t *testing.T) {
 
 // Those who had a round together have the next one together, too.
 func TestRoundsGather(t *testing.T) {
+	// The wait for the others is counted in turns of the scheduler: on one processor each of them has its turn, whatever else runs.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		runs := uint64(0)
