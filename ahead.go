@@ -156,6 +156,7 @@ func (t *transport) carryAhead(e *early, m raft.Server, term uint64, body func()
 		t.ahead.answered(m.ID, term, e.last, e.at.Sub(e.began))
 	} else {
 		t.ahead.forget(m.ID, term, aheadPause)
+		t.noteFull(m.ID, term, e.err)
 	}
 	close(e.done)
 }

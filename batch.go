@@ -28,6 +28,7 @@ const (
 	queueBytes   = 32 << 20               // the same in bytes
 	resendMin    = 20 * time.Millisecond
 	resendMax    = time.Second
+	refusedLimit = 5 * time.Second        // for a batch that may be in the log of a leader that takes no writes
 	callerWaits  = 5 * time.Millisecond   // for raft's main loop, in a caller's goroutine; then a slot does
 	sendAfter    = 100 * time.Millisecond // how long a send whose batch is settled meanwhile goes on
 	window       = 64                     // batches beyond the oldest that is not settled: their answers are kept by every member until it is
@@ -99,6 +100,7 @@ type flight struct {
 	acked     uint64 // what its first send says: every seq up to this one is settled
 	onWire    bool
 	why       error                                        // the newest send was refused for its size: what its callers are told
+	refused   time.Time                                    // when the leader took no writes first, while it was uncertain
 	uncertain bool                                         // a send ended without a clear answer: the entry may be in the log
 	settled   chan struct{}                                // closed when every transaction has its answer
 	wait      func(context.Context) (outcome, bool, error) // of a send that the caller has begun
@@ -461,17 +463,35 @@ func (b *batcher) refused(f *flight) {
 // errRefused: the leader takes no writes, and no other voter can lead. No send will do better before somebody has mended something.
 var errRefused = errors.New("the leader takes no writes")
 
-// refuseAll answers everybody in a flight. False: an earlier send of it may be in the log, so it is sent until that is known.
+// refuseAll answers everybody in a flight. Where an earlier send of it may be in the log, it is sent until that is known, and keeps its
+// slot, but nobody waits for it longer than refusedLimit. False: it is sent again.
 func (b *batcher) refuseAll(f *flight, cause error) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if f.uncertain || f.fence { // and keeps its slot meanwhile
+	if f.uncertain || f.fence {
 		b.refuseQueueLocked(cause)
+	}
+	switch {
+	case f.isSettledLocked():
+		return true
+	case !f.uncertain:
+		f.onWire = false
+		f.failLocked(notApplied(cause))
+		if f.fence { // goes on without them
+			return false
+		}
+		b.finishLocked(f)
+		return true
+	case f.refused.IsZero():
+		f.refused = time.Now()
+	}
+	if len(f.txs) == 0 || time.Since(f.refused) < refusedLimit {
 		return false
 	}
-	f.onWire = false
-	f.failLocked(notApplied(cause))
-	b.finishLocked(f)
+	f.failLocked(fmt.Errorf("%w: %w", ErrUncertain, cause))
+	if next := b.leaveLocked(f); next != nil { // its slot takes another one
+		b.work <- next
+	}
 	return true
 }
 

@@ -226,6 +226,7 @@ type Service struct {
 	turns    turns
 	relief   relief
 	refusal  atomic.Pointer[error] // why this leader takes no writes; nil = it does
+	refusing broadcast             // it takes none, each time that this is found
 	ballast  *ballast
 	trial    trial
 	replaced atomic.Bool   // a voter that is fit would lead in the place of this leader, whose log waits for space
@@ -726,7 +727,7 @@ func (s *Service) serves(ctx context.Context, target *landing) (ready bool, behi
 	}
 	if refusal := target.refusal; refusal != "" {
 		*target = landing{}
-		return false, "the leader takes no write: " + refusal
+		return false, refusal
 	}
 	wait, cancel := context.WithTimeout(ctx, readyWait)
 	defer cancel()

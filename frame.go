@@ -88,7 +88,8 @@ type refusal struct {
 	LeaderAddr string `json:"leaderaddr,omitempty"`
 	Cluster    string `json:"cluster,omitempty"`
 	Member     string `json:"member,omitempty"`
-	Final      bool   `json:"final,omitempty"` // of a write: another try would be refused as well, for now; release 0.1.0 tries on
+	Final      bool   `json:"final,omitempty"`   // of a write: another try would be refused as well, for now; release 0.1.0 tries on
+	LogFull    bool   `json:"logfull,omitempty"` // of an append: the log takes no entries for now; release 0.1.0 reads the message alone
 }
 
 func (r *refusal) Error() string {

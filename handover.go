@@ -254,6 +254,7 @@ type turn struct {
 	answered    time.Time // an append, last
 	transferred bool      // the lead, ever
 	since       int       // answers since the last such transfer
+	full        bool      // its log took no entries when it was sent some last
 }
 
 func (t *turns) peerLocked(id raft.ServerID, term uint64) turn {
@@ -263,14 +264,33 @@ func (t *turns) peerLocked(id raft.ServerID, term uint64) turn {
 	return t.peers[id]
 }
 
-func (t *turns) answers(id raft.ServerID, term uint64) {
+// answers and refuses report whether it is news that the log takes entries, or that it does not.
+func (t *turns) answers(id raft.ServerID, term uint64) (news bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if p := t.peerLocked(id, term); term == t.term {
 		p.answered = time.Now()
 		p.since++
+		news, p.full = p.full, false
 		t.peers[id] = p
 	}
+	return news
+}
+
+func (t *turns) refuses(id raft.ServerID, term uint64) (news bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.peerLocked(id, term); term == t.term {
+		news, p.full = !p.full, true
+		t.peers[id] = p
+	}
+	return news
+}
+
+func (t *turns) full(id raft.ServerID, term uint64) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return term == t.term && t.peers[id].full
 }
 
 func (t *turns) transfers(id raft.ServerID, term uint64) {
@@ -380,9 +400,14 @@ func (s *Service) watchFitness() {
 // refuses writes from here on.
 func (s *Service) giveWay() {
 	why := s.unfitToLead()
-	if why == nil || s.role() != Leader || s.silent() != nil {
+	if s.role() != Leader || s.silent() != nil {
 		s.replaced.Store(false)
 		s.refusal.Store(nil)
+		return
+	}
+	if why == nil {
+		s.replaced.Store(false)
+		s.refuseFor(s.lacksLogs())
 		return
 	}
 	err := s.tryToGiveWay(why)
@@ -391,12 +416,42 @@ func (s *Service) giveWay() {
 	}
 	s.log.Debug("this member is unfit to lead and stays the leader", "why", why, "error", err)
 	if full := s.suffers(refusesLeading); full != nil && errors.Is(err, errNobody) {
-		refusal := fmt.Errorf("%w: %w; %w", errRefused, full, err)
-		s.refusal.Store(&refusal)
-		s.batch.refuseQueue(refusal)
+		s.refuseFor(fmt.Errorf("%w; %w", full, err))
 	} else {
-		s.refusal.Store(nil)
+		s.refuseFor(s.lacksLogs())
 	}
+}
+
+// refuseFor has this leader refuse writes, or with nil take them.
+func (s *Service) refuseFor(why error) {
+	if why == nil {
+		s.refusal.Store(nil)
+		return
+	}
+	refusal := fmt.Errorf("%w: %w", errRefused, why)
+	s.refusal.Store(&refusal)
+	s.batch.refuseQueue(refusal)
+	s.refusing.notify()
+}
+
+// lacksLogs says why nothing that this leader takes is committed: too many logs are full. What has met them is sent again until one takes it.
+func (s *Service) lacksLogs() error {
+	r := s.raft.Load()
+	term, all := r.CurrentTerm(), voters(r.GetConfiguration().Configuration())
+	takes := 0
+	for _, m := range all {
+		full := s.turns.full(m.ID, term)
+		if string(m.ID) == s.ident().id {
+			full = s.faults.first(faultLogFull) != nil
+		}
+		if !full {
+			takes++
+		}
+	}
+	if takes > len(all)/2 {
+		return nil
+	}
+	return fmt.Errorf("the logs of %d of %d voters have space or a descriptor for an entry, need %d", takes, len(all), len(all)/2+1)
 }
 
 // tryToGiveWay: where the log waits for space, raft waits for the log and can't hand over. Then it is told of the error as soon as

@@ -175,14 +175,23 @@ func (s *Service) startPeer() {
 		standsLast: s.standsLast,
 		logWaits:   func() error { return s.faults.first(faultLogFull) },
 		tryLog:     s.tryLog,
-		answers:    s.turns.answers,
-		status:     s.statusAnswer,
-		confirm:    s.confirmLeader,
-		state:      s.serveState,
-		snapshots:  s.members.snapshots,
-		incoming:   func() string { return s.path("snap.incoming.part") },
-		others:     s.others,
-		committed:  func() uint64 { return raftNow().CommitIndex() },
+		answers: func(id raft.ServerID, term uint64) {
+			if s.turns.answers(id, term) {
+				give(s.fitness)
+			}
+		},
+		logFull: func(id raft.ServerID, term uint64) {
+			if s.turns.refuses(id, term) {
+				give(s.fitness)
+			}
+		},
+		status:    s.statusAnswer,
+		confirm:   s.confirmLeader,
+		state:     s.serveState,
+		snapshots: s.members.snapshots,
+		incoming:  func() string { return s.path("snap.incoming.part") },
+		others:    s.others,
+		committed: func() uint64 { return raftNow().CommitIndex() },
 	}, s.conf.Client, s.conf.TLS, s.log)
 	if s.conf.lookup != nil {
 		s.peer.lookup = s.conf.lookup
@@ -283,13 +292,15 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 		s.fsm.ahead.decode(data)
 	}
 	return func(ctx context.Context) (outcome, bool, error) {
-		switch err := await(ctx, future); {
+		switch err := s.awaitEntry(ctx, future, data); {
 		case err == nil:
 			o, ok := future.Response().(outcome)
 			if !ok { // this member is closing, or had the entry's effect already
 				return outcome{}, true, errors.New("no answer from apply")
 			}
 			return o, true, nil
+		case errors.Is(err, errRefused): // it is in the log here, or raft is about to append it
+			return outcome{}, true, err
 		case errors.Is(err, raft.ErrEnqueueTimeout):
 			return outcome{}, false, errRaftBusy
 		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
@@ -298,6 +309,25 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 			return outcome{}, false, err
 		default:
 			return outcome{}, true, err
+		}
+	}
+}
+
+// awaitEntry is await, and ends when this leader finds that it takes no such entry for now: nobody knows how long this one would be waited for.
+func (s *Service) awaitEntry(ctx context.Context, f raft.Future, data []byte) error {
+	done := make(chan error, 1)
+	go func() { done <- f.Error() }()
+	for {
+		refusing := s.refusing.wait()
+		select {
+		case err := <-done:
+			return err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-refusing:
+			if err := s.takesNoWrite(data); err != nil {
+				return err
+			}
 		}
 	}
 }

@@ -340,16 +340,18 @@ func (c *fullness) writes(when string, within time.Duration, except ...*scriptMe
 }
 
 // refused has every member refuse a write at once, and say so in Ready.
-func (c *fullness) refused(when string) {
+func (c *fullness) refused(when string) { c.t.Helper(); c.refusedFor(when, errRefused.Error()) }
+
+func (c *fullness) refusedFor(when, why string) {
 	c.t.Helper()
 	for _, m := range c.members {
 		began := time.Now()
 		err := m.s.Set(c.t.Context(), "w", nil)
-		if took := time.Since(began); took > 500*time.Millisecond || !errors.Is(err, ErrNotApplied) || !strings.Contains(fmt.Sprint(err), "no other voter can lead") {
+		if took := time.Since(began); took > 500*time.Millisecond || !errors.Is(err, ErrNotApplied) || !strings.Contains(fmt.Sprint(err), why) {
 			c.t.Errorf("%s: %s answers a write after %v: %v", when, m.name, took, err)
 		}
 		ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)
-		if err := m.s.Ready(ctx); err == nil || m.s.unready() == nil && !strings.Contains(err.Error(), "no other voter can lead") {
+		if err := m.s.Ready(ctx); err == nil || m.s.unready() == nil && !strings.Contains(err.Error(), why) {
 			c.t.Errorf("%s: Ready of %s: %v", when, m.name, err)
 		}
 		cancel()
@@ -522,6 +524,47 @@ func TestNoHandOverWithoutLogs(t *testing.T) {
 				}
 				time.Sleep(time.Second)
 				c.writes("with space back", time.Second)
+				c.obey("await equal")
+			})
+		})
+	}
+}
+
+// The logs of both followers are full, and the leader's is not: what it takes is in its log, and nobody can say whether it will be
+// committed. Its callers learn that in seconds, later ones are refused at once, and reads go on.
+func TestFollowersLogsAreFull(t *testing.T) {
+	t.Parallel()
+	for _, by := range []string{"L", "F"} {
+		t.Run("met by "+by, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := newFullness(t)
+				defer c.end()
+				full := []*scriptMember{c.cast["F"], c.cast["G"]}
+				for _, m := range full {
+					m.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+				}
+				began := time.Now()
+				is(t, c.cast[by].s.Set(t.Context(), "w", nil), ErrUncertain, errRefused.Error())
+				if took := time.Since(began); took > refusedLimit+2*resendMax {
+					t.Errorf("a write in the log of the leader ends after %v", took)
+				}
+				c.reads("full")
+				c.changes("full", 0, 0)
+				c.refusedFor("full", "1 of 3 voters")
+				if err := c.cast["L"].s.Ready(ctxFor(t, 100*time.Millisecond)); err == nil {
+					t.Error("a leader that takes no writes is ready")
+				}
+				time.Sleep(7 * time.Second)
+				c.reads("full for a while")
+				c.refusedFor("full for a while", "1 of 3 voters")
+				full[1].conf.vfs.(*faultFS).fail(setWrite, nil)
+				time.Sleep(time.Second)
+				c.writes("with space back", time.Second, full[0])
+				c.changes("with space back", 0, 0)
+				full[0].conf.vfs.(*faultFS).fail(setWrite, nil)
+				time.Sleep(time.Second)
+				c.writes("with all space back", time.Second)
 				c.obey("await equal")
 			})
 		})

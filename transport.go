@@ -157,6 +157,7 @@ func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args 
 		err := t.append(id, target, body, resp, timeout)
 		if err != nil {
 			t.ahead.forget(id, args.Term, 0)
+			t.noteFull(id, args.Term, err)
 		}
 		patience = t.learnRoom(id, target, int64(len(body)), time.Since(began), patience, err)
 		if tooLarge(err) && len(args.Entries) == 1 {
@@ -174,6 +175,14 @@ func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args 
 		}
 	}
 	return err
+}
+
+// noteFull: what an append has met may be a log without space.
+func (t *transport) noteFull(id raft.ServerID, term uint64, err error) {
+	var r *refusal
+	if errors.As(err, &r) && r.LogFull {
+		t.p.host.logFull(id, term)
+	}
 }
 
 func (t *transport) room(id raft.ServerID, target raft.ServerAddress) int64 {
@@ -534,7 +543,9 @@ func (p *peer) serveAppend(ctx context.Context, x *exchange) error {
 	}
 	if err := p.host.logWaits(); err != nil && !resp.Success && len(args.Entries) > 0 {
 		// A leader's raft would take this for a log that differs, and pause for up to 10 s before it sends anything again.
-		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+		r := refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+		r.LogFull = true
+		return r
 	}
 	x.answer(encodeAppendAnswer(resp))
 	return nil
