@@ -258,8 +258,8 @@ func (l *logStore) StoreLog(e *raft.Log) error { return l.StoreLogs([]*raft.Log{
 
 // StoreLogs implements raft.LogStore. An entry without a checksum gets one in place, because these same structs go to the
 // followers. It returns an error for entries that don't follow the log or whose checksum is wrong, and nothing is stored. A
-// leader also gets the disk's errors: one that is passing means that nothing is stored here, after any other the
-// entries may be there after a restart. With errSentAhead in it, others may hold them.
+// leader also gets the disk's errors: one that is passing means that nothing is stored here, after any other, or with errUnsettled
+// in it, the entries may be there after a restart. With errSentAhead in it, others may hold them.
 func (l *logStore) StoreLogs(entries []*raft.Log) error {
 	if len(entries) == 0 {
 		return nil
@@ -528,6 +528,15 @@ const (
 	stays                  // a leader's append: answers as soon as another voter could lead
 )
 
+// errUnsettled is part of a passing error after which nobody has made sure yet that nothing is stored: raft-wal could not be opened anew.
+// It will be before anything else is read or written, and then what was not acknowledged is taken out.
+var errUnsettled = errors.New("and the log is not opened anew yet")
+
+// notStored reports whether a failed append is certain to have no effect: neither this log has its entries nor anybody else.
+func notStored(err error) bool {
+	return passing(err) && !errors.Is(err, errSentAhead) && !errors.Is(err, errUnsettled)
+}
+
 // change runs op, which changes the log or the stable store, under the rules for faults. op runs with write held.
 func (l *logStore) change(what string, how conduct, op func() error) error {
 	call := l.begin()
@@ -539,10 +548,13 @@ func (l *logStore) change(what string, how conduct, op func() error) error {
 	}
 	for first := err; how != waits && passing(err); {
 		err = l.settle()
-		stay := err == nil && how == stays && l.stays != nil && l.stays()
+		leads := how == stays && l.stays != nil && (err == nil || passing(err))
+		stay := leads && l.stays()
 		switch {
 		case err == nil && !stay:
 			return first
+		case leads && !stay: // what keeps the log from being opened anew, such as no descriptor, may last: another one must lead meanwhile
+			return fmt.Errorf("%w; %w", first, errUnsettled)
 		case (stay || passing(err)) && !l.pause():
 			err = ErrClosed
 		case stay:

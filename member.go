@@ -305,7 +305,7 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 			return outcome{}, false, errRaftBusy
 		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
 			return outcome{}, false, err
-		case passing(err) && !errors.Is(err, errSentAhead): // the log has taken it out again, and nobody else has it
+		case notStored(err):
 			return outcome{}, false, err
 		default:
 			return outcome{}, true, err

@@ -23,15 +23,16 @@ type memNet struct {
 	on      map[string]http.Handler
 	cuts    map[memPath]bool
 	delays  map[memPath]time.Duration
-	resets  map[string]int // by address: how often its connections were reset
-	arrived map[string]int // requests that reached "ADDRESS ROUTE"
+	broken  map[memPath]error // nobody is reached this way, and this is said at once
+	resets  map[string]int    // by address: how often its connections were reset
+	arrived map[string]int    // requests that reached "ADDRESS ROUTE"
 }
 
 type memPath struct{ from, to string }
 
 func newMemNet() *memNet {
 	return &memNet{on: make(map[string]http.Handler), cuts: make(map[memPath]bool), delays: make(map[memPath]time.Duration),
-		resets: make(map[string]int), arrived: make(map[string]int)}
+		broken: make(map[memPath]error), resets: make(map[string]int), arrived: make(map[string]int)}
 }
 
 // serve puts a handler on the network; nil takes it off.
@@ -57,11 +58,19 @@ func (n *memNet) delay(from, to string, d time.Duration) {
 	n.delays[memPath{from, to}] = d
 }
 
+// fail has everything that goes from one address to the other fail at once.
+func (n *memNet) fail(from, to string, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.broken[memPath{from, to}] = err
+}
+
 func (n *memNet) heal() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	clear(n.cuts)
 	clear(n.delays)
+	clear(n.broken)
 	n.changed.notify()
 }
 
@@ -94,6 +103,7 @@ func (n *memNet) cross(ctx context.Context, from, to string) error {
 	for {
 		changed := n.changed.wait()
 		n.mu.Lock()
+		broken := n.broken[memPath{from, to}]
 		there, cut, reset := n.on[from] != nil && n.on[to] != nil, n.cuts[memPath{from, to}], n.resets[to] != resets
 		n.mu.Unlock()
 		switch {
@@ -101,6 +111,8 @@ func (n *memNet) cross(ctx context.Context, from, to string) error {
 			return syscall.ECONNRESET
 		case !there:
 			return syscall.ECONNREFUSED
+		case broken != nil:
+			return broken
 		case !cut:
 			return nil
 		}

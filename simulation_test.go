@@ -104,6 +104,8 @@ type reigns struct {
 	t    *testing.T
 	seed uint64
 	led  map[uint64]string
+
+	began func(term uint64, leader string) // told of each term in which somebody leads, once; may be nil
 }
 
 func (r *reigns) seen(term uint64, leader string) {
@@ -111,6 +113,9 @@ func (r *reigns) seen(term uint64, leader string) {
 	defer r.mu.Unlock()
 	if was, ok := r.led[term]; ok && was != leader {
 		violated(r.t, "%s and %s lead in term %d (QUORATE_SEED=%d)", was, leader, term, r.seed)
+	}
+	if r.led[term] == "" && r.began != nil {
+		r.began(term, leader)
 	}
 	r.led[term] = leader
 }

@@ -270,6 +270,35 @@ func TestLogFullDiskWaitsForSuccessor(t *testing.T) {
 	wantLog(t, l, 1, 37)
 }
 
+// A leader whose log can't be opened anew, because the process has no descriptor, lets another one lead as soon as one can. That nothing is
+// stored is certain only when it is open again.
+func TestLogThatIsNotOpenedAnewLetsAnotherLead(t *testing.T) {
+	t.Parallel()
+	o, disk := faultyOptions(t)
+	var stays atomic.Bool
+	o.leader, o.stays, o.resent = func() bool { return true }, stays.Load, true
+	l := reopenLog(t, nil, o)
+	appendLog(t, l, 1, 1, 3)
+	stays.Store(true)
+	disk.fail(setWrite, syscall.ENOSPC)
+	disk.fail(setOpen, syscall.EMFILE)
+	done := make(chan error, 1)
+	inRaft(func() { done <- l.StoreLogs([]*raft.Log{testEntry(4, 1)}) })
+	comesTrue(t, func() error { return wantFault(l, syscall.EMFILE) })
+	if l.staying.Load() == 0 {
+		t.Error("it does not wait")
+	}
+	stays.Store(false)
+	err := <-done
+	if is(t, err, errUnsettled); !passing(err) || notStored(err) || !notStored(syscall.ENOSPC) || notStored(fmt.Errorf("%w; %w", syscall.ENOSPC, errSentAhead)) {
+		t.Errorf("what is not stored: %v", err)
+	}
+	disk.fail(setWrite, nil)
+	disk.fail(setOpen, nil)
+	appendLog(t, l, 4, 2, 2)
+	wantLog(t, l, 1, 5)
+}
+
 // fullness is a cluster of three in which disks fill.
 type fullness struct {
 	*script
