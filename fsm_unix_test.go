@@ -35,7 +35,7 @@ func TestDiskErrorInApplyIsForGood(t *testing.T) {
 	go func() { answer <- f.ApplyBatch([]*raft.Log{set(3, "y")}) }() // finds that the file can't be written
 	err := <-told
 	lift()
-	if !isIO(err) {
+	if !isIO(err) || !strings.Contains(err.Error(), "apply has stopped") {
 		t.Fatalf("told %v", err)
 	}
 	snaps := &snapshotStore{fsm: f}

@@ -76,7 +76,7 @@ func decodePiece(body []byte) (h pieceHeader, data []byte, err error) {
 	if err := checkSnapshot(&h.Install); err != nil {
 		return h, nil, err
 	}
-	if !validID(h.ID) || h.At < 0 || h.At > h.Install.Size || int64(len(r.b)) > h.Install.Size-h.At {
+	if !validID(h.ID) || h.At < 0 || int64(len(r.b)) > h.Install.Size-h.At {
 		return h, nil, fmt.Errorf("%w: %d bytes at %d of a snapshot of %d", errFrame, len(r.b), h.At, h.Install.Size)
 	}
 	return h, r.b, nil

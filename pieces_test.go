@@ -269,6 +269,7 @@ func TestDoorPiece(t *testing.T) {
 		"of an old leader":            {{"it", func(h *pieceHeader) { h.Install.Term, h.Install.LastLogTerm = 6, 6 }, 0, 50, 200, "", 0, true}},
 		"of what is there already":    {{"it", func(h *pieceHeader) { h.Install.LastLogIndex = 40 }, 0, 0, 200, "", size, true}},
 		"of a second one":             {{"the first", id(first), 0, 50, 200, "", 50, false}, {"the second", id(second), 0, 10, 200, "", 10, false}, {"the first", id(first), 50, 50, 409, codeConflict, 0, false}},
+		"past the end of it":          {{"it", nil, 101, 0, 400, codeBadRequest, 0, false}},
 		"with nothing but the header": {{"none", nil, 0, 0, 200, "", 0, false}, {"again", nil, 0, 0, 200, "", 0, false}},
 	} {
 		d := doorHost()
@@ -326,7 +327,7 @@ func TestOneInstallAtATime(t *testing.T) {
 		part := filepath.Join(t.TempDir(), "part")
 		d.incoming = func() string { return part }
 		release := make(chan struct{})
-		p, _ := d.peer(t, false, func(rpc raft.RPC) {
+		p, reached := d.peer(t, false, func(rpc raft.RPC) {
 			<-release
 			rpc.Respond(nil, errors.New("it is not whole"))
 		})
@@ -355,6 +356,10 @@ func TestOneInstallAtATime(t *testing.T) {
 		if _, r := send(p, "POST", "/raft/snapshot", headed(t, s, nil), nil); r == nil || r.Code != codeBusy {
 			t.Errorf("another one in one request: %v", r)
 		}
+		time.Sleep(pieceIdle + time.Second)
+		if _, err := os.Stat(part); err != nil {
+			t.Errorf("raft still reads it: %v", err)
+		}
 		close(release)
 		if _, r := piece(id, 100, 0); r == nil || r.Code != codeConflict || !strings.Contains(r.Message, "it is not whole") {
 			t.Errorf("what became of it: %v", r)
@@ -366,8 +371,131 @@ func TestOneInstallAtATime(t *testing.T) {
 		if _, err := os.Stat(part); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("nobody goes on with it, and it is kept: %v", err)
 		}
+		p.arrivals.mu.Lock()
+		if p.arrivals.cur != nil {
+			t.Error("what was dropped is still the one at hand")
+		}
+		p.arrivals.mu.Unlock()
+		if _, r := piece(newID(), 0, 100); r == nil || r.Code != codeConflict { // raft is asked again
+			t.Errorf("the whole of another one: %v", r)
+		}
+		if n := reached.Load(); n != 2 {
+			t.Errorf("raft was asked %d times", n)
+		}
 		p.close()
 		synctest.Wait()
+	})
+}
+
+// While the pieces come this member may get further than the snapshot by itself. Raft would empty the log for it, and entries that
+// were acknowledged behind it would be gone.
+func TestPiecesOvertakenByTheLog(t *testing.T) {
+	t.Parallel()
+	d := doorHost()
+	part := filepath.Join(t.TempDir(), "part")
+	d.incoming = func() string { return part }
+	var applied atomic.Uint64
+	d.applied = applied.Load
+	p, reached := d.peer(t, false, func(rpc raft.RPC) { rpc.Respond(&raft.InstallSnapshotResponse{Term: 7, Success: true}, nil) })
+	h := pieceHeader{ID: newID(), Install: *someSnapshot()}
+	h.Install.RPCHeader, h.Install.Term, h.Install.LastLogIndex, h.Install.LastLogTerm, h.Install.Size = from("b"), 7, 60, 7, 100
+	give := func(at int64, n int, headers map[string]string) (a pieceAnswer, _ *refusal) {
+		h.At = at
+		body, err := encodePiece(&h, make([]byte, n))
+		must(t, err)
+		resp, r := send(p, "POST", "/raft/piece", body, headers)
+		if r == nil {
+			must(t, json.NewDecoder(resp.Body).Decode(&a))
+		}
+		return a, r
+	}
+	d.led.Store(true)
+	if a, r := give(0, 50, nil); r == nil || r.Code != codeConflict {
+		t.Errorf("from another than the leader of its term: %+v, %v", a, r)
+	}
+	d.led.Store(false)
+	if a, r := give(0, 50, nil); r != nil || a.Have != 50 {
+		t.Fatalf("%+v, %v", a, r)
+	}
+	h.Install.ID = []byte("n")
+	if a, r := give(50, 10, map[string]string{headerFrom: "n"}); r == nil || r.Code != codeConflict {
+		t.Errorf("a piece of another member's under the same id: %+v, %v", a, r)
+	}
+	h.Install.RPCHeader = from("b")
+	applied.Store(60)
+	if a, r := give(50, 50, nil); r != nil || a.Done == nil || !a.Done.Success {
+		t.Errorf("the rest: %+v, %v", a, r)
+	}
+	if n := reached.Load(); n != 0 {
+		t.Errorf("raft was asked %d times to go back", n)
+	}
+}
+
+// The sender's own judgement, without a network: what it makes of an answer, and of none.
+func TestPieceSender(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d := doorHost()
+		p, _ := d.peer(t, false, nil)
+		tr := p.current.Load()
+		sender := func(change func(*pieceSender)) *pieceSender {
+			s := &pieceSender{t: tr, id: "b", target: "127.0.0.1:2", begun: true, size: 10, buf: make([]byte, 10), moved: time.Now()}
+			s.header = pieceHeader{ID: newID(), At: 50, Install: raft.InstallSnapshotRequest{Term: 7, Size: 100}}
+			if change != nil {
+				change(s)
+			}
+			return s
+		}
+		for _, c := range []struct {
+			what string
+			have int64
+			n    int
+			says string // "" = it goes on
+			end  func(*pieceSender)
+		}{
+			{"all of it", 60, 10, "", nil},
+			{"some of it", 53, 10, "", nil},
+			{"less than before", 49, 10, "leaves the member with 49", nil},
+			{"more than was sent", 61, 10, "leaves the member with 61", nil},
+			{"nothing", 50, 10, "takes no bytes at 50", nil},
+			{"nothing, of nothing", 50, 0, "", nil},
+			{"the last", 100, 10, "", func(s *pieceSender) { s.header.At = 90 }},
+			{"the last, and no install", 100, 0, "has not installed it", func(s *pieceSender) {
+				s.header.At, s.buf, s.moved = 100, nil, time.Now().Add(-installTime(100)-time.Second)
+			}},
+		} {
+			s := sender(c.end)
+			at, left := s.header.At, int64(len(s.buf))
+			err := s.advance(c.have, c.n, time.Second)
+			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
+				t.Errorf("%s: %v", c.what, err)
+			}
+			if err == nil && (s.header.At != c.have || int64(len(s.buf)) != left-(c.have-at)) {
+				t.Errorf("%s: goes on at %d with %d bytes", c.what, s.header.At, len(s.buf))
+			}
+		}
+		for _, c := range []struct {
+			what   string
+			err    error
+			says   string // "" = it is tried again
+			change func(*pieceSender)
+		}{
+			{"no answer", errLost, "", nil},
+			{"it is busy", &refusal{Status: 503, Code: codeBusy}, "", nil},
+			{"no answer for long", errLost, "broke", func(s *pieceSender) { s.moved = time.Now().Add(-pieceGiveUp - time.Second) }},
+			{"it has lost what it had", &refusal{Status: 409, Code: codeConflict, Message: "nothing of it"}, "nothing of it", nil},
+			{"another term has begun", errLost, "not leader of term 6", func(s *pieceSender) { s.header.Install.Term = 6 }},
+			{"it was removed", errLost, "not a member any more", func(s *pieceSender) { s.id = "gone" }},
+			{"it knows no pieces", &refusal{Status: 404}, errNoPieces.Error(), func(s *pieceSender) { s.begun = false }},
+		} {
+			if err := sender(c.change).failed(10, c.err); (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
+				t.Errorf("%s: %v", c.what, err)
+			}
+		}
+		d.quiet.Store(true)
+		if _, err := sender(nil).send(0); !errors.Is(err, errStalledDisk) {
+			t.Errorf("a silent leader: %v", err)
+		}
 	})
 }
 
@@ -397,6 +525,9 @@ func TestSizesThatPass(t *testing.T) {
 		}
 		if z.refused("a", 3<<20); z.room("a") != 3<<19 {
 			t.Errorf("%d after one of a larger one that was under way", z.room("a"))
+		}
+		if z.refused("a", 16<<20); z.room("a") != 3<<19 {
+			t.Errorf("%d after one of a much larger one", z.room("a"))
 		}
 		n := z.room("a")
 		for z.refused("a", n) {
