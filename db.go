@@ -488,7 +488,7 @@ func (s *Service) close() error {
 func (s *Service) drain(limit time.Duration) {
 	ctx, cancel := context.WithTimeout(s.ctx, limit)
 	defer cancel()
-	for !s.batch.empty() && s.faults.first(faultRemoved, faultLog, faultApply, faultGone, faultState, faultLogFull, faultStateWaits) == nil {
+	for !s.batch.empty() && s.faults.first(faultRemoved, faultLog, faultApply, faultGone, faultState, faultLogWaits, faultStateWaits) == nil {
 		wait, stop := context.WithTimeout(ctx, 5*time.Millisecond)
 		<-wait.Done()
 		stop()

@@ -88,8 +88,8 @@ type refusal struct {
 	LeaderAddr string `json:"leaderaddr,omitempty"`
 	Cluster    string `json:"cluster,omitempty"`
 	Member     string `json:"member,omitempty"`
-	Final      bool   `json:"final,omitempty"`   // of a write: another try would be refused as well, for now; release 0.1.0 tries on
-	LogFull    bool   `json:"logfull,omitempty"` // of an append: the log takes no entries for now; release 0.1.0 reads the message alone
+	Final      bool   `json:"final,omitempty"`    // of a write: another try would be refused as well, for now; release 0.1.0 tries on
+	LogWaits   bool   `json:"logwaits,omitempty"` // of an append: the log takes no entries for now; release 0.1.0 reads the message alone
 }
 
 func (r *refusal) Error() string {
@@ -148,9 +148,9 @@ type statusAnswer struct {
 	Held          bool          `json:"held,omitempty"`      // a majority of the founders does not vote yet, so that nothing is acknowledged
 	Empty         bool          `json:"empty,omitempty"`     // it is a member of nothing, and asks nobody to be admitted
 	Healthy       bool          `json:"healthy"`
-	LogFull       bool          `json:"logfull,omitempty"` // its log takes no entries for now: as far as it knows, or with queryTryLog after a try
-	Unfit         string        `json:"unfit,omitempty"`   // why it should not lead; a release that does not say is fit if it is healthy
-	Fsync         int64         `json:"fsync,omitempty"`   // µs that its appends to the log take, with their fsync; 0 = none yet, or the release does not say
+	LogWaits      bool          `json:"logwaits,omitempty"` // its log takes no entries for now: as far as it knows, or with queryTryLog after a try
+	Unfit         string        `json:"unfit,omitempty"`    // why it should not lead; a release that does not say is fit if it is healthy
+	Fsync         int64         `json:"fsync,omitempty"`    // µs that its appends to the log take, with their fsync; 0 = none yet, or the release does not say
 	Members       []memberAddr  `json:"members"`
 	Reached       []reachAnswer `json:"reached,omitempty"` // a release that does not say gives none
 	Marks         []markAnswer  `json:"marks,omitempty"`

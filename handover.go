@@ -97,7 +97,7 @@ func (s *Service) stepDown(ctx context.Context, term uint64) error {
 		case <-ctx.Done():
 			err = context.Cause(ctx)
 		}
-		if err == nil && s.wal.staying.Load() == 0 && s.faults.first(faultLogFull) == nil {
+		if err == nil && s.wal.staying.Load() == 0 && s.faults.first(faultLogWaits) == nil {
 			err = errors.New("its log has space again")
 		}
 		if err != nil && s.leading(term) {
@@ -142,7 +142,7 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 	}
 	all := voters(s.raft.Load().GetConfiguration().Configuration())
 	replies := make(chan reply, len(all))
-	ask, ready := s.askOthers, s.faults.first(faultLogFull)
+	ask, ready := s.askOthers, s.faults.first(faultLogWaits)
 	full := !c.leaving && s.suffers(refusesLeading) != nil
 	if full { // then others may be, and not know it
 		ask = s.tryOthers
@@ -169,7 +169,7 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 			if c.addr == "" || string(r.m.Address) == c.addr {
 				found.add(&candidate{r.m, r.a, rank}, err)
 			}
-			if r.err == nil && r.a.Healthy && !r.a.LogFull {
+			if r.err == nil && r.a.Healthy && !r.a.LogWaits {
 				found.ready++
 			}
 			if found.best != nil && found.quorate() && enough == nil {
@@ -229,7 +229,7 @@ func (s *Service) mayLead(m raft.Server, a statusAnswer, err error, term uint64,
 		return 0, errors.New("it has a fault of its own")
 	case a.Unfit != "" && !c.leaving:
 		return 0, fmt.Errorf("it is unfit to lead: %s", a.Unfit)
-	case a.LogFull && !c.leaving:
+	case a.LogWaits && !c.leaving:
 		return 0, errors.New("its log takes no entry now")
 	case a.Role != Follower.String():
 		return 0, fmt.Errorf("it takes itself for a %s", a.Role)
@@ -442,7 +442,7 @@ func (s *Service) lacksLogs() error {
 	for _, m := range all {
 		full := s.turns.full(m.ID, term)
 		if string(m.ID) == s.ident().id {
-			full = s.faults.first(faultLogFull) != nil
+			full = s.faults.first(faultLogWaits) != nil
 		}
 		if !full {
 			takes++

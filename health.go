@@ -44,7 +44,7 @@ const (
 	faultSchema
 	faultUnseated
 	faultStall
-	faultLogFull
+	faultLogWaits
 	faultStateWaits
 	faultSpace
 	faultUnreached
@@ -91,7 +91,7 @@ var faultTable = [faultKinds]struct {
 	faultSchema:     {"a lone member's `snap` has tables or indexes of another program", inErr, "`DROP` of what Err names"},
 	faultUnseated:   {"a shell has removed `snap-wal`, because the program itself opened `snap`", notReady | inErr, "the file put in place anew, at once"},
 	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
-	faultLogFull:    {"no space for the log, or no file descriptor", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
+	faultLogWaits:   {"no space or descriptor for the log", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
 	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
 	faultUnreached:  {"voters do not reach the leader, and more of them another one", unfit, "the next leader is heard"},
 	faultSlow:       {"the log of the leader is slow, and a majority of the others is faster", unfit, "a minute, doubled each time up to ten, and appends of under 1 s"},
@@ -200,7 +200,7 @@ func (f *faults) ofLog(err error) {
 		waits, err = err, nil
 	}
 	f.set(faultLog, err)
-	f.set(faultLogFull, waits)
+	f.set(faultLogWaits, waits)
 }
 
 // ofApply takes the word of apply: a fault for good, that it waits, or nil that it goes on.

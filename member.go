@@ -173,14 +173,14 @@ func (s *Service) startPeer() {
 		remove:     s.serveRemove,
 		transfer:   s.serveTransfer,
 		standsLast: s.standsLast,
-		logWaits:   func() error { return s.faults.first(faultLogFull) },
+		logWaits:   func() error { return s.faults.first(faultLogWaits) },
 		tryLog:     s.tryLog,
 		answers: func(id raft.ServerID, term uint64) {
 			if s.turns.answers(id, term) {
 				give(s.fitness)
 			}
 		},
-		logFull: func(id raft.ServerID, term uint64) {
+		refuses: func(id raft.ServerID, term uint64) {
 			if s.turns.refuses(id, term) {
 				give(s.fitness)
 			}
@@ -1360,7 +1360,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	if err := s.unfitToLead(); err != nil {
 		a.Unfit = err.Error()
 	}
-	a.LogFull = s.faults.first(faultLogFull) != nil
+	a.LogWaits = s.faults.first(faultLogWaits) != nil
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter, NoVote: m.NoVote})
 	}

@@ -75,7 +75,7 @@ type peerHost struct {
 	tryLog     func(ctx context.Context) error     // the same, after a try
 	standsLast func() bool                         // this member does not stand for election yet
 	answers    func(id raft.ServerID, term uint64) // a peer has answered an append of raft's
-	logFull    func(id raft.ServerID, term uint64) // a peer's log takes no entries for now
+	refuses    func(id raft.ServerID, term uint64) // a peer's log takes no entries for now
 
 	others    func() []raft.Server // of the configuration that raft uses now
 	committed func() uint64        // raft's commit index
@@ -532,8 +532,8 @@ func (p *peer) serveStatus(ctx context.Context, x *exchange) error {
 		p.host.confirm(ctx)
 	}
 	a := p.host.status()
-	if x.req.URL.RawQuery == queryTryLog && !a.LogFull {
-		a.LogFull = p.host.tryLog(ctx) != nil
+	if x.req.URL.RawQuery == queryTryLog && !a.LogWaits {
+		a.LogWaits = p.host.tryLog(ctx) != nil
 	}
 	return x.answerJSON(a)
 }

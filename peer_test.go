@@ -64,7 +64,7 @@ func doorHost() *door {
 		raftEnd:    func() uint64 { return 1 << 40 },
 		allowed:    func(string) bool { return true },
 		removed:    func(id string) bool { return id == "gone" },
-		standsLast: func() bool { return false }, logWaits: func() error { return nil }, answers: func(raft.ServerID, uint64) {}, logFull: func(raft.ServerID, uint64) {},
+		standsLast: func() bool { return false }, logWaits: func() error { return nil }, answers: func(raft.ServerID, uint64) {}, refuses: func(raft.ServerID, uint64) {},
 		silent: func() error {
 			if d.quiet.Load() {
 				return errStalledDisk

@@ -147,7 +147,7 @@ func (s *Service) checkSpace() (free bool) {
 	d := s.conf.space(s.conf.Dir)
 	reserve := d.low() / 2
 	err := judgeSpace(s.conf.Dir, d, s.ballast.missing(reserve), s.faults.first(faultSpace))
-	if err == nil && s.faults.first(faultLogFull, faultStateWaits) == nil {
+	if err == nil && s.faults.first(faultLogWaits, faultStateWaits) == nil {
 		s.ballast.hold(reserve)
 	}
 	s.faults.set(faultSpace, err)
@@ -259,7 +259,7 @@ func isClosed(ch <-chan struct{}) bool {
 
 // tryLog says why this member's log takes no entry now. What is known may be nothing where none was appended: then it is tried out.
 func (s *Service) tryLog(ctx context.Context) error {
-	if err := s.faults.first(faultLogFull); err != nil {
+	if err := s.faults.first(faultLogWaits); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, trialLimit)

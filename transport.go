@@ -180,8 +180,8 @@ func (t *transport) appendNow(id raft.ServerID, target raft.ServerAddress, args 
 // noteFull: what an append has met may be a log without space.
 func (t *transport) noteFull(id raft.ServerID, term uint64, err error) {
 	var r *refusal
-	if errors.As(err, &r) && r.LogFull {
-		t.p.host.logFull(id, term)
+	if errors.As(err, &r) && r.LogWaits {
+		t.p.host.refuses(id, term)
 	}
 }
 
@@ -544,7 +544,7 @@ func (p *peer) serveAppend(ctx context.Context, x *exchange) error {
 	if err := p.host.logWaits(); err != nil && !resp.Success && len(args.Entries) > 0 {
 		// A leader's raft would take this for a log that differs, and pause for up to 10 s before it sends anything again.
 		r := refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
-		r.LogFull = true
+		r.LogWaits = true
 		return r
 	}
 	x.answer(encodeAppendAnswer(resp))

@@ -136,7 +136,7 @@ func (n *node) host() peerHost {
 		formats:    func() (uint64, uint64) { return firstFormat, entryFormat },
 		removed:    func(string) bool { return false },
 		silent:     func() error { return nil },
-		standsLast: func() bool { return false }, logWaits: func() error { return nil }, answers: func(raft.ServerID, uint64) {}, logFull: func(raft.ServerID, uint64) {},
+		standsLast: func() bool { return false }, logWaits: func() error { return nil }, answers: func(raft.ServerID, uint64) {}, refuses: func(raft.ServerID, uint64) {},
 		leading: func(term uint64) bool {
 			r := n.raft.Load()
 			return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
