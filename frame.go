@@ -150,6 +150,8 @@ type statusAnswer struct {
 	Healthy       bool          `json:"healthy"`
 	LogWaits      bool          `json:"logwaits,omitempty"` // its log takes no entries for now: as far as it knows, or with queryTryLog after a try
 	Unfit         string        `json:"unfit,omitempty"`    // why it should not lead; a release that does not say is fit if it is healthy
+	Relieved      int64         `json:"relieved,omitempty"` // ms since it led, was unfit to, and handed over; 0 = never, or the release does not say
+	Rests         int64         `json:"rests,omitempty"`    // ms for which it does not take the lead from one that is unfit, as it was so itself again and again
 	Fsync         int64         `json:"fsync,omitempty"`    // µs that its appends to the log take, with their fsync; 0 = none yet, or the release does not say
 	Members       []memberAddr  `json:"members"`
 	Reached       []reachAnswer `json:"reached,omitempty"` // a release that does not say gives none

@@ -35,6 +35,7 @@ const (
 	turnsAgain    = 20                     // appends that a voter answers between two hand-overs to it; an idle one does in half a second
 	reliefPause   = time.Minute            // between two times that a member is relieved because it is unfit, and then twice as long, up to
 	reliefMost    = 10 * time.Minute
+	reliefsMost   = 2                    // members that are relieved within reliefPause
 	reliefAgain   = 5 * time.Second      // after a hand-over that raft did not carry out, or for a fault that stops writes or reads
 	lastTurn      = 6 * heartbeatTimeout // of silence of the leader, before a member that is unfit stands: the others have tried by then
 )
@@ -43,6 +44,7 @@ const (
 type choice struct {
 	addr    string                 // the voter at this address; "" = any
 	leaving bool                   // this member is about to stop: it takes one that is unfit if none is fit
+	relief  bool                   // this member is unfit: see relief
 	rank    func(statusAnswer) int // the greater the better, negative = not this one; nil = all alike
 }
 
@@ -151,7 +153,7 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 	if full && ready == nil {
 		ready = s.tryLog(ctx)
 	}
-	found := survey{voters: len(all)}
+	found := survey{voters: len(all), relieved: s.relief.lately()}
 	if ready == nil {
 		found.ready++
 	}
@@ -166,6 +168,7 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 			if err == nil && !reachesMajority(r.a, all) {
 				err = errors.New("it does not reach a majority of the voters")
 			}
+			found.relieved += r.a.lately()
 			if c.addr == "" || string(r.m.Address) == c.addr {
 				found.add(&candidate{r.m, r.a, rank}, err)
 			}
@@ -190,9 +193,13 @@ type survey struct {
 	reasons []string // why the others can't lead
 	ready   int      // whose logs take the first entry of the next term, as far as is known
 	voters  int
+
+	relieved int  // how many were relieved in the last minute, this member included
+	rests    bool // one of the others could lead, and was relieved itself not long ago
 }
 
 func (v *survey) add(c *candidate, err error) {
+	v.rests = v.rests || errors.Is(err, errTooSoon)
 	if err != nil {
 		v.reasons = append(v.reasons, fmt.Sprintf("%s: %v", peerName(c.ID, c.Address), err))
 	} else if c.better(v.best) {
@@ -204,6 +211,8 @@ func (v *survey) quorate() bool { return v.ready > v.voters/2 }
 
 func (v *survey) choose(c choice) (raft.Server, error) {
 	switch {
+	case c.relief && (v.relieved >= reliefsMost || v.best == nil && v.rests):
+		return raft.Server{}, fmt.Errorf("%w: %d in the last minute; %s", errTooSoon, v.relieved, strings.Join(v.reasons, "; "))
 	case v.best != nil && (v.quorate() || c.leaving):
 		return v.best.Server, nil
 	case v.best != nil: // reads go on here, and a new leader answers none before a majority has its first entry
@@ -240,7 +249,20 @@ func (s *Service) mayLead(m raft.Server, a statusAnswer, err error, term uint64,
 	case rank < 0:
 		return 0, errors.New("it would be no better")
 	}
-	return rank, s.turns.mayTake(m.ID, term)
+	if err := s.turns.mayTake(m.ID, term); err != nil {
+		return 0, err
+	}
+	return rank, s.rests(a, c)
+}
+
+// rests: a member that was relieved again and again does not relieve others. One that takes no writes or answers no reads is relieved by who
+// has rested for a minute.
+func (s *Service) rests(a statusAnswer, c choice) error {
+	urgent := s.wal.staying.Load() > 0 || s.suffers(refusesReads) != nil
+	if !c.relief || a.Rests == 0 || urgent && a.Relieved >= reliefPause.Milliseconds() {
+		return nil
+	}
+	return fmt.Errorf("%w: it was unfit to lead %v ago", errTooSoon, (time.Duration(a.Relieved) * time.Millisecond).Round(time.Second))
 }
 
 // turns are the answers of this leader's peers to raft's replication, in one term.
@@ -320,7 +342,8 @@ func (t *turns) mayTake(id raft.ServerID, term uint64) error {
 }
 
 // A relief is how often this member was relieved because it was unfit to lead. A fault that comes and goes on all members must not
-// send the lead around.
+// send the lead around: so each says in its status when it was relieved, and for how long it relieves no others, and no more than
+// reliefsMost of the voters are relieved in a minute.
 type relief struct {
 	mu    sync.Mutex // guards the fields below
 	last  time.Time
@@ -341,13 +364,13 @@ func (r *relief) due(urgent bool) bool {
 func (r *relief) tried(err error, urgent bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if errors.Is(err, errNobody) { // the lead has not moved, and nothing was disturbed
+	if errors.Is(err, errNobody) || errors.Is(err, errTooSoon) { // the lead has not moved, and nothing was disturbed
 		return
 	}
 	now := time.Now()
 	r.again = now.Add(reliefAgain)
 	switch {
-	case err != nil, urgent:
+	case err != nil:
 		return
 	case r.last.IsZero(), now.Sub(r.last) > 2*r.pause:
 		r.pause = reliefPause
@@ -357,10 +380,42 @@ func (r *relief) tried(err error, urgent bool) {
 	r.last, r.next = now, now.Add(r.pause)
 }
 
-var errTooSoon = errors.New("this member was relieved not long ago")
+// lately is 1 if this member was relieved in the last minute, else 0.
+func (r *relief) lately() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last.IsZero() || time.Since(r.last) >= reliefPause {
+		return 0
+	}
+	return 1
+}
+
+// lately is that of the member that answers so.
+func (a statusAnswer) lately() int {
+	if a.Relieved == 0 || a.Relieved >= reliefPause.Milliseconds() {
+		return 0
+	}
+	return 1
+}
+
+// answer is what this member's status says of it.
+func (r *relief) answer() (relieved, rests int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last.IsZero() {
+		return 0, 0
+	}
+	if r.pause > reliefPause { // it was so more than once
+		rests = max(0, time.Until(r.next).Milliseconds())
+	}
+	return time.Since(r.last).Milliseconds() + 1, rests
+}
+
+var errTooSoon = errors.New("members were relieved not long ago")
 
 // relieve hands over because this leader is unfit to lead: to a voter that is fit, at most once a minute and then twice as long, up to
-// ten; if the fault stops writes or reads, at most every five seconds. rank is that of a choice. With an error this member stays the leader: errNobody, errTooSoon, or what raft says.
+// ten; if the fault stops writes or reads, at most every five seconds, as long as there is one that was not relieved itself. rank is that
+// of a choice. With an error this member stays the leader: errNobody, errTooSoon, or what raft says.
 func (s *Service) relieve(why error, rank func(statusAnswer) int) error {
 	urgent := s.urgent()
 	if !s.relief.due(urgent) {
@@ -368,7 +423,7 @@ func (s *Service) relieve(why error, rank func(statusAnswer) int) error {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, handOverLimit)
 	defer cancel()
-	err := s.handOver(ctx, choice{rank: rank})
+	err := s.handOver(ctx, choice{relief: true, rank: rank})
 	s.relief.tried(err, urgent)
 	if err == nil {
 		s.log.Warn("this member led and was unfit to, so it has handed over", "why", why)
@@ -415,7 +470,8 @@ func (s *Service) giveWay() {
 		return
 	}
 	s.log.Debug("this member is unfit to lead and stays the leader", "why", why, "error", err)
-	if full := s.suffers(refusesLeading); full != nil && errors.Is(err, errNobody) {
+	full := s.suffers(refusesLeading)
+	if full != nil && (errors.Is(err, errNobody) || s.wal.staying.Load() > 0 && errors.Is(err, errTooSoon)) {
 		s.refuseFor(fmt.Errorf("%w; %w", full, err))
 	} else {
 		s.refuseFor(s.lacksLogs())
@@ -462,7 +518,7 @@ func (s *Service) tryToGiveWay(why error) error {
 		s.replaced.Store(false)
 		return s.relieve(why, s.preference(why))
 	}
-	switch _, err := s.successor(s.ctx, s.raft.Load().CurrentTerm(), choice{}); {
+	switch _, err := s.successor(s.ctx, s.raft.Load().CurrentTerm(), choice{relief: true}); {
 	case errors.Is(err, errOvertaken):
 	case err != nil:
 		return err

@@ -270,6 +270,54 @@ func TestReliefPauses(t *testing.T) {
 	})
 }
 
+// All three are unfit whenever they lead. What they say of their reliefs keeps the lead where it is for longer and longer.
+func TestReliefsOfAllMembers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		members := []*Service{{wal: &logStore{}, fsm: &fsm{}}, {wal: &logStore{}, fsm: &fsm{}}, {wal: &logStore{}, fsm: &fsm{}}}
+		var minutes [40]int
+		leader, relief := 0, choice{relief: true}
+		for began := time.Now(); time.Since(began) < time.Duration(len(minutes))*time.Minute; time.Sleep(time.Second) {
+			l := members[leader]
+			if !l.relief.due(true) {
+				continue
+			}
+			found := survey{voters: 3, ready: 3, relieved: l.relief.lately()}
+			for i, m := range members {
+				if m == l {
+					continue
+				}
+				a := statusAnswer{LastIndex: uint64(i)}
+				a.Relieved, a.Rests = m.relief.answer()
+				found.relieved += a.lately()
+				found.add(&candidate{Server: raft.Server{ID: raft.ServerID(fmt.Sprint(i))}, answer: a}, l.rests(a, relief))
+			}
+			to, err := found.choose(relief)
+			l.relief.tried(err, true)
+			if err == nil {
+				minutes[int(time.Since(began).Minutes())]++
+				leader = int(to.ID[0] - '0')
+			} else if !errors.Is(err, errTooSoon) {
+				t.Fatal(err)
+			}
+		}
+		early, late := 0, 0
+		for i, n := range minutes {
+			if n > reliefsMost {
+				t.Errorf("%d changes in minute %d", n, i)
+			}
+			if i < 10 {
+				early += n
+			} else if i >= 30 {
+				late += n
+			}
+		}
+		if minutes[0] == 0 || late == 0 || late > 4 || late >= early {
+			t.Errorf("changes by minutes: %v", minutes)
+		}
+	})
+}
+
 // A member that is unfit stands last in an election, and not never.
 func TestUnfitMemberStandsLast(t *testing.T) {
 	t.Parallel()

@@ -1360,6 +1360,7 @@ func (s *Service) statusAnswer() statusAnswer {
 	if err := s.unfitToLead(); err != nil {
 		a.Unfit = err.Error()
 	}
+	a.Relieved, a.Rests = s.relief.answer()
 	a.LogWaits = s.faults.first(faultLogWaits) != nil
 	for _, m := range st.Members {
 		a.Members = append(a.Members, memberAddr{ID: m.ID, Addr: m.Addr, Voter: m.Voter, NoVote: m.NoVote})

@@ -672,6 +672,36 @@ func TestFullLeaderIsRelievedAgain(t *testing.T) {
 	})
 }
 
+// Whoever leads runs low on space a second later, and has space again when another one leads: the lead is not sent around, and writes go on.
+func TestReliefOfAllFlaps(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newFullness(t)
+		defer c.end()
+		changes, was := 0, c.cast["L"]
+		for range 12 {
+			c.leads(nil, time.Second)
+			l := c.cast["L"]
+			if l != was {
+				changes++
+				was = l
+			}
+			for _, m := range c.members {
+				free := int64(1 << 39)
+				if m == l {
+					free = 10 << 20
+				}
+				c.disks[m].free.Store(free)
+			}
+			must(t, l.s.Set(ctxFor(t, time.Second), "w", nil))
+			time.Sleep(2 * time.Second)
+		}
+		if changes == 0 || changes > reliefsMost {
+			t.Errorf("%d changes of leader within a minute", changes)
+		}
+	})
+}
+
 // The logs of the leader and of a voter are full, and the leader is cut off for a while. The third one is elected meanwhile. The leader
 // of before follows it, though its own log has no space yet.
 func TestFullLeaderIsOvertaken(t *testing.T) {
