@@ -566,6 +566,9 @@ func TestFounderDecides(t *testing.T) {
 		"an id of nobody":              {self, []heard{b, heardAs("c:1", list, func(a *statusAnswer) { a.ID = "" })}, stepWait, "", false, "c:1 is not"},
 		"a cluster without a name":     {self, []heard{b, heardAs("c:1", nil, of("?"))}, stepWait, "", false, "c:1 does not wait"},
 	} {
+		if empty := w.f.admitted == "" && !w.f.asking; w.f.empty() != empty {
+			t.Errorf("%s: it says of its own directory that it is empty: %t", name, !empty)
+		}
 		got := w.f.decide(w.pass)
 		text := got.words
 		if got.fault != nil {
@@ -575,6 +578,45 @@ func TestFounderDecides(t *testing.T) {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
+}
+
+// Only founders count, wherever else voters are.
+func TestVotesOfFounders(t *testing.T) {
+	var c raft.Configuration
+	for i, addr := range []string{"a:1", "b:1", "x:1", "y:1"} {
+		c.Servers = append(c.Servers, raft.Server{Suffrage: raft.Voter, ID: raft.ServerID(fmt.Sprint(i)), Address: raft.ServerAddress(addr)})
+	}
+	c.Servers[1].Suffrage = raft.Nonvoter
+	for founders, want := range map[string][2]int{"a:1": {1, 1}, "a:1 b:1": {1, 2}, "a:1 b:1 c:1": {1, 2}, "a:1 x:1 y:1 z:1": {3, 3}} {
+		if have, need := votes(strings.Fields(founders), c); have != want[0] || need != want[1] {
+			t.Errorf("%d of %s vote, and %d must, want %v", have, founders, need, want)
+		}
+	}
+}
+
+// Whoever is admitted to another cluster than the one that it has asked belongs to neither.
+func TestFounderIsAdmittedElsewhere(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newScript(t)
+		defer c.end()
+		asked, other := statusAnswer{ID: newID(), Cluster: newID(), Addr: "b.test:7001"}, newID()
+		status := statusOf(asked, "")
+		c.net.serve("b.test:7001", http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			if filepath.Base(req.URL.Path) != "join" {
+				status(w, req)
+				return
+			}
+			setHeaders(w.Header(), headerProtocol, "1", headerCluster, other, headerFrom, asked.ID)
+			w.Write(asJSON(joinAnswer{Cluster: other}))
+		}))
+		c.founders("a", "a", "b")
+		time.Sleep(5 * time.Second)
+		c.waits("a", "admitted to cluster "+shortID(other)+" instead of "+shortID(asked.Cluster))
+		if ident := c.member("a").s.ident(); ident.cluster != "" {
+			t.Errorf("it belongs to cluster %s", ident.cluster)
+		}
+	})
 }
 
 func TestBootstrapThatIsInvalid(t *testing.T) {
@@ -686,8 +728,12 @@ func TestFoundersWaitForTheSilent(t *testing.T) {
 		c.net.serve("c.test:7001", statusOf(statusAnswer{ID: newID(), Addr: "c.test:7001"}, ""))
 		time.Sleep(3 * time.Second)
 		c.waits("a", "c.test:7001 does not wait for founders: its release does not know Bootstrap")
+		waited := a.s.ident().id
 		c.obey("start c")
 		c.whole("abc", 3)
+		if st := a.s.Status(); st.ID == waited {
+			t.Error("the id that was to join has begun the cluster")
+		}
 	})
 }
 
@@ -734,6 +780,9 @@ func TestFounderMeetsClusters(t *testing.T) {
 		if err := c.member("a").s.Err(); !errors.Is(err, ErrNotAllowed) {
 			t.Errorf("Err is %v", err)
 		}
+		if !c.member("a").s.founder().empty() {
+			t.Error("it has been refused, and says that it may be admitted at any time")
+		}
 		before := c.net.arrivals()["b.test:7001 join"]
 		time.Sleep(time.Minute)
 		if n := c.net.arrivals()["b.test:7001 join"] - before; n > 12 { // one question, and one to the leader that it names
@@ -742,6 +791,9 @@ func TestFounderMeetsClusters(t *testing.T) {
 		must(t, b.AddAllowedMember(t.Context(), "a.test:7001"))
 		time.Sleep(11 * time.Second)
 		c.whole("ab", 2)
+		if a := c.member("a").s; !a.takeStep(step{words: "nobody answers"}) {
+			t.Error("it has its state, and waits for the founders to answer")
+		}
 
 		// One that is not in the list, and one that is called by a cluster that its list does not lead to.
 		must(t, b.AddAllowedMember(t.Context(), "d.test:7001"))
@@ -932,9 +984,12 @@ func TestFounderThatWasKilled(t *testing.T) {
 			must(t, writeIdentity(a.conf.Dir, ident))
 			return ident
 		}
-		half()
+		was := half()
 		c.obey("restart a")
 		c.waits("a", "b.test:7001 is silent")
+		if now := a.s.ident(); now.intent != intentJoin || now.id == was.id {
+			t.Errorf("it goes on as %+v, and was %+v: its list may be another one now", now, was)
+		}
 		ident := half()
 		a.conf.Bootstrap = nil
 		c.obey("restart a")

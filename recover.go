@@ -342,14 +342,17 @@ func (s *Service) enter(ctx context.Context) error {
 		return err
 	}
 	switch {
-	case len(s.conf.Bootstrap) > 0 && (s.ident().intent == intentJoin || term <= 1):
+	case s.ident().intent == intentBootstrap && term > 1: // raft has run here, and there were entries then
+		return fmt.Errorf("%w: this member has voted in term %d, and neither snap nor wal holds anything: put them back, or empty the directory and "+
+			"start with a bootURL", ErrCorrupt, term)
+	case len(s.conf.Bootstrap) > 0:
 		return s.beginFounding()
 	case s.ident().intent == intentJoin && s.conf.Join == "":
 		return fmt.Errorf("%w: this directory began by joining a cluster and holds no state yet: give the bootURL of that cluster, or the "+
 			"founders' addresses as Bootstrap (or empty the directory to begin a new cluster)", ErrInvalid)
 	case s.ident().intent == intentJoin:
 		return s.join(ctx)
-	case s.conf.Join != "" && term <= 1:
+	case s.conf.Join != "":
 		// It was about to begin a cluster and never did. An id is never used for two things, so it becomes another member.
 		if err := s.changeIdentity(func(ident *identity) { *ident = identity{id: newID(), intent: intentJoin} }); err != nil {
 			return err

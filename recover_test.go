@@ -60,6 +60,17 @@ func editMeta(t *testing.T, dir string, f func(m *meta)) {
 	must(t, st.close())
 }
 
+// editIdentity changes the id of a closed directory.
+func editIdentity(t *testing.T, dir string, f func(id *identity)) {
+	t.Helper()
+	id, ok, err := readIdentity(dir)
+	if must(t, err); !ok {
+		t.Fatal("no id")
+	}
+	f(&id)
+	must(t, writeIdentity(dir, id))
+}
+
 // Which file and which log go on together, with A applied, I the last install, and a log of F to L.
 func TestStartRule(t *testing.T) {
 	t.Parallel()
@@ -91,6 +102,14 @@ func TestStartRule(t *testing.T) {
 		{"the log has lost its end", func(t *testing.T, dir string, a uint64) {
 			editLog(t, dir, func(l *logStore) { must(t, l.DeleteRange(a-1, a)) })
 		}, []string{"wal ends at", "move the directory away", "bootURL", "Restore"}},
+		{"the log has lost its last entry", func(t *testing.T, dir string, a uint64) {
+			editLog(t, dir, func(l *logStore) { must(t, l.DeleteRange(a, a)) })
+		}, []string{"wal ends at", "move the directory away"}},
+		{"an empty file beside an empty log", func(t *testing.T, dir string, a uint64) {
+			must(t, os.Remove(filepath.Join(dir, "snap")))
+			editMeta(t, dir, func(*meta) {})
+			editLog(t, dir, func(l *logStore) { must(t, l.reset()) })
+		}, []string{"neither snap nor wal holds anything", "empty the directory"}},
 		{"the log is empty", func(t *testing.T, dir string, a uint64) {
 			editLog(t, dir, func(l *logStore) { must(t, l.reset()) })
 		}, []string{"wal ends at 0", "move the directory away"}},
@@ -111,6 +130,21 @@ func TestStartRule(t *testing.T) {
 			must(t, os.Remove(filepath.Join(dir, "snap")))
 			editLog(t, dir, func(l *logStore) { must(t, l.reset()); must(t, l.SetUint64([]byte("CurrentTerm"), 8)) })
 		}, []string{"snap is missing", "put snap back"}},
+		{"no file beside an empty log, before any vote", func(t *testing.T, dir string, a uint64) {
+			must(t, os.Remove(filepath.Join(dir, "snap")))
+			editLog(t, dir, func(l *logStore) { must(t, l.reset()); must(t, l.SetUint64([]byte("CurrentTerm"), 1)) })
+		}, []string{"snap is missing", "put snap back"}},
+		{"no file beside an empty log, after votes, and an id of before", func(t *testing.T, dir string, a uint64) {
+			must(t, os.Remove(filepath.Join(dir, "snap")))
+			editIdentity(t, dir, func(id *identity) { id.intent = intentBootstrap })
+			editLog(t, dir, func(l *logStore) { must(t, l.reset()); must(t, l.SetUint64([]byte("CurrentTerm"), 8)) })
+		}, []string{"snap is missing", "put snap back"}},
+		{"an empty file beside an empty log, after votes, and an id of before", func(t *testing.T, dir string, a uint64) {
+			must(t, os.Remove(filepath.Join(dir, "snap")))
+			editMeta(t, dir, func(*meta) {})
+			editIdentity(t, dir, func(id *identity) { id.intent = intentBootstrap })
+			editLog(t, dir, func(l *logStore) { must(t, l.reset()); must(t, l.SetUint64([]byte("CurrentTerm"), 8)) })
+		}, []string{"has voted in term 8", "empty the directory"}},
 		{"files of a transfer that was cut off", func(t *testing.T, dir string, a uint64) {
 			for _, name := range []string{"snap.incoming", "snap.rebuild", "snap.incoming-journal", "snap.rebuild-wal", "snap.restore"} {
 				must(t, os.WriteFile(filepath.Join(dir, name), []byte("half"), 0o600))
@@ -120,12 +154,7 @@ func TestStartRule(t *testing.T) {
 			must(t, os.Remove(filepath.Join(dir, "id")))
 		}, []string{"snap is there", "id is missing", "put id back"}},
 		{"the log's meta file is gone before id says that there is state", func(t *testing.T, dir string, a uint64) {
-			id, ok, err := readIdentity(dir)
-			if must(t, err); !ok {
-				t.Fatal("no id")
-			}
-			id.intent = intentBootstrap
-			must(t, writeIdentity(dir, id))
+			editIdentity(t, dir, func(id *identity) { id.intent = intentBootstrap })
 			must(t, os.Remove(filepath.Join(dir, "wal", "wal-meta.db")))
 		}, []string{"its log in wal is gone", "put wal back"}},
 		{"a flipped bit in id", func(t *testing.T, dir string, a uint64) {
@@ -377,6 +406,55 @@ func TestMemberComesBack(t *testing.T) {
 		away.conf.Join = others().conf.Addr
 		back(t)
 	})
+	t.Run("without its file, and its log is ahead of the others", func(t *testing.T) {
+		away.stop()
+		copied := &testMember{t: t, conf: away.conf}
+		copied.conf.Dir = filepath.Join(t.TempDir(), "data")
+		must(t, os.CopyFS(copied.conf.Dir, os.DirFS(away.conf.Dir)))
+		must(t, os.Remove(filepath.Join(copied.conf.Dir, "snap")))
+		editLog(t, copied.conf.Dir, func(l *logStore) { must(t, l.reset()); appendLog(t, l, 1<<20, 9, 3) })
+		_, err := copied.open()
+		if is(t, err, ErrCorrupt, "the state of", "ends at"); err != nil && strings.Contains(err.Error(), "wal begins at 1048576: the entries") {
+			t.Errorf("the state of another member was taken: %v", err)
+		}
+		if _, err := os.Lstat(filepath.Join(copied.conf.Dir, "snap")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a file is left that leads to nothing: %v", err)
+		}
+		back(t)
+	})
+	t.Run("without its file, while the others have no leader", func(t *testing.T) {
+		away.stop()
+		must(t, os.Remove(filepath.Join(away.conf.Dir, "snap")))
+		var first, second *testMember
+		for _, m := range c {
+			if m != away && first == nil {
+				first = m
+			} else if m != away {
+				second = m
+			}
+		}
+		second.stop()
+		eventually(t, patience, "no leader", func() error {
+			if id, _ := first.s.leader(); id != "" {
+				return fmt.Errorf("%s leads", shortID(id))
+			}
+			return nil
+		})
+		away.conf.Join = first.conf.Addr
+		kept := away.conf.Logger
+		defer func() { away.conf.Logger = kept }()
+		started := make(chan struct{})
+		once := sync.OnceFunc(func() {
+			go func() { defer close(started); second.start() }()
+		})
+		to := slog.DiscardHandler
+		if kept != nil {
+			to = kept.Handler()
+		}
+		away.conf.Logger = slog.New(listener{to, "no state from a member", once})
+		back(t)
+		<-started
+	})
 	t.Run("with a tail that the snapshot does not reach", func(t *testing.T) {
 		// hashicorp/raft#697: raft's memory of the tail outlives the install, and every append is refused after it.
 		past := away.s.Status().LastIndex
@@ -432,6 +510,67 @@ func TestMemberComesBack(t *testing.T) {
 		}
 		c.awaitEqual(t)
 	})
+}
+
+// Whoever has lost its file asks the members that its log names, be it in the first entry that is left.
+func TestMembersThatTheLogNames(t *testing.T) {
+	s := &Service{wal: nil}
+	s.identity.Store(&identity{id: "self"})
+	l, err := openLog(logOptions{dir: filepath.Join(t.TempDir(), "wal"), log: slog.New(slog.DiscardHandler)})
+	must(t, err)
+	defer l.close()
+	s.wal = l
+	of := func(ids ...string) []byte {
+		var c raft.Configuration
+		for _, id := range append(ids, "self") {
+			c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(id + ".test:1")})
+		}
+		return raft.EncodeConfiguration(c)
+	}
+	must(t, l.StoreLog(&raft.Log{Index: 5, Term: 1, Type: raft.LogConfiguration, Data: of("old", "both")}))
+	appendTermStarts(t, l, 6, 1, 3)
+	must(t, l.StoreLog(&raft.Log{Index: 9, Term: 1, Type: raft.LogConfiguration, Data: of("both", "new")}))
+	list, err := s.loggedBases()
+	must(t, err)
+	if got := strings.Join(list, " "); got != "http://both.test:1 http://new.test:1 http://old.test:1" {
+		t.Errorf("asks %s", got)
+	}
+}
+
+// Raft that is started anew again and again is ended each time: two of them on one log would undo each other's entries.
+func TestRaftIsRestartedTwice(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	for i := range 3 {
+		old := s.raft.Load()
+		s.restartRaft("a test")
+		if state := old.State(); state != raft.Shutdown {
+			t.Errorf("restart %d: the raft before it is a %v", i, state)
+		}
+		must(t, s.Ready(ctxFor(t, patience)))
+		must(t, s.Set(ctxFor(t, patience), "k", nil))
+	}
+	must(t, s.Close())
+	old := s.raft.Load()
+	if s.restartRaft("a test"); s.raft.Load() != old {
+		t.Error("raft is started on the files of a closed member")
+	}
+}
+
+// What uses the log beside raft does not wait for a disk that has failed, nor for a log that is closed: the store has parked its call.
+func TestBesideRaft(t *testing.T) {
+	t.Parallel()
+	parked := func() (int, error) { select {} }
+	broken := errors.New("the disk is broken")
+	l := &logStore{sticky: broken, closed: make(chan struct{})}
+	if _, err := besideRaft(ctxFor(t, patience), l, parked); !errors.Is(err, broken) {
+		t.Errorf("a failed disk: %v", err)
+	}
+	l = &logStore{closed: make(chan struct{})}
+	close(l.closed)
+	if _, err := besideRaft(ctxFor(t, patience), l, parked); !errors.Is(err, ErrClosed) {
+		t.Errorf("a closed log: %v", err)
+	}
 }
 
 // skipTerms makes the leader give up its office to a term far ahead, so that the terms between are nobody's.
