@@ -123,10 +123,11 @@ func (f *faults) set(k faultKind, err error) {
 	if (err == nil) != (was == nil) {
 		f.turnedLocked(k, err, was)
 	}
-	f.top.Store(nil)
+	var top *error // stored once: whoever polls Err must not see nothing in between
 	if err := f.withLocked(inErr); err != nil {
-		f.top.Store(&err)
+		top = &err
 	}
+	f.top.Store(top)
 }
 
 // turnedLocked: a fault has come, or the one that was there has gone.

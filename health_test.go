@@ -687,6 +687,40 @@ func TestFaultTable(t *testing.T) {
 	}
 }
 
+// Whoever polls Err sees a fault as long as there is one, also while another one comes and goes, or it is found again and again.
+func TestErrOfAFaultThatStays(t *testing.T) {
+	t.Parallel()
+	f := faults{log: slog.New(slog.DiscardHandler)}
+	f.set(faultFounding, ErrInvalid)
+	stop, polled := make(chan struct{}), make(chan int)
+	go func() {
+		nothing := 0
+		for {
+			select {
+			case <-stop:
+				polled <- nothing
+				return
+			default:
+				if f.err() == nil {
+					nothing++
+				}
+			}
+		}
+	}()
+	for i := range 50_000 {
+		f.set(faultFounding, ErrInvalid)
+		if i%2 == 0 {
+			f.set(faultUnreached, errLost)
+		} else {
+			f.set(faultUnreached, nil)
+		}
+	}
+	close(stop)
+	if n := <-polled; n != 0 {
+		t.Errorf("Err was nil %d times", n)
+	}
+}
+
 func TestFaultEffects(t *testing.T) {
 	t.Parallel()
 	for k, row := range faultTable {
