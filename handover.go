@@ -35,6 +35,7 @@ const (
 	turnsAgain    = 20                     // appends that a voter answers between two hand-overs to it; an idle one does in half a second
 	reliefPause   = time.Minute            // between two times that a member is relieved because it is unfit, and then twice as long, up to
 	reliefMost    = 10 * time.Minute
+	reliefSoon    = 2 * time.Second      // after a relief of another member
 	reliefsMost   = 2                    // members that are relieved within reliefPause
 	reliefAgain   = 5 * time.Second      // after a hand-over that raft did not carry out, or for a fault that stops writes or reads
 	lastTurn      = 6 * heartbeatTimeout // of silence of the leader, before a member that is unfit stands: the others have tried by then
@@ -168,7 +169,7 @@ func (s *Service) successor(ctx context.Context, term uint64, c choice) (raft.Se
 			if err == nil && !reachesMajority(r.a, all) {
 				err = errors.New("it does not reach a majority of the voters")
 			}
-			found.relieved += r.a.lately()
+			found.hears(r.a)
 			if c.addr == "" || string(r.m.Address) == c.addr {
 				found.add(&candidate{r.m, r.a, rank}, err)
 			}
@@ -195,6 +196,7 @@ type survey struct {
 	voters  int
 
 	relieved int  // how many were relieved in the last minute, this member included
+	soon     bool // one of the others was so a moment ago: what it suffered from may be about to be noticed on the others
 	rests    bool // one of the others could lead, and was relieved itself not long ago
 }
 
@@ -207,12 +209,22 @@ func (v *survey) add(c *candidate, err error) {
 	}
 }
 
+// hears takes what a voter says of its relief; 0 = nothing.
+func (v *survey) hears(a statusAnswer) {
+	if a.Relieved > 0 && a.Relieved < reliefPause.Milliseconds() {
+		v.relieved++
+		v.soon = v.soon || a.Relieved < reliefSoon.Milliseconds()
+	}
+}
+
 func (v *survey) quorate() bool { return v.ready > v.voters/2 }
 
 func (v *survey) choose(c choice) (raft.Server, error) {
 	switch {
-	case c.relief && (v.relieved >= reliefsMost || v.best == nil && v.rests):
-		return raft.Server{}, fmt.Errorf("%w: %d in the last minute; %s", errTooSoon, v.relieved, strings.Join(v.reasons, "; "))
+	case v.best != nil && v.quorate() && c.relief && (v.relieved >= reliefsMost || v.soon):
+		return raft.Server{}, fmt.Errorf("%w: %d in the last minute", errTooSoon, v.relieved)
+	case v.best == nil && v.rests:
+		return raft.Server{}, fmt.Errorf("%w: %s", errTooSoon, strings.Join(v.reasons, "; "))
 	case v.best != nil && (v.quorate() || c.leaving):
 		return v.best.Server, nil
 	case v.best != nil: // reads go on here, and a new leader answers none before a majority has its first entry
@@ -385,14 +397,6 @@ func (r *relief) lately() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.last.IsZero() || time.Since(r.last) >= reliefPause {
-		return 0
-	}
-	return 1
-}
-
-// lately is that of the member that answers so.
-func (a statusAnswer) lately() int {
-	if a.Relieved == 0 || a.Relieved >= reliefPause.Milliseconds() {
 		return 0
 	}
 	return 1

@@ -289,7 +289,7 @@ func TestReliefsOfAllMembers(t *testing.T) {
 				}
 				a := statusAnswer{LastIndex: uint64(i)}
 				a.Relieved, a.Rests = m.relief.answer()
-				found.relieved += a.lately()
+				found.hears(a)
 				found.add(&candidate{Server: raft.Server{ID: raft.ServerID(fmt.Sprint(i))}, answer: a}, l.rests(a, relief))
 			}
 			to, err := found.choose(relief)

@@ -333,6 +333,23 @@ func (c *fullness) first(n int) []*scriptMember {
 	return []*scriptMember{c.cast["L"], c.cast["F"], c.cast["G"]}[:n]
 }
 
+// load has all members write, each whatever becomes of the others, until it is told to stop.
+func (c *fullness) load() (stop func()) {
+	ctx, cancel := context.WithCancel(c.t.Context())
+	var load sync.WaitGroup
+	for _, m := range c.members {
+		load.Go(func() {
+			for ctx.Err() == nil {
+				one, cancel := context.WithTimeout(ctx, time.Second)
+				m.s.Set(one, "load", []byte(m.name))
+				cancel()
+				time.Sleep(20 * time.Millisecond)
+			}
+		})
+	}
+	return func() { cancel(); load.Wait() }
+}
+
 // reads has every member answer a linearizable read.
 func (c *fullness) reads(when string, except ...*scriptMember) {
 	c.t.Helper()
@@ -464,12 +481,16 @@ func TestSpaceRunsLow(t *testing.T) {
 // The logs of one, two and three of three meet a full disk, whatever the file system says of its space.
 func TestLogsAreFull(t *testing.T) {
 	t.Parallel()
-	for n := 1; n <= 3; n++ {
-		t.Run(fmt.Sprint(n, " of 3"), func(t *testing.T) {
+	for i := range 6 {
+		n, load := i%3+1, i >= 3
+		t.Run(fmt.Sprint(n, " of 3", map[bool]string{true: " under load"}[load]), func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				c := newFullness(t)
 				defer c.end()
+				if load {
+					defer c.load()()
+				}
 				full := c.first(n)
 				writer := c.cast["L"]
 				if n == 1 {
@@ -600,15 +621,18 @@ func TestFollowersLogsAreFull(t *testing.T) {
 	}
 }
 
-// The same with the states.
+// The same with the states. Their logs are whole, so that two of them are no reason to stay.
 func TestStatesAreFull(t *testing.T) {
 	t.Parallel()
-	for n := 1; n <= 3; n += 2 {
+	for n := 1; n <= 3; n++ {
 		t.Run(fmt.Sprint(n, " of 3"), func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				c := newFullness(t)
 				defer c.end()
+				if n != 1 {
+					defer c.load()()
+				}
 				full := c.first(n)
 				limit := func(pages int) {
 					for _, m := range full {
@@ -628,7 +652,7 @@ func TestStatesAreFull(t *testing.T) {
 					}
 				}
 				c.reads("full")
-				if n == 1 {
+				if n < 3 {
 					c.changes("full", 1, 1)
 					c.writes("full", time.Second)
 				} else {
