@@ -277,6 +277,7 @@ func TestReliefsOfAllMembers(t *testing.T) {
 		members := []*Service{{wal: &logStore{}, fsm: &fsm{}}, {wal: &logStore{}, fsm: &fsm{}}, {wal: &logStore{}, fsm: &fsm{}}}
 		var minutes [40]int
 		leader, relief := 0, choice{relief: true}
+		var last time.Time
 		for began := time.Now(); time.Since(began) < time.Duration(len(minutes))*time.Minute; time.Sleep(time.Second) {
 			l := members[leader]
 			if !l.relief.due(true) {
@@ -296,6 +297,10 @@ func TestReliefsOfAllMembers(t *testing.T) {
 			l.relief.tried(err, true)
 			if err == nil {
 				minutes[int(time.Since(began).Minutes())]++
+				if time.Since(last) < reliefSoon {
+					t.Error("one was relieved just after another")
+				}
+				last = time.Now()
 				leader = int(to.ID[0] - '0')
 			} else if !errors.Is(err, errTooSoon) {
 				t.Fatal(err)

@@ -769,6 +769,62 @@ func TestFullLeaderIsOvertaken(t *testing.T) {
 	})
 }
 
+// A leader whose log waits for space is cut off, and raft there waits for the log: it takes itself for the leader as long as that lasts. It
+// answers no linearizable read, ends writes, and steps down once it has space, also if it reaches nobody yet.
+func TestFullLeaderIsCutOff(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newFullness(t)
+		defer c.end()
+		l, f, g := c.cast["L"], c.cast["F"], c.cast["G"]
+		for _, m := range []*scriptMember{f, l} {
+			m.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
+			c.disks[m].free.Store(20 << 10)
+		}
+		l.s.Set(ctxFor(t, 3*time.Second), "w", nil)
+		eventually(t, 3*time.Second, "the log of the leader waits", func() error {
+			if l.s.wal.staying.Load() == 0 {
+				l.s.batch.propose(ctxFor(t, 100*time.Millisecond), encodeOpen(l.s.batch.format(), [16]byte{1})) // is taken by a leader that refuses writes
+				return errors.New("it does not")
+			}
+			return nil
+		})
+		c.obey("partition {L} {F G}")
+		f.conf.vfs.(*faultFS).fail(setWrite, nil)
+		c.disks[f].free.Store(1 << 39)
+		c.obey("elect N among F G")
+		must(t, g.s.Set(ctxFor(t, 5*time.Second), "k", []byte("new")))
+		if l.s.role() != Leader {
+			t.Error("raft does not wait for its log")
+		}
+		for range 3 {
+			if v, err := l.s.Get(ctxFor(t, time.Second), "k"); err == nil {
+				t.Errorf("it reads %q, and others have written", v)
+			}
+			began := time.Now()
+			is(t, l.s.Set(ctxFor(t, 3*time.Second), "k", []byte("old")), ErrNotApplied)
+			if took := time.Since(began); took > 1500*time.Millisecond {
+				t.Errorf("a write there ends after %v", took)
+			}
+		}
+		l.conf.vfs.(*faultFS).fail(setWrite, nil)
+		c.disks[l].free.Store(1 << 39)
+		eventually(t, 3*time.Second, "it steps down", func() error {
+			if r := l.s.role(); r == Leader {
+				return errors.New("it leads")
+			}
+			return nil
+		})
+		c.obey("heal")
+		time.Sleep(2 * time.Second)
+		c.writes("with space back", 2*time.Second)
+		if v, err := l.s.Get(ctxFor(t, time.Second), "k"); string(v) != "new" {
+			t.Errorf("it reads %q, %v", v, err)
+		}
+		c.obey("await equal")
+	})
+}
+
 // A leader whose log waits for space hands over when it is asked to, and at once.
 func TestHandOverWithFullLog(t *testing.T) {
 	t.Parallel()
