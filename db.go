@@ -126,7 +126,8 @@ type Getter interface {
 // Config says how to open a member. The zero value of every field but Dir works.
 type Config struct {
 	// Dir holds everything that this member keeps. Required; created with mode 0700. One Service at a time. A relative path and
-	// symbolic links are resolved once, by Open; the result can have 486 bytes, for SQLite takes no more.
+	// symbolic links are resolved once, by Open; the result can have 486 bytes, for SQLite takes no more. A link to nothing, as to a disk
+	// that is not mounted, is ErrCorrupt, here and where id, snap or wal is one: nothing is made in its place.
 	Dir string
 	// Addr is the host:port at which peers reach this member. Empty: one member, no network, nothing to serve. Such a
 	// directory can be opened with an Addr later and becomes the first member of a cluster.

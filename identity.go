@@ -272,6 +272,9 @@ func lockDir(dir, addr string) (*dirLock, error) {
 	if dir == "" {
 		return nil, fmt.Errorf("%w: the data directory has no name", ErrInvalid)
 	}
+	if err := checkLinks(dir); err != nil {
+		return nil, err
+	}
 	wal := filepath.Join(dir, "wal")
 	made, err := makeDirs(wal)
 	if err != nil {
@@ -301,6 +304,41 @@ func lockDir(dir, addr string) (*dirLock, error) {
 		return nil, fmt.Errorf("data directory: %w", err)
 	}
 	return l, nil
+}
+
+// checkLinks refuses a directory of which a name is a link to nothing, or on the way to which there is one. That is a member whose disk
+// is not there, and not one that has no state yet: a new one made beside it would answer in its place.
+func checkLinks(dir string) error {
+	for _, name := range []string{"wal", "id", "snap", filepath.Join("wal", "wal-meta.db")} {
+		link := deadLink(filepath.Join(dir, name))
+		if link == "" {
+			continue
+		}
+		to, err := os.Readlink(link)
+		if err != nil {
+			return err
+		}
+		return fmt.Errorf("%w: %s is a symbolic link to %s, and nothing is there: mount the disk that it leads to, or correct the link; only if "+
+			"what it led to is lost for good, move the directory away and start empty with a bootURL (or with Restore)", ErrCorrupt, link, to)
+	}
+	return nil
+}
+
+// deadLink is path, or what is above it, if that is a link to nothing; else empty.
+func deadLink(path string) string {
+	for ; ; path = filepath.Dir(path) {
+		info, err := os.Lstat(path)
+		if errors.Is(err, fs.ErrNotExist) && path != filepath.Dir(path) {
+			continue
+		}
+		if err != nil || info.Mode()&fs.ModeSymlink == 0 {
+			return ""
+		}
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			return ""
+		}
+		return path
+	}
 }
 
 // tryLock locks the file that has the name now: one that takeBack has removed since it was opened keeps nobody out. A file system whose

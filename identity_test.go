@@ -1175,3 +1175,64 @@ func TestLockOfARemovedFile(t *testing.T) {
 	}
 	mustUnlock(t, l)
 }
+
+// A name of a member that is a link to nothing is a disk that is not mounted: neither Open nor Restore makes anything beside it.
+func TestLinkToNothing(t *testing.T) {
+	t.Parallel()
+	base := t.TempDir()
+	in := func(name string) string { return filepath.Join(base, name) }
+	s := fullDir(t, in("source"))
+	must(t, s.Close())
+	must(t, os.Mkdir(in("disk"), 0o700))
+	for _, c := range []struct {
+		name, link string // link is the name that is moved to the disk
+		member     bool   // there was one
+	}{
+		{"snap", "d/snap", true}, {"log", "d/wal", true}, {"id", "d/id", true}, {"directory", "d", true}, {"meta", "d/wal/wal-meta.db", true},
+		{"the one above", "above", true}, {"snap of nobody", "d/snap", false}, {"id of nobody", "d/id", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			home := filepath.Join(base, c.name)
+			dir, link, disk := filepath.Join(home, "d"), filepath.Join(home, c.link), filepath.Join(base, "disk", c.name)
+			if c.link == "above" {
+				dir = filepath.Join(link, "d")
+			}
+			must(t, os.MkdirAll(filepath.Dir(dir), 0o700))
+			if c.member {
+				tool(t, "cp", "-r", in("source"), dir)
+				must(t, os.Rename(link, disk))
+			} else {
+				must(t, os.MkdirAll(filepath.Dir(link), 0o700))
+			}
+			must(t, os.Symlink(disk, link))
+			must(t, os.Rename(in("disk"), in("unmounted")))
+			before := tree(t, home)
+			s, err := Open(t.Context(), Config{Dir: dir, Logger: testLogger(t)})
+			if err == nil {
+				s.Close()
+			}
+			for _, err := range []error{err, Restore(dir, filepath.Join(in("source"), "snap"))} {
+				if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "mount") || !strings.Contains(err.Error(), link) {
+					t.Errorf("%v", err)
+				}
+			}
+			if after := tree(t, home); after != before {
+				t.Errorf("it was\n%sand is\n%s", before, after)
+			}
+			must(t, os.Rename(in("unmounted"), in("disk")))
+			if c.member {
+				wantKey7(t, dir)
+			}
+		})
+	}
+}
+
+func wantKey7(t *testing.T, dir string) {
+	t.Helper()
+	s, err := Open(t.Context(), Config{Dir: dir, Logger: testLogger(t)})
+	must(t, err)
+	defer s.Close()
+	if v, err := s.Get(ctxFor(t, patience), "key7"); string(v) != "value" || err != nil {
+		t.Errorf("Get = %q, %v", v, err)
+	}
+}

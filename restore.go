@@ -218,7 +218,8 @@ type target struct {
 	lock *dirLock
 	had  map[string]bool // paths of what was in it and in wal before
 	id   []byte          // what the file id held, that of a member without state; nil = there was none
-	term *uint64         // before it was seeded; nil = it was not
+	meta []byte          // what the log's meta file held, that of one without entries; nil = there was none
+	made bool            // all that follows in fill may have been changed
 }
 
 // claim locks dir, which is then as it was but for the lock, and makes sure that no member's state is there. What a Restore that did
@@ -232,6 +233,9 @@ func claim(dir string) (t target, err error) {
 	if err == nil && t.had[t.path("id")] {
 		t.id, err = os.ReadFile(t.path("id"))
 	}
+	if err == nil && t.had[t.metaPath()] {
+		t.meta, err = os.ReadFile(t.metaPath())
+	}
 	if err != nil {
 		t.lock.takeBack()
 	}
@@ -239,6 +243,7 @@ func claim(dir string) (t target, err error) {
 }
 
 func (t target) path(name string) string { return filepath.Join(t.dir, name) }
+func (t target) metaPath() string        { return t.path(filepath.Join("wal", "wal-meta.db")) }
 
 func (t target) each(f func(path string)) error {
 	for _, dir := range []string{t.dir, t.path("wal")} {
@@ -269,32 +274,63 @@ func (t target) undo() error {
 }
 
 func (t target) putBack() error {
-	if t.term == nil {
-		return nil // id is written after that
+	if !t.made {
+		return nil
 	}
 	if t.id != nil {
 		if err := replaceIdentity(t.dir, t.id); err != nil {
 			return err
 		}
 	}
-	if !t.had[t.path(filepath.Join("wal", "wal-meta.db"))] {
+	if t.meta == nil {
 		return nil
 	}
-	_, err := seedTerm(t.path("wal"), *t.term)
-	return err
+	temp := t.metaPath() + ".tmp"
+	if err := writeTemp(temp, t.meta); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, t.metaPath()); err != nil {
+		return err
+	}
+	return syncDir(t.path("wal"))
 }
 
-// vacant: no member's state is there.
+// vacant: no member's state is there. A log tells only when it is opened, which may change it: so a copy is, of its first segment, and
+// one of more segments has entries.
 func vacant(dir string) error {
 	if _, err := os.Lstat(filepath.Join(dir, "snap")); err == nil {
 		return errHeld
 	}
-	if _, err := os.Lstat(filepath.Join(dir, "wal", "wal-meta.db")); err != nil {
+	meta := filepath.Join(dir, "wal", "wal-meta.db")
+	if _, err := os.Lstat(meta); err != nil {
 		return nil
 	}
-	l, err := openLog(logOptions{dir: filepath.Join(dir, "wal"), log: slog.New(slog.DiscardHandler)})
+	list, err := os.ReadDir(filepath.Dir(meta))
 	if err != nil {
 		return err
+	}
+	files := []string{meta}
+	for _, e := range list {
+		if filepath.Ext(e.Name()) == ".wal" {
+			files = append(files, filepath.Join(filepath.Dir(meta), e.Name()))
+		}
+	}
+	if len(files) > 2 {
+		return errHeld
+	}
+	temp, err := os.MkdirTemp("", "quorate")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(temp)
+	for _, file := range files {
+		if err := copyFile(filepath.Join(temp, filepath.Base(file)), file); err != nil {
+			return err
+		}
+	}
+	l, err := openLog(logOptions{dir: temp, log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return fmt.Errorf("the log in %s (in a copy): %w", filepath.Dir(meta), err)
 	}
 	_, last := l.bounds()
 	if err := l.close(); err != nil {
@@ -324,16 +360,20 @@ func (t *target) fill(src source, now func() time.Time) error {
 	if m.applied == 0 {
 		ident.intent = intentBootstrap // the state of a member that had not begun yet
 	}
-	was, err := seedTerm(t.path("wal"), m.term)
-	if err != nil {
+	t.made = true
+	if _, err := seedTerm(t.path("wal"), m.term); err != nil {
 		return err
 	}
-	t.term = &was
 	if err := writeIdentity(t.dir, ident); err != nil {
 		return err
 	}
 	if err := os.Rename(temp, t.path("snap")); err != nil {
 		return err
+	}
+	for path := range t.had {
+		if filepath.Dir(path) == t.dir && leftover(filepath.Base(path)) {
+			os.Remove(path)
+		}
 	}
 	return syncDir(t.dir)
 }

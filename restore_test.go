@@ -2,6 +2,7 @@ package quorate
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -586,4 +587,63 @@ func TestRestoreLeavesOutWhatIsNotOurs(t *testing.T) {
 	if err := Restore(filepath.Join(base, "none"), s.store.path); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("after a trigger: %v", err)
 	}
+}
+
+// What a start that was cut short has left is taken, and after a Restore that fails at its last step every byte of it is there again.
+func TestFailedRestoreLeavesEveryByte(t *testing.T) {
+	t.Parallel()
+	s := fullDir(t, filepath.Join(t.TempDir(), "d"))
+	must(t, s.Close())
+	segments := func(dir string) []string {
+		list, err := filepath.Glob(filepath.Join(dir, "wal", "*.wal"))
+		must(t, err)
+		return list
+	}
+	for name, prepare := range map[string]func(dir string){
+		"a log without entries":         func(dir string) { seed(t, dir, 1) },
+		"a log without a segment":       func(dir string) { seed(t, dir, 3); must(t, os.Remove(segments(dir)[0])) },
+		"an empty segment":              func(dir string) { seed(t, dir, 2); must(t, os.Truncate(segments(dir)[0], 0)) },
+		"who is about to join":          func(dir string) { must(t, writeIdentity(dir, writtenIdentities[0])); seed(t, dir, 1) },
+		"who has an id and no log":      func(dir string) { must(t, writeIdentity(dir, writtenIdentities[0])) },
+		"what an install has left":      func(dir string) { seed(t, dir, 1); putFile(t, filepath.Join(dir, "snap.incoming"), "half") },
+		"what another Restore has left": func(dir string) { putFile(t, filepath.Join(dir, "snap.source-wal"), "half") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "new")
+			mustUnlock(t, mustLock(t, dir))
+			prepare(dir)
+			before := bytesIn(t, dir)
+			snap := filepath.Join(dir, "snap")
+			if err := restore(dir, s.store.path, func() time.Time {
+				must(t, os.Mkdir(snap, 0o700)) // it is in the way of the rename
+				return time.Now()
+			}); err == nil {
+				t.Fatal("no error")
+			}
+			for path, was := range before {
+				if is := bytesIn(t, dir)[path]; is != was {
+					t.Errorf("%s: it was %s and is %s", path, was, is)
+				}
+			}
+			if after := bytesIn(t, dir); len(after) != len(before) {
+				t.Errorf("there were %d files and are %v", len(before), after)
+			}
+			must(t, restore(dir, s.store.path, time.Now))
+			wantRestored(t, dir)
+		})
+	}
+}
+
+func bytesIn(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	all := make(map[string]string)
+	must(t, filepath.Walk(dir, func(path string, fi os.FileInfo, err error) error {
+		if err != nil || fi.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		all[strings.TrimPrefix(path, dir)] = fmt.Sprintf("%d bytes %.8x", len(data), sha256.Sum256(data))
+		return err
+	}))
+	return all
 }
