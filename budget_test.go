@@ -318,15 +318,7 @@ func (n *night) noFiles(list []*scriptMember) {
 
 // remove removes files under a member, or with "" its directory. It starts from nothing when all is mended.
 func (n *night) remove(m *scriptMember, pattern string) {
-	if pattern == "" {
-		must(n.t, os.RemoveAll(m.conf.Dir))
-	} else {
-		list, err := filepath.Glob(filepath.Join(m.conf.Dir, pattern))
-		must(n.t, err)
-		for _, path := range list {
-			must(n.t, os.Remove(path))
-		}
-	}
+	n.removeFiles(m.name, pattern)
 	n.down, n.wiped = append(n.down, m), append(n.wiped, m)
 	for _, other := range n.members {
 		if other != m {

@@ -26,12 +26,13 @@ const campaignEnv = "QUORATE_CAMPAIGN"
 // ownEnvs are what tests set for the processes that they start, which run this binary and have no campaign of their own.
 var ownEnvs = []string{processEnv, childEnv, syncsEnv, powerEnv, logEnv, ioEnv, followerEnv, quotaEnv}
 
-// powerEnv, logEnv, ioEnv and followerEnv are the directories of what is traced: members, and a log alone.
+// powerEnv, logEnv, ioEnv, followerEnv and quotaEnv are the directories of what is traced: members, a log and a store alone.
 const (
 	powerEnv    = "QUORATE_TEST_POWER"
 	logEnv      = "QUORATE_TEST_LOG"
 	ioEnv       = "QUORATE_TEST_IO"
 	followerEnv = "QUORATE_TEST_FOLLOWER"
+	quotaEnv    = "QUORATE_TEST_QUOTA"
 )
 
 // processEnv holds what a member in a process of its own is told.

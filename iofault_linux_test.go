@@ -359,8 +359,6 @@ func possible(results map[int]string, key int, got string) bool {
 	return got == last
 }
 
-const quotaEnv = "QUORATE_TEST_QUOTA" // where the second run keeps its store
-
 // SQLite takes a full quota for a failed disk. To a member it is a full disk: nothing is lost, and the next try may succeed. The
 // same number from a sync is for good.
 func TestQuotaOfTheState(t *testing.T) {

@@ -507,7 +507,12 @@ func (h *history) check(t *testing.T, rows []written) {
 // TestCampaignHistory lets clients on three real processes write and read while members are killed and stopped. QUORATE_CAMPAIGN
 // makes it longer.
 func TestCampaignHistory(t *testing.T) {
-	list := newProcesses(t, func(p *process) { p.history = 1 << 22 }) // so that a campaign's history is whole
+	disks := newDisks(t)
+	list := newProcesses(t, func(p *process) {
+		p.history = 1 << 22 // so that a campaign's history is whole
+		p.segment = 128 << 10
+		disks.give(p)
+	})
 	h := newHistory()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -538,19 +543,19 @@ func TestCampaignHistory(t *testing.T) {
 	}
 	after := func(d time.Duration) { <-time.After(d) }
 	faults := []fault{
-		{"kill -9 of the leader", func() {
+		{name: "kill -9 of the leader", strike: func() {
 			l := leaderProcess(t, list)
 			l.kill()
 			after(1500 * time.Millisecond)
 			l.start()
 		}},
-		{"the leader stops for 1.5 s", func() {
+		{name: "the leader stops for 1.5 s", strike: func() {
 			l := leaderProcess(t, list)
 			l.freeze()
 			after(1500 * time.Millisecond)
 			l.thaw()
 		}},
-		{"kill -9 of all", func() {
+		{name: "kill -9 of all", strike: func() {
 			for _, p := range list {
 				p.kill()
 			}
@@ -558,7 +563,7 @@ func TestCampaignHistory(t *testing.T) {
 				p.start()
 			}
 		}},
-		{"kill -9 of a follower, and nobody has the entries that it needs", func() {
+		{name: "kill -9 of a follower, and nobody has the entries that it needs", strike: func() {
 			f := without(list, leaderProcess(t, list))[0]
 			past := f.must(order{Op: "status"}).Status.LastIndex
 			f.kill()
@@ -583,13 +588,14 @@ func TestCampaignHistory(t *testing.T) {
 	seed := seedOf(t)
 	rnd := rand.New(rand.NewPCG(seed, 12))
 	faults = append(faults, networkFaults(t, rnd, list)...)
+	faults = append(faults, faultsOfDisks(t, rnd, list, disks)...)
 	rnd.Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
 	t.Logf("QUORATE_SEED=%d", seed)
 	end := time.Now().Add(campaign(t))
 	for again := true; again && !t.Failed(); again = time.Now().Before(end) {
 		for _, f := range faults[:dose(4, len(faults))] {
 			after(300 * time.Millisecond)
-			at := time.Since(h.start)
+			at, terms := time.Since(h.start), newTerms(list)
 			counted.faults.add(1)
 			f.strike()
 			healed := time.Now()
@@ -600,7 +606,11 @@ func TestCampaignHistory(t *testing.T) {
 				violated(t, "%s: %v until every member was ready", f.name, d)
 			}
 			after(200 * time.Millisecond)
-			t.Logf("%s: the longest time without an acknowledged write was %v", f.name, h.pause(at).Round(time.Millisecond))
+			changes := terms.end()
+			if changes > budgetFirst && !f.many && campaign(t) > 0 { // a machine that is busy with other tests makes changes of its own
+				violated(t, "%s: the leader has changed %d times", f.name, changes)
+			}
+			t.Logf("%s: %d changes of the leader, the longest time without an acknowledged write was %v", f.name, changes, h.pause(at).Round(time.Millisecond))
 		}
 	}
 	cancel()
@@ -688,6 +698,39 @@ func (c *counter) check(t *testing.T, p *process) {
 type fault struct {
 	name   string
 	strike func()
+	many   bool // it is several faults, and has no budget of leader changes
+}
+
+// terms are those in which somebody leads, as the members say.
+type terms struct {
+	stop chan struct{}
+	done sync.WaitGroup
+	led  map[uint64]bool
+}
+
+// newTerms begins to count.
+func newTerms(list []*process) *terms {
+	s := &terms{stop: make(chan struct{}), led: make(map[uint64]bool)}
+	s.done.Go(func() {
+		for i := 0; ; i++ {
+			if r, err := list[i%len(list)].do(order{Op: "status"}); err == nil && r.Status.LeaderID != "" {
+				s.led[r.Status.Term] = true
+			}
+			select {
+			case <-s.stop:
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	})
+	return s
+}
+
+// end is how often the leader has changed since.
+func (s *terms) end() int {
+	close(s.stop)
+	s.done.Wait()
+	return max(0, len(s.led)-1)
 }
 
 // networkFaults are those of the ways between members, and of their membership.
@@ -699,20 +742,12 @@ func networkFaults(t *testing.T, rnd *rand.Rand, list []*process) []fault {
 	}
 	some := func() *process { return list[rnd.IntN(len(list))] }
 	short := func() time.Duration { return time.Duration(100+rnd.IntN(1400)) * time.Millisecond }
-	first := list[0].addr
-	wiped := func(p *process) {
-		p.kill()
-		must(t, os.RemoveAll(p.dir))
-		if p.join = first; p.addr == first {
-			p.join = list[1].addr
-		}
-	}
 	return []fault{
-		{"the leader is alone", func() { ways(leaderProcess(t, list), "deaf mute", short()) }},
-		{"the leader hears nothing", func() { ways(leaderProcess(t, list), "deaf", short()) }},
-		{"the leader can call nobody", func() { ways(leaderProcess(t, list), "mute", short()) }},
-		{"one is alone", func() { ways(some(), "deaf mute", short()) }},
-		{"all are slow", func() {
+		{name: "the leader is alone", strike: func() { ways(leaderProcess(t, list), "deaf mute", short()) }},
+		{name: "the leader hears nothing", strike: func() { ways(leaderProcess(t, list), "deaf", short()) }},
+		{name: "the leader can call nobody", strike: func() { ways(leaderProcess(t, list), "mute", short()) }},
+		{name: "one is alone", strike: func() { ways(some(), "deaf mute", short()) }},
+		{name: "all are slow", strike: func() {
 			for _, p := range list[1:] {
 				p.must(order{Op: "ways", Key: "slow"})
 			}
@@ -721,49 +756,49 @@ func networkFaults(t *testing.T, rnd *rand.Rand, list []*process) []fault {
 				p.must(order{Op: "ways"})
 			}
 		}},
-		{"connections are reset, again and again", func() {
+		{many: true, name: "connections are reset, again and again", strike: func() {
 			for range 5 {
 				ways(some(), "deaf mute", 20*time.Millisecond)
 			}
 		}},
-		{"the leader stops for 0.1 to 5 s", func() {
+		{name: "the leader stops for 0.1 to 5 s", strike: func() {
 			l := leaderProcess(t, list)
 			l.freeze()
 			<-time.After(time.Duration(100+rnd.IntN(4900)) * time.Millisecond)
 			l.thaw()
 		}},
-		{"a rolling restart", func() {
+		{many: true, name: "a rolling restart", strike: func() {
 			for _, p := range list {
 				p.stop()
 				p.start()
 				p.awaitReady()
 			}
 		}},
-		{"one is killed, wiped and replaced", func() {
+		{name: "one is killed, wiped and replaced", strike: func() {
 			p := some()
-			wiped(p)
+			wipeProcess(t, list, p)
 			p.start()
 			awaitVoters(t, list)
 		}},
-		{"one is removed and joins again", func() {
+		{name: "one is removed and joins again", strike: func() {
 			p := without(list, leaderProcess(t, list))[0]
 			other := without(list, p)[0]
 			other.must(order{Op: "remove", Key: p.addr, Timeout: 20 * time.Second})
-			wiped(p)
+			wipeProcess(t, list, p)
 			other.must(order{Op: "allow", Key: p.addr})
 			p.start()
 			awaitVoters(t, list)
 		}},
-		{"one is killed while it joins", func() {
+		{name: "one is killed while it joins", strike: func() {
 			p := some()
-			wiped(p)
+			wipeProcess(t, list, p)
 			p.launch()
 			<-time.After(time.Duration(rnd.IntN(300)) * time.Millisecond)
 			p.kill()
 			p.start()
 			awaitVoters(t, list)
 		}},
-		{"one is killed while it installs a snapshot", func() {
+		{name: "one is killed while it installs a snapshot", strike: func() {
 			p := without(list, leaderProcess(t, list))[0]
 			past := p.must(order{Op: "status"}).Status.LastIndex
 			p.kill()
@@ -784,6 +819,13 @@ func networkFaults(t *testing.T, rnd *rand.Rand, list []*process) []fault {
 			p.start()
 		}},
 	}
+}
+
+// wipeProcess kills one and removes its directory. It joins when it starts again.
+func wipeProcess(t *testing.T, list []*process, p *process) {
+	p.kill()
+	must(t, os.RemoveAll(p.dir))
+	p.join = without(list, p)[0].addr
 }
 
 func awaitVoters(t *testing.T, list []*process) {
@@ -813,7 +855,8 @@ func TestCampaignHistoryInBubble(t *testing.T) {
 		t.Logf("QUORATE_SEED=%d", seed)
 		rnd := rand.New(rand.NewPCG(seed, 2))
 		history := []int{defaultHistory, 150}[rnd.IntN(2)]
-		bubbleOf(t, func(c *Config) { c.History = history }, func(t *testing.T, c *script, _, _, _ *scriptMember) { disturb(t, c, rnd) })
+		change := func(c *Config) { c.History, c.segment, c.vfs = history, 16<<10, newFaultFS() }
+		bubbleOf(t, change, func(t *testing.T, c *script, _, _, _ *scriptMember) { disturb(t, c, rnd) })
 		seed++
 	}
 }
@@ -883,7 +926,19 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 		rnd.Shuffle(3, func(i, j int) { names[i], names[j] = names[j], names[i] })
 		x, y, z := names[0], names[1], names[2]
 		var fault []string
-		switch rnd.IntN(7) {
+		ill := []string{x} // whose disk fails
+		if rnd.IntN(2) == 0 {
+			ill = names
+		}
+		switch rnd.IntN(10) {
+		case 7:
+			c.breakDisks(ill, setWrite, syscall.ENOSPC)
+		case 8:
+			c.breakDisks(ill, setCreate, syscall.EMFILE)
+			c.breakDisks(ill, setOpen, syscall.EMFILE)
+		case 9: // an append gets to the disk, and its writer does not know it
+			c.breakDisks(ill, setWrite, syscall.ENOSPC)
+			c.breakDisks(ill, setOpen, syscall.EMFILE)
 		case 0:
 			fault = []string{fmt.Sprintf("partition {%s} {%s %s}", x, y, z)}
 		case 1:
@@ -910,6 +965,10 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 			}
 		}
 		if round == wiped {
+			if rnd.IntN(2) == 0 { // under it, and it notices
+				c.removeFiles(x, []string{"", "wal/*", "snap*", "id"}[rnd.IntN(4)])
+				time.Sleep(time.Duration(rnd.IntN(3000)) * time.Millisecond)
+			}
 			for i, m := range c.members {
 				if m.name == x {
 					up[i].Store(nil)
@@ -922,11 +981,13 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 		}
 		time.Sleep(time.Duration(rnd.IntN(1000)) * time.Millisecond)
 		if rnd.IntN(2) == 0 { // who is away, or behind, needs a snapshot
+			c.mendDisks() // a snapshot waits for the log
 			for _, m := range c.running(nil) {
 				cutLog(m.s, 0)
 			}
 		}
 		c.obey("heal")
+		c.mendDisks()
 		if round == wiped {
 			c.restartWiped(x, rnd.IntN(2) == 0)
 		}
@@ -968,6 +1029,31 @@ func disturb(t *testing.T, c *script, rnd *rand.Rand) {
 	}
 	t.Logf("%d changes; %d members installed a snapshot; %d times a place was gone, and %d times the watch began anew by itself",
 		len(rows), installed, lostBy(spectators), spectators[len(spectators)-1].resets()-1)
+}
+
+// breakDisks has the disks of these members fail.
+func (c *script) breakDisks(names []string, set func(*faultFS, error), err error) {
+	for _, name := range names {
+		c.member(name).conf.vfs.(*faultFS).fail(set, err)
+	}
+}
+
+func (c *script) mendDisks() {
+	for _, m := range c.members {
+		for _, set := range []func(*faultFS, error){setWrite, setCreate, setOpen} {
+			m.conf.vfs.(*faultFS).fail(set, nil)
+		}
+	}
+}
+
+// removeFiles removes files of a member, or with "" its directory.
+func (c *script) removeFiles(name, pattern string) {
+	c.t.Helper()
+	list, err := filepath.Glob(filepath.Join(c.member(name).conf.Dir, pattern))
+	must(c.t, err)
+	for _, path := range list {
+		must(c.t, os.RemoveAll(path))
+	}
 }
 
 // restartWiped starts a member whose directory is gone with the founders' list; or first as at the very first time, without

@@ -731,6 +731,9 @@ func (l *logStore) reopenLocked() error {
 		l.wal.Close()
 		l.wal = nil
 	}
+	if _, err := os.Lstat(l.metaPath()); isMissing(err) { // raft-wal would make a new one, without a vote
+		return l.explain("reopen", fmt.Errorf("%s: %w: the name is gone", l.metaPath(), errGone))
+	}
 	l.reserve.give() // the process may take every descriptor that was just closed but this one
 	defer l.reserve.take()
 	w, err := l.openWAL()

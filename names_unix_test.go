@@ -9,7 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/hashicorp/raft"
 )
 
 // A member whose files are removed or replaced acknowledges nothing more that it can't keep, says so in Err and in one line, and ends
@@ -90,6 +93,27 @@ func TestLogRemovedBetweenAppends(t *testing.T) {
 	voted := inRaft(func() { l2.SetUint64([]byte("term"), 2) })
 	comesTrue(t, func() error { return wantFault(l2, errGone) })
 	wantParked(t, voted)
+}
+
+// A log that was removed while it was away is not made anew.
+func TestLogRemovedBeforeItIsOpenedAnew(t *testing.T) {
+	t.Parallel()
+	for _, pattern := range []string{"wal-meta.db", "*"} {
+		o, disk := faultyOptions(t)
+		l := reopenLog(t, nil, o)
+		appendLog(t, l, 1, 1, 3)
+		disk.fail(setWrite, syscall.ENOSPC)
+		disk.fail(setOpen, syscall.EMFILE)
+		inRaft(func() { l.StoreLogs([]*raft.Log{testEntry(4, 1)}) })
+		comesTrue(t, func() error { return wantFault(l, syscall.EMFILE) })
+		removeAll(t, l.dir, pattern)
+		disk.fail(setOpen, nil)
+		disk.fail(setWrite, nil)
+		comesTrue(t, func() error { return wantFault(l, errGone) })
+		if list, err := filepath.Glob(filepath.Join(l.dir, "wal-meta*")); err != nil || list != nil {
+			t.Errorf("there is %v, %v", list, err)
+		}
+	}
 }
 
 // What a member renames and removes itself is no fault: rotation, truncation, reopening, its id, an install.

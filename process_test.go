@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"log"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -30,7 +31,7 @@ import (
 
 // An order is one call that the parent has a member make.
 type order struct {
-	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load, cut, installed, remove, ways
+	Op      string // set, insert, delete, exec, get, lookup, list, stale, local, allow, ready, err, status, load, cut, installed, remove, ways, descriptors
 	Key     string // list, local: the prefix
 	Value   []byte
 	Parts   []part // exec
@@ -96,7 +97,7 @@ func TestMemberProcess(t *testing.T) {
 	c := Config{Logger: testLogger(t)}
 	var given memberConfig
 	must(t, json.Unmarshal([]byte(text), &given))
-	c.Dir, c.Addr, c.Join, c.Bootstrap, c.History = given.Dir, given.Addr, given.Join, given.Bootstrap, given.History
+	c.Dir, c.Addr, c.Join, c.Bootstrap, c.History, c.segment = given.Dir, given.Addr, given.Join, given.Bootstrap, given.History, given.Segment
 	var ways ways
 	c.Client = newClient(t, &ways.out)
 	s, err := Open(context.Background(), c)
@@ -119,7 +120,7 @@ func TestMemberProcess(t *testing.T) {
 	mux.HandleFunc("GET /watch", serveWatch(s))
 	l, err := net.Listen("tcp", c.Addr)
 	must(t, err)
-	go http.Serve(l, mux)
+	go (&http.Server{Handler: mux, ErrorLog: log.New(io.Discard, "", 0)}).Serve(l)
 	io.Copy(io.Discard, os.Stdin)
 	must(t, s.Close())
 }
@@ -193,6 +194,8 @@ func obey(s *Service, o order) report {
 		r.Count = load(ctx, s, o.Writers)
 	case "cut":
 		err = cutLog(s, o.Index)
+	case "descriptors":
+		err = withoutDescriptors(o.Timeout)
 	case "installed":
 		r.Count = int64(s.store.meta().installed)
 	default:
@@ -238,6 +241,7 @@ type memberConfig struct {
 	Dir, Addr, Join string
 	Bootstrap       []string
 	History         int
+	Segment         int // bytes of a segment of the log, 0 = as usual
 }
 
 type process struct {
@@ -246,6 +250,7 @@ type process struct {
 	bootstrap       []string
 	program         string // of an earlier release; "" is this test binary
 	history         int    // Config.History
+	segment         int
 	client          *http.Client
 
 	mu    sync.Mutex // guards the fields below
@@ -289,7 +294,7 @@ func (p *process) start() {
 // launch starts it and waits for nothing.
 func (p *process) launch() {
 	p.t.Helper()
-	text, err := json.Marshal(memberConfig{p.dir, p.addr, p.join, p.bootstrap, p.history})
+	text, err := json.Marshal(memberConfig{p.dir, p.addr, p.join, p.bootstrap, p.history, p.segment})
 	must(p.t, err)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestMemberProcess$", "-test.timeout=0")
 	cmd.Env = append(os.Environ(), processEnv+"="+string(text))
