@@ -255,7 +255,13 @@ const (
 type certificateWatch struct {
 	s              *Service
 	notices        certificateNotices
-	calls, answers error // the faults of this member's own
+	calls, answers error               // the faults of this member's own
+	asked          chan ownCertificate // the call of the client's code that is out; nil = none is
+}
+
+type ownCertificate struct {
+	sent []*x509.Certificate
+	err  error
 }
 
 // watchCertificates is begun by Open itself, so that what has ended is in Err when it returns.
@@ -287,30 +293,33 @@ func (w *certificateWatch) carry() {
 	}
 }
 
-// lookAtOwn asks the client for the certificate that it would send now.
+// lookAtOwn asks the client for the certificate that it would send now. While one such call has not returned there is no other.
 func (w *certificateWatch) lookAtOwn() {
 	t, ok := w.s.peer.client.Transport.(*http.Transport)
 	if !ok || t.TLSClientConfig == nil {
 		return
 	}
-	var sent []*x509.Certificate
-	var err error
-	done := make(chan struct{})
-	go func() { // the caller's code may take its time
-		defer close(done)
-		sent, err = clientCertificates(t.TLSClientConfig)
-	}()
+	if w.asked == nil {
+		asked := make(chan ownCertificate, 1)
+		w.asked = asked
+		go func() { // the caller's code may take its time, or never return
+			sent, err := clientCertificates(t.TLSClientConfig)
+			asked <- ownCertificate{sent, err}
+		}()
+	}
+	var own ownCertificate
 	select {
-	case <-done:
+	case own = <-w.asked:
+		w.asked = nil
 	case <-time.After(certificateCall):
 		return
 	case <-w.s.ctx.Done():
 		return
 	}
-	if err != nil {
-		w.calls = fmt.Errorf("the certificate with which this member %s can't be had: %w", useCalls, err)
+	if own.err != nil {
+		w.calls = fmt.Errorf("the certificate with which this member %s can't be had: %w", useCalls, own.err)
 	} else {
-		w.calls = w.judgeOwn(useCalls, sent, nil, t.TLSClientConfig.RootCAs)
+		w.calls = w.judgeOwn(useCalls, own.sent, nil, t.TLSClientConfig.RootCAs)
 	}
 	w.tell()
 }

@@ -321,3 +321,38 @@ func TestRenewedCertificateIsTheOneThatCounts(t *testing.T) {
 		t.Error("a certificate for servers stands in for that of a client")
 	}
 }
+
+// A call of the client's code that does not return is the only one, however long the member runs, and what it returns at last counts.
+func TestOwnCertificateThatDoesNotCome(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		var calls atomic.Int64
+		release := make(chan struct{})
+		letGo := sync.OnceFunc(func() { close(release) })
+		defer letGo()
+		ended := mint(t, "leaf", time.Now().Add(-time.Hour), mint(t, "root", time.Now().Add(aDay), nil, true), false).tls()
+		tr := &http.Transport{TLSClientConfig: &tls.Config{GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if calls.Add(1) > 1 { // the first is that of Open's check
+				<-release
+			}
+			return &ended, nil
+		}}, DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no network") }}
+		s, err := Open(t.Context(), Config{Dir: dir, Addr: "127.0.0.1:7001", TLS: true, Client: &http.Client{Transport: tr}, Logger: testLogger(t)})
+		must(t, err)
+		defer s.Close()
+		time.Sleep(10 * certificateOwnLook)
+		if n := calls.Load(); n != 2 || s.Err() != nil {
+			t.Errorf("%d calls, Err is %v", n, s.Err())
+		}
+		letGo()
+		time.Sleep(certificateOwnLook + time.Second)
+		if err := s.Err(); err == nil || !strings.Contains(err.Error(), "has ended") {
+			t.Errorf("Err is %v", err)
+		}
+		time.Sleep(5 * certificateOwnLook)
+		if n := calls.Load(); n < 5 {
+			t.Errorf("%d calls after the one that had not returned", n)
+		}
+	})
+}
