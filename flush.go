@@ -762,6 +762,7 @@ func (s *store) forgive() error {
 		return err
 	}
 	defer unlock()
+	s.checkForeign() // nobody may have asked yet; after rebase nobody could tell
 	was := s.foreignly
 	err = s.writeTail(func(t *tail) error {
 		s.foreignly = nil

@@ -2,6 +2,7 @@ package quorate
 
 import (
 	"context"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -577,5 +578,17 @@ func TestCommitDuringAFlush(t *testing.T) {
 	must(t, s.sync(t.Context())) // as Query, List and Backup do
 	if in("meanwhile") == nil {
 		t.Error("a reader who waits for the file does not see what was committed before")
+	}
+}
+
+// What a flush could not write and what has come since are written together: the private rows too.
+func TestTailsTogether(t *testing.T) {
+	key := func(id uint64) ownKey { return ownKey{table: 's', id: id} }
+	old := tail{own: map[ownKey]ownPut{key(1): nil, key(2): nil}, meta: &meta{applied: 1}}
+	both := func() (uint64, query, []driver.Value) { return 7, qPut, nil }
+	newer := tail{own: map[ownKey]ownPut{key(2): both, key(3): both}, meta: &meta{applied: 2}}
+	w := old.before(newer)
+	if len(w.own) != 3 || w.own[key(1)] != nil || w.own[key(2)] == nil || w.own[key(3)] == nil || w.meta.applied != 2 {
+		t.Errorf("%d private rows at %d", len(w.own), w.meta.applied)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -1089,6 +1090,137 @@ func TestApplyKeepsNoBytesOfTheEntry(t *testing.T) {
 }
 
 // An apply that waits for a rebuild has not stalled: its member acknowledges appends, or the rebuild could cost the quorum.
+// An apply that fails half-way has had no effect, on rows or sessions: what it had of a batch is applied by the next try, once.
+func TestApplyThatFailsHalfWay(t *testing.T) {
+	t.Parallel()
+	f := newFSMWith(t, 1<<20)
+	session := openTestSession(t, f, 1, "one")
+	batch := command(2, batchBytes(session, 1, 0, transaction{setOp("k", "v")}))
+	newer := command(3, []byte{entryFormat + 1, 0, 0})
+	if _, err := f.tryApply([]*raft.Log{batch, newer}); !errors.Is(err, ErrFormat) {
+		t.Fatalf("an entry of a newer format: %v", err)
+	}
+	if m := f.store.meta(); m.applied != 1 || m.revision != 0 {
+		t.Errorf("at %d with revision %d", m.applied, m.revision)
+	}
+	answers, err := f.tryApply([]*raft.Log{batch})
+	if must(t, err); answers[0].(outcome).kind != outcomeDone {
+		t.Fatalf("%+v", answers[0])
+	}
+	if r, ok, err := f.store.get("k"); !ok || err != nil || r.value != "v" || f.store.meta().revision != 1 {
+		t.Errorf("answered as done, and k is %+v (%t, %v) at revision %d", r, ok, err, f.store.meta().revision)
+	}
+}
+
+// While the state is to be rebuilt nothing is applied to it, and nobody gets a copy.
+func TestPausedStateIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	f := newFSMWith(t, 1<<20)
+	distrusted := 0
+	f.distrust = func(error) { distrusted++ }
+	openTestSession(t, f, 1, "one")
+	f.blame(corrupt("a row"))
+	if distrusted != 1 {
+		t.Errorf("distrusted %d times", distrusted)
+	}
+	if _, err := f.tryApply([]*raft.Log{command(2, encodeTermStart(firstFormat))}); !errors.Is(err, errPaused) || f.store.meta().applied != 1 {
+		t.Errorf("apply: %v, at %d", err, f.store.meta().applied)
+	}
+	if _, body, err := (&snapshotStore{fsm: f}).Open(snapshotState); err == nil {
+		body.Close()
+		t.Error("a copy is sent")
+	}
+	f.blame(errUnseated) // rows that lost their names only: that is mended in place
+	if distrusted != 2 {
+		t.Errorf("distrusted %d times", distrusted)
+	}
+}
+
+// After an install that has failed the rows may be the new ones: the sessions beside them are read anew before anything is applied.
+func TestInstallThatFails(t *testing.T) {
+	t.Parallel()
+	f := newFSMWith(t, 1<<20)
+	session := openTestSession(t, f, 1, "one")
+	f.incoming = &incoming{path: filepath.Join(t.TempDir(), "none"), meta: meta{applied: 9, term: 1}}
+	if err := f.Restore(io.NopCloser(strings.NewReader(""))); err == nil || !f.stale {
+		t.Fatalf("%v; read anew: %t", err, f.stale)
+	}
+	must(t, f.store.flush())
+	f.sessions = nil
+	if o := applyOne(t, f, command(2, batchBytes(session, 1, 0, transaction{setOp("k", "v")}))); o.kind != outcomeDone {
+		t.Errorf("%+v", o)
+	}
+}
+
+// A snapshot that is not ahead of the state installs nothing, and what raft cuts from its log next is on the disk.
+func TestRestoreOfWhatIsThere(t *testing.T) {
+	t.Parallel()
+	f := newFSMWith(t, 1<<20)
+	session := openTestSession(t, f, 1, "one")
+	applyOne(t, f, command(2, batchBytes(session, 1, 0, transaction{setOp("k", "v")})))
+	for _, at := range []uint64{1, 2} {
+		was := f.store.inFile.Load().barrier
+		f.incoming = &incoming{path: filepath.Join(t.TempDir(), "none"), meta: meta{applied: at, term: 1}}
+		must(t, f.Restore(io.NopCloser(strings.NewReader(""))))
+		if m := f.store.inFile.Load(); m.barrier != was+1 || m.applied != 2 || m.installed != 0 {
+			t.Errorf("a snapshot at %d: the file is at %d, after %d barriers more, installed %d", at, m.applied, m.barrier-was, m.installed)
+		}
+	}
+}
+
+// Raft goes on with what an install says, and the state with what the file holds: they are the same.
+func TestSnapshotThatSaysOtherThanItHolds(t *testing.T) {
+	servers := []raft.Server{{Suffrage: raft.Voter, ID: "a", Address: "a:1"}}
+	holds := meta{applied: 9, term: 3, configIndex: 5, config: raft.EncodeConfiguration(raft.Configuration{Servers: servers})}
+	for what, change := range map[string]func(*raft.SnapshotMeta){
+		"all of it":     nil,
+		"index":         func(m *raft.SnapshotMeta) { m.Index++ },
+		"term":          func(m *raft.SnapshotMeta) { m.Term++ },
+		"index of it":   func(m *raft.SnapshotMeta) { m.ConfigurationIndex++ },
+		"configuration": func(m *raft.SnapshotMeta) { m.Configuration.Servers = nil },
+	} {
+		says := raft.SnapshotMeta{Index: 9, Term: 3, ConfigurationIndex: 5, Configuration: raft.Configuration{Servers: servers}}
+		if change != nil {
+			change(&says)
+		}
+		if err := (&snapshotSink{meta: holds, says: says}).honest(); (err == nil) != (change == nil) || err != nil && !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+func TestWatermarkWakesWhoWaitsForIt(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var w watermark
+		for _, c := range []struct {
+			at   uint64
+			want error
+		}{{5, nil}, {4, nil}, {6, context.DeadlineExceeded}} {
+			go func() {
+				synctest.Wait()
+				w.advance(5)
+			}()
+			if err := w.wait(ctxFor(t, time.Minute), c.at); !errors.Is(err, c.want) {
+				t.Errorf("wait for %d: %v", c.at, err)
+			}
+			synctest.Wait()
+			if len(w.waiters) != 0 {
+				t.Errorf("%d lists of waiters are left", len(w.waiters))
+			}
+			w.index = 0
+		}
+	})
+}
+
+func TestSessionsBehindAnIndex(t *testing.T) {
+	f := newFSMWith(t, 1<<20)
+	id := openTestSession(t, f, 3, "one")
+	if f.openedAfter(id) || !f.openedAfter(id-1) {
+		t.Errorf("behind %d: %t, behind %d: %t", id, f.openedAfter(id), id-1, f.openedAfter(id-1))
+	}
+}
+
 func TestApplyThatWaitsForARebuildHasNotStalled(t *testing.T) {
 	f := newFSMWith(t, 1<<20)
 	f.began.Store(monotonic() - int64(time.Minute))

@@ -161,6 +161,36 @@ func TestRoundsGather(t *testing.T) {
 	})
 }
 
+// A round that has failed confirms nobody, and says so to others.
+func TestFailedRoundConfirmsNobody(t *testing.T) {
+	fails := errLost
+	r := newRounds(t.Context(), func(context.Context) (readPoint, error) { return readPoint{}, fails })
+	if _, err := r.join(t.Context()); err != errLost {
+		t.Error(err)
+	}
+	if ms, d := r.confirmedMillis(), r.confirmedFor(); ms != 0 || d < time.Minute {
+		t.Errorf("confirmed %d ms ago, %v", ms, d)
+	}
+	fails = nil
+	_, err := r.join(t.Context())
+	must(t, err)
+	if ms, d := r.confirmedMillis(), r.confirmedFor(); ms == 0 || d > patience {
+		t.Errorf("confirmed %d ms ago, %v", ms, d)
+	}
+}
+
+// A read whose context ends before what it must see is applied is no read.
+func TestReadThatDoesNotGetThere(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	st := s.Status()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	time.AfterFunc(20*time.Millisecond, func() { cancel(errLost) })
+	if err := s.awaitApplied(ctx, st.LastIndex+100, st.Term); err != errLost {
+		t.Errorf("error %v, want the cause", err)
+	}
+}
+
 func TestLeaderRoundNeedsQuorumOfItsTerm(t *testing.T) {
 	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
 		term := l.s.Status().Term

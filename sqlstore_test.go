@@ -695,6 +695,23 @@ func TestForgiveTakesTheFileAsItIs(t *testing.T) {
 	}
 }
 
+// A file that can't be taken over stays somebody else's: nothing is written on top of it.
+func TestForgiveThatFails(t *testing.T) {
+	s := newTestStore(t, testBudget)
+	fill(t, s, 10, 10)
+	must(t, s.flush())
+	shell(t, s.path, `INSERT INTO kv VALUES('', 'of no key', 1, 1, 0)`)
+	if err := s.forgive(); !errors.Is(err, ErrCorrupt) {
+		t.Fatal(err)
+	}
+	if err := s.barrier(); !errors.Is(err, errForeign) {
+		t.Errorf("a barrier: %v", err)
+	}
+	if f, err := s.foreign(); !f || err != nil {
+		t.Errorf("foreign = %v, %v", f, err)
+	}
+}
+
 func TestBarrierChangesAByte(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	for want := range uint64(3) {
