@@ -50,6 +50,8 @@ func TestBesideTheFirstRelease(t *testing.T) {
 	t.Run("upgrade", func(t *testing.T) { rollingUpgrade(t, program) })
 	t.Run("founders", func(t *testing.T) { foundersBeside(t, program) })
 	t.Run("going back in the first format", func(t *testing.T) { goingBackInTime(t, program) })
+	t.Run("restored in the first format", func(t *testing.T) { restoredForTheFirst(t, program) })
+	t.Run("without a vote", func(t *testing.T) { voteless(t, program) })
 	t.Run("going back meanwhile", func(t *testing.T) { goingBackMeanwhile(t, program) })
 	t.Run("going back too late", func(t *testing.T) { goingBackTooLate(t, program) })
 }
@@ -413,4 +415,88 @@ func goingBackTooLate(t *testing.T, program string) {
 		t.Errorf("the refused start changed snap: %v", err)
 	}
 	wantGet(t, c[0].start(), "k", []byte("v"))
+}
+
+// restoredForTheFirst: what Restore makes of a state of the first format is a directory of the first release, and of this version after it.
+func restoredForTheFirst(t *testing.T, program string) {
+	m := newMember(t, "")
+	older(&m.conf)
+	must(t, m.start().Set(t.Context(), "k", []byte("v")))
+	m.stop()
+	dir := filepath.Join(t.TempDir(), "restored")
+	must(t, Restore(dir, m.snap()))
+	back := &process{t: t, dir: dir, addr: m.conf.Addr, program: program, client: m.conf.Client}
+	t.Cleanup(back.stop)
+	back.start()
+	back.awaitReady()
+	if v := back.must(order{Op: "get", Key: "k"}).Value; string(v) != "v" {
+		t.Errorf("the first release reads %q", v)
+	}
+	back.must(order{Op: "set", Key: "l", Value: []byte("w")})
+	back.must(order{Op: "err"})
+	back.stop()
+	m.conf.Dir, m.conf.format = dir, 0
+	s := m.start()
+	wantGet(t, s, "k", []byte("v"))
+	wantGet(t, s, "l", []byte("w"))
+	if e, err := s.Lookup(t.Context(), "l"); err != nil || e.Version <= 1<<40 {
+		t.Errorf("the first release went on at %+v, %v", e, err)
+	}
+}
+
+// voteless: why a member has no vote is known where one of this version leads. A leader of the first release does not say it, and the
+// member works beside it all the same.
+func voteless(t *testing.T, program string) {
+	m := newMember(t, "")
+	older(&m.conf)
+	m.start()
+	old := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), join: m.conf.Addr, program: program, client: m.conf.Client}
+	t.Cleanup(old.stop)
+	join := func() *testMember {
+		n := newMember(t, m.conf.Addr)
+		older(&n.conf)
+		must(t, m.s.AddAllowedMember(ctxFor(t, patience), n.conf.Addr))
+		n.start()
+		return n
+	}
+	must(t, m.s.AddAllowedMember(ctxFor(t, patience), old.addr))
+	old.start()
+	old.awaitReady()
+	down := join()
+	testCluster{m, down}.awaitVoters(t, 3)
+	eventually(t, patience, "the first release to lead", func() error { return m.s.TransferLeader(ctxFor(t, patience), old.addr) })
+	down.stop()
+	n := join()
+	must(t, n.s.Ready(ctxFor(t, patience)))
+	must(t, n.s.Set(ctxFor(t, patience), "k", []byte("v")))
+	why := func(s *Service) string {
+		for _, o := range s.Status().Members {
+			if o.ID == n.s.ident().id && !o.Voter {
+				return o.NoVote
+			}
+		}
+		return "it has a vote, or is no member"
+	}
+	if old.must(order{Op: "status"}).Status.Role == Leader && why(n.s) != "" {
+		t.Errorf("beside the first release it says %q", why(n.s))
+	}
+	old.stop() // it hands over
+	old.start()
+	eventually(t, patience, "the reason", func() error {
+		for _, s := range []*Service{m.s, n.s} {
+			if got := why(s); !strings.Contains(got, down.conf.Addr) {
+				return fmt.Errorf("it has no vote because %q", got)
+			}
+		}
+		return nil
+	})
+	wantGet(t, n.s, "k", []byte("v"))
+	down.start()
+	testCluster{m, n, down}.awaitVoters(t, 4)
+	eventually(t, patience, "no reason any more", func() error {
+		if got := why(m.s); !strings.HasPrefix(got, "it has a vote") {
+			return errors.New(got)
+		}
+		return nil
+	})
 }
