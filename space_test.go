@@ -289,7 +289,12 @@ func TestLogThatIsNotOpenedAnewLetsAnotherLead(t *testing.T) {
 		t.Error("it does not wait")
 	}
 	stays.Store(false)
-	err := <-done
+	var err error
+	select {
+	case err = <-done:
+	case <-time.After(patience):
+		t.Fatal("it waits for the log")
+	}
 	if is(t, err, errUnsettled); !passing(err) || notStored(err) || !notStored(syscall.ENOSPC) || notStored(fmt.Errorf("%w; %w", syscall.ENOSPC, errSentAhead)) {
 		t.Errorf("what is not stored: %v", err)
 	}
