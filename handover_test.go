@@ -381,7 +381,7 @@ func TestBetterCandidate(t *testing.T) {
 func TestMayLead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		s := &Service{wal: &logStore{lastIdx: 200}}
+		s := &Service{wal: &logStore{lastIdx: 200}, fsm: &fsm{}}
 		m := raft.Server{ID: "f"}
 		good := statusAnswer{Healthy: true, Role: "follower", Term: 3, LastIndex: 200 - promoteLag}
 		s.turns.answers("f", 3)
@@ -395,6 +395,10 @@ func TestMayLead(t *testing.T) {
 			{"a fault", choice{leaving: true}, func(a *statusAnswer) { a.Healthy = false }, "fault"},
 			{"unfit", choice{}, func(a *statusAnswer) { a.Unfit = "full" }, "unfit to lead: full"},
 			{"unfit, and the leader goes anyway", choice{leaving: true}, func(a *statusAnswer) { a.Unfit = "full" }, ""},
+			{"a log without space", choice{}, func(a *statusAnswer) { a.LogWaits = true }, "takes no entry"},
+			{"a log without space, and the leader goes anyway", choice{leaving: true}, func(a *statusAnswer) { a.LogWaits = true }, ""},
+			{"relieved again and again", choice{relief: true}, func(a *statusAnswer) { a.Relieved, a.Rests = 100_000, 1 }, "1m40s ago"},
+			{"the same, and the leader has another reason", choice{}, func(a *statusAnswer) { a.Relieved, a.Rests = 100_000, 1 }, ""},
 			{"not a voter yet, for itself", choice{}, func(a *statusAnswer) { a.Role = "non-voter" }, "non-voter"},
 			{"in another term", choice{}, func(a *statusAnswer) { a.Term = 4 }, "term 4"},
 			{"more than an append behind", choice{}, func(a *statusAnswer) { a.LastIndex-- }, "its log ends at 135"},

@@ -502,13 +502,18 @@ func TestLogsAreFull(t *testing.T) {
 					writer = c.cast["F"] // what only others store is not applied on the leader
 				}
 				except := full[n-1:] // its log takes nothing, and the two others commit what it meets
+				var refused []string
 				for i := range full {
 					m := full[n-1-i] // the leader last: that a log takes nothing is known when it has been tried
 					m.conf.vfs.(*faultFS).fail(setWrite, syscall.ENOSPC)
 					c.disks[m].free.Store(20 << 10)
 					ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-					err := writer.s.Set(ctx, "w", nil) // meets it
+					key := fmt.Sprint("meets", i)
+					err := writer.s.Set(ctx, key, nil) // meets it
 					cancel()
+					if errors.Is(err, ErrNotApplied) {
+						refused = append(refused, key)
+					}
 					if left := 2 - i; (err == nil) != (left >= 2) {
 						t.Errorf("a write meets %d full logs: %v", i+1, err)
 					}
@@ -532,6 +537,11 @@ func TestLogsAreFull(t *testing.T) {
 				c.writes("with space back", time.Second)
 				c.changes("with space back", 0, 1)
 				c.obey("await equal")
+				for _, key := range refused {
+					if _, err := writer.s.Lookup(t.Context(), key); !errors.Is(err, ErrNotFound) {
+						t.Errorf("%s was refused as not applied, and reads as %v", key, err)
+					}
+				}
 			})
 		})
 	}
