@@ -480,6 +480,7 @@ func voteless(t *testing.T, program string) {
 	if old.must(order{Op: "status"}).Status.Role == Leader && why(n.s) != "" {
 		t.Errorf("beside the first release it says %q", why(n.s))
 	}
+	saysNothingNew(t, m, old)
 	old.stop() // it hands over
 	old.start()
 	eventually(t, patience, "the reason", func() error {
@@ -499,4 +500,31 @@ func voteless(t *testing.T, program string) {
 		}
 		return nil
 	})
+}
+
+// saysNothingNew: the first release answers the questions of this version, the one that has another log tried too, and all that it does
+// not know is left out and means that nothing is known.
+func saysNothingNew(t *testing.T, m *testMember, old *process) {
+	t.Helper()
+	base := baseURL(old.addr, false)
+	for _, ask := range []func(context.Context, string) (statusAnswer, error){m.s.peer.status, m.s.peer.statusTried} {
+		a, err := ask(ctxFor(t, patience), base)
+		must(t, err)
+		if a.ID == "" || !a.Healthy || len(a.Members) == 0 || a.Format != firstFormat {
+			t.Errorf("the first release says %+v", a)
+		}
+		if a.LogWaits || a.Unfit != "" || a.Relieved != 0 || a.Rests != 0 || a.Fsync != 0 || a.Reached != nil || a.Confirmed != 0 ||
+			a.Follows != 0 || a.Founders != nil || a.Held || a.Empty {
+			t.Errorf("the first release says what it does not know: %+v", a)
+		}
+		for _, o := range a.Members {
+			if o.NoVote != "" {
+				t.Errorf("the first release says why: %+v", o)
+			}
+		}
+	}
+	id := old.must(order{Op: "status"}).Status.ID
+	if _, err := m.s.peer.call(ctxFor(t, patience), request{route: "piece", base: base, to: id}); !unknownRoute(err) {
+		t.Errorf("a piece of a state is %v to the first release", err)
+	}
 }
