@@ -86,7 +86,8 @@ var (
 	// same as once.
 	//
 	// When ctx has ended, the write is not sent again, unless another call of this member travels in the same log entry and still
-	// waits. A copy that is on its way may take effect until the member's next entry, which goes out at once, is in the log: so
+	// waits. The same holds after 5 s of a leader whose disks, or those of too many others, are full: it takes no writes, and this
+	// one may be in its log. A copy that is on its way may take effect until the member's next entry, which goes out at once, is in the log: so
 	// after a cut of the network an old value may land over one that another member has written meanwhile, in the moment before
 	// the two halves have spoken. It never lands over a later write through this Service that was acknowledged.
 	ErrUncertain = errors.New("may or may not be applied")
