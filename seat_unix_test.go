@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,11 +25,16 @@ func (s *store) unguard() {
 	s.guard.unlock()
 }
 
-// loseLocks does what a program does that reads snap once, and then a shell that reads and closes it.
+// loseLocks does what a program does that reads snap once and serves it once, and then a shell that reads and closes it.
 func (m *testMember) loseLocks(t *testing.T) {
 	t.Helper()
 	_, err := os.ReadFile(m.snap())
 	must(t, err)
+	served := httptest.NewRecorder()
+	http.ServeFile(served, httptest.NewRequest(http.MethodGet, "/snap", nil), m.snap())
+	if served.Code != http.StatusOK || served.Body.Len() == 0 {
+		t.Fatalf("status %d, %d bytes", served.Code, served.Body.Len())
+	}
 	sqlite3(t, m.snap(), "select count(*) from kv")
 }
 
