@@ -223,16 +223,17 @@ type Service struct {
 	changing chan struct{}          // one change of the configuration at a time on this leader: see changeMembers
 	joined   chan struct{}          // has room for one: a member has joined or moved, and the leader looks at once whether it can be a voter
 
-	begun    atomic.Int64  // when the raft that runs was started, by monotonic
-	handing  chan struct{} // one hand-over at a time: see handOver
-	turns    turns
-	relief   relief
-	refusal  atomic.Pointer[error] // why this leader takes no writes; nil = it does
-	refusing broadcast             // it takes none, each time that this is found
-	ballast  *ballast
-	trial    trial
-	replaced atomic.Bool   // a voter that is fit would lead in the place of this leader, whose log waits for space
-	fitness  chan struct{} // has room for one: this member's fitness to lead may have changed
+	begun        atomic.Int64             // when the raft that runs was started, by monotonic
+	handing      chan struct{}            // one hand-over at a time: see handOver
+	transferring atomic.Pointer[transfer] // what raft has not answered yet; nil = none
+	turns        turns
+	relief       relief
+	refusal      atomic.Pointer[error] // why this leader takes no writes; nil = it does
+	refusing     broadcast             // it takes none, each time that this is found
+	ballast      *ballast
+	trial        trial
+	replaced     atomic.Bool   // a voter that is fit would lead in the place of this leader, whose log waits for space
+	fitness      chan struct{} // has room for one: this member's fitness to lead may have changed
 
 	founding   *founding  // set by Open, if this member has no cluster yet and Config.Bootstrap; else nil
 	strangers  strangers  // other clusters that call this address

@@ -78,13 +78,41 @@ func (s *Service) handOver(ctx context.Context, c choice) error {
 	}
 	s.log.Info("handing over", "to", peerName(to.ID, to.Address))
 	s.turns.transfers(to.ID, term)
-	future := r.LeadershipTransferToServer(to.ID, to.Address)
-	err = await(ctx, future)
+	select {
+	case err = <-s.transfer(r, term, to):
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
 	s.turns.transfers(to.ID, term) // raft may have begun it only now
 	if s.leading(term) {
 		return fmt.Errorf("hand over to %s: %w", peerName(to.ID, to.Address), cmp.Or(err, errors.New("it did not win the election")))
 	}
 	return nil
+}
+
+// A transfer is one that raft has not answered yet, in this term of this raft.
+type transfer struct {
+	r    *raft.Raft
+	term uint64
+}
+
+// transfer hands raft the transfer, and no entry until that has an answer. Raft's main loop waits for a slow log, and takes what has
+// come meanwhile at random: behind entries, each of which is one more wait, the transfer may be the last.
+func (s *Service) transfer(r *raft.Raft, term uint64, to raft.Server) <-chan error {
+	t, done := &transfer{r, term}, make(chan error, 1)
+	s.transferring.Store(t)
+	future := r.LeadershipTransferToServer(to.ID, to.Address)
+	s.running.Go(func() {
+		done <- await(s.ctx, future)
+		s.transferring.CompareAndSwap(t, nil)
+	})
+	return done
+}
+
+// transfers: a transfer of this term is on its way. A raft that has ended may have left one without an answer.
+func (s *Service) transfers(r *raft.Raft) bool {
+	t := s.transferring.Load()
+	return t != nil && t.r == r && t.term == r.CurrentTerm()
 }
 
 // stepDown ends the lead of a member whose log waits for space. Raft waits for the log meanwhile: a transfer would stay in its queue, and

@@ -443,3 +443,24 @@ func TestMayLead(t *testing.T) {
 		wants("an answer of the term before", "no append yet", 4)
 	})
 }
+
+// While raft has not answered a transfer, its leader takes no entry that could go before: in that term of that raft, and no longer.
+func TestNoEntryGoesBeforeATransfer(t *testing.T) {
+	t.Parallel()
+	m := newMember(t, "")
+	s := m.start()
+	must(t, s.Set(ctxFor(t, patience), "k", nil))
+	r := s.raft.Load()
+	s.transferring.Store(&transfer{r, r.CurrentTerm()})
+	before, _ := s.wal.last()
+	is(t, s.Set(ctxFor(t, 100*time.Millisecond), "k", nil), ErrNotApplied)
+	if last, _ := s.wal.last(); last != before {
+		t.Errorf("the log went on from %d to %d", before, last)
+	}
+	for what, old := range map[string]*transfer{"an earlier term": {r, r.CurrentTerm() - 1}, "an earlier raft": {nil, r.CurrentTerm()}} {
+		s.transferring.Store(old)
+		if err := s.Set(ctxFor(t, patience), "k", nil); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}

@@ -276,7 +276,7 @@ func (s *Service) watchHealth() {
 			}
 		}
 		s.tuneLog()
-		if size := s.wal.bytes(); size > cut+snapshotBytes || size < cut {
+		if size := s.wal.bytes(); size > cut+s.snapshotAfter() || size < cut {
 			if size > cut {
 				s.running.Go(func() { await(s.ctx, s.raft.Load().Snapshot()) })
 			}
@@ -411,7 +411,8 @@ func (s *Service) checkRemoved() {
 
 // tuneLog keeps the tail of the log within the size of the state, whatever the size of its entries. While a snapshot is being sent it
 // keeps more, for the receiver needs what comes after: as many bytes as the snapshot has and trailingMost, so that a way on which
-// the snapshot goes faster than the writes come brings the receiver to the end, and a slower one does not fill the disk.
+// the snapshot goes faster than the writes come brings the receiver to the end, and a slower one does not fill the disk. Where space is
+// tight it keeps the least, as a member that lags can be sent the state.
 func (s *Service) tuneLog() {
 	r := s.raft.Load()
 	first, last := s.wal.bounds()
@@ -424,8 +425,11 @@ func (s *Service) tuneLog() {
 	}
 	entry := s.wal.bytes()/int64(last-first+1) + 1
 	keep := max(trailingMin, min(trailingLogs, uint64(min(max(trailingBytes, state), trailingMost)/entry)))
-	if s.members.sending() {
+	switch {
+	case s.members.sending():
 		keep = max(keep, uint64((trailingMost+state)/entry))
+	case s.conf.space(s.conf.Dir).tight():
+		keep = trailingMin
 	}
 	c := r.ReloadableConfig()
 	if c.TrailingLogs != keep {
@@ -434,6 +438,14 @@ func (s *Service) tuneLog() {
 			s.log.Error("set how much of the log is kept", "error", err)
 		}
 	}
+}
+
+// snapshotAfter is how many bytes the log grows by until there is a snapshot, behind which it can be cut.
+func (s *Service) snapshotAfter() int64 {
+	if s.conf.space(s.conf.Dir).tight() {
+		return logSegment
+	}
+	return snapshotBytes
 }
 
 // compareStates fetches the others' (sum, chain) marks. The members hardly ever stand at one index, so each keeps the values at

@@ -285,6 +285,9 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 	if err := s.takesNoWrite(data); err != nil {
 		return func(context.Context) (outcome, bool, error) { return outcome{}, false, err }
 	}
+	if s.transfers(r) {
+		return func(context.Context) (outcome, bool, error) { return outcome{}, false, raft.ErrLeadershipTransferInProgress }
+	}
 	early := s.fsm.ahead.expect(data)
 	future := r.Apply(data, patience)
 	if early {

@@ -281,7 +281,11 @@ func cutLog(s *Service, past uint64) error {
 // The log is kept as long as it is shorter than the state, and no longer.
 func TestLogIsKeptWithinTheState(t *testing.T) {
 	t.Parallel()
-	s, err := Open(t.Context(), Config{Dir: filepath.Join(t.TempDir(), "data"), Logger: testLogger(t), History: 16})
+	conf := Config{Dir: filepath.Join(t.TempDir(), "data"), Logger: testLogger(t), History: 16}
+	var free atomic.Int64
+	free.Store(1 << 39)
+	conf.space = func(string) diskSpace { return diskSpace{free.Load(), 1 << 40} }
+	s, err := Open(t.Context(), conf)
 	must(t, err)
 	defer s.Close()
 	keep := func() uint64 {
@@ -317,6 +321,21 @@ func TestLogIsKeptWithinTheState(t *testing.T) {
 	} else if n > 7000 {
 		t.Errorf("%d entries of 64 KiB are kept while a snapshot of 112 MiB is on its way, want 368 MiB", n)
 	}
+	s.members.mu.Lock()
+	s.members.sends, s.members.sent = 0, time.Time{} // and was, long ago
+	s.members.mu.Unlock()
+	free.Store(spaceTight*spaceLow - 1)
+	if n := keep(); n != trailingMin {
+		t.Errorf("%d entries are kept while space is tight", n)
+	}
+	before := s.Status().LastIndex
+	eventually(t, patience, "a shorter log", func() error {
+		must(t, s.Set(t.Context(), "0", make([]byte, 1<<20)))
+		if first, last := s.wal.bounds(); last-first > trailingMin+logSegment/(64<<10)+(last-before) {
+			return fmt.Errorf("the log has %d entries while space is tight", last-first)
+		}
+		return nil
+	})
 }
 
 func (c testCluster) fill(t testing.TB, prefix string, n int) {

@@ -24,6 +24,7 @@ const (
 	spaceLow    = 64 << 20       // bytes of free space below which a member is unfit to lead, or
 	spaceShare  = 16             // this part of the file system, if that is less, but
 	spaceLeast  = 2 * logSegment // are needed for the log to go on, on a file system that has four times as much
+	spaceTight  = 4              // times the limit: with less free space the log behind the state is kept as short as it can be
 	spaceSlack  = 16             // this part of the limit more has to be free before it is fit again
 	spaceLook   = time.Second
 	spaceOften  = 250 * time.Millisecond // while there is too little
@@ -41,6 +42,9 @@ type diskSpace struct{ free, total int64 }
 func (d diskSpace) low() int64 {
 	return min(spaceLow, max(d.total/spaceShare, min(spaceLeast, d.total/4)))
 }
+
+// tight: what this member can do without should go, before others must lead.
+func (d diskSpace) tight() bool { return d.total > 0 && d.free < spaceTight*d.low() }
 
 // A ballast is a file that takes up space until something more important needs it.
 type ballast struct {
