@@ -295,25 +295,29 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 		s.fsm.ahead.decode(data)
 	}
 	return func(ctx context.Context) (outcome, bool, error) {
-		switch err := s.awaitEntry(ctx, future, data); {
-		case err == nil:
-			o, ok := future.Response().(outcome)
-			if !ok { // this member is closing, or had the entry's effect already
-				return outcome{}, true, errors.New("no answer from apply")
-			}
-			return o, true, nil
-		case errors.Is(err, errRefused): // it is in the log here, or raft is about to append it
-			return outcome{}, true, err
-		case errors.Is(err, raft.ErrEnqueueTimeout):
-			return outcome{}, false, errRaftBusy
-		case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
-			return outcome{}, false, err
-		case notStored(err):
-			return outcome{}, false, err
-		default:
-			return outcome{}, true, err
+		if err := s.awaitEntry(ctx, future, data); err != nil {
+			sent, why := fate(err)
+			return outcome{}, sent, why
 		}
+		o, ok := future.Response().(outcome)
+		if !ok { // this member is closing, or had the entry's effect already
+			return outcome{}, true, errors.New("no answer from apply")
+		}
+		return o, true, nil
 	}
+}
+
+// fate tells of an entry that was answered with an error whether it may be in the log all the same.
+func fate(err error) (sent bool, why error) {
+	switch {
+	case errors.Is(err, errRefused): // it is in the log here, or raft is about to append it
+		return true, err
+	case errors.Is(err, raft.ErrEnqueueTimeout):
+		return false, errRaftBusy
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress), notStored(err):
+		return false, err
+	}
+	return true, err
 }
 
 // awaitEntry is await, and ends when this leader finds that it takes no such entry for now: nobody knows how long this one would be waited for.

@@ -21,6 +21,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -1310,4 +1311,67 @@ func TestJoinAfterAPermissionElsewhere(t *testing.T) {
 	if err := <-answer; err != nil {
 		t.Errorf("it is refused: %v", err)
 	}
+}
+
+// What raft says of an entry decides what its caller is told: only what is surely in no log was not applied.
+func TestFateOfAnEntry(t *testing.T) {
+	for _, c := range []struct {
+		err, why error
+		sent     bool
+	}{
+		{raft.ErrEnqueueTimeout, errRaftBusy, false},
+		{raft.ErrNotLeader, raft.ErrNotLeader, false},
+		{raft.ErrLeadershipTransferInProgress, raft.ErrLeadershipTransferInProgress, false},
+		{fmt.Errorf("append: %w", syscall.ENOSPC), syscall.ENOSPC, false},
+		{fmt.Errorf("%w: append: %w", errSentAhead, syscall.ENOSPC), syscall.ENOSPC, true},
+		{fmt.Errorf("%w: append: %w", errRefused, syscall.ENOSPC), errRefused, true},
+		{raft.ErrLeadershipLost, raft.ErrLeadershipLost, true},
+		{raft.ErrRaftShutdown, raft.ErrRaftShutdown, true},
+		{context.DeadlineExceeded, context.DeadlineExceeded, true},
+	} {
+		if sent, why := fate(c.err); sent != c.sent || !errors.Is(why, c.why) {
+			t.Errorf("%v: sent %t, %v", c.err, sent, why)
+		}
+	}
+}
+
+// A forwarded entry whose answer is lost may be in the log.
+func TestForwardedEntryWithoutAnswer(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		c.obey("cut F to L")
+		c.obey("cut L to F")
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		if _, sent, err := f.s.propose(ctx, encodeOpen(firstFormat, [16]byte{1})); err == nil || !sent {
+			t.Errorf("sent %t, %v", sent, err)
+		}
+	})
+}
+
+// A state that its own member does not serve is given to no other one.
+func TestDamagedStateIsNotGiven(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	must(t, s.serveState(t.Context(), io.Discard))
+	s.faults.set(faultState, corrupt("a row"))
+	var b bytes.Buffer
+	var r *refusal
+	if err := s.serveState(t.Context(), &b); !errors.As(err, &r) || r.Code != codeNotReady || b.Len() > 0 {
+		t.Errorf("%v after %d bytes", err, b.Len())
+	}
+}
+
+// Whoever was removed does not come back under its id, wherever it asks.
+func TestRemovedIDDoesNotJoin(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		id, addr := g.s.ident().id, g.s.conf.Addr
+		must(t, l.s.RemoveMember(t.Context(), addr))
+		must(t, l.s.AddAllowedMember(t.Context(), addr))
+		var r *refusal
+		if _, err := l.s.serveJoin(t.Context(), joinRequest{ID: id, Addr: addr, Format: entryFormat}); !errors.As(err, &r) || r.Code != codeRemoved {
+			t.Errorf("%v", err)
+		}
+	})
 }

@@ -1277,3 +1277,28 @@ func TestLargeCrowdAfterTheRinger(t *testing.T) {
 		t.Error("nobody rings")
 	}
 }
+
+// A stretch of the history without a change under the prefix is behind a watcher once it was read, and a watcher that would wait looks
+// first whether its member serves reads.
+func TestWatcherPastOthersChanges(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	for range 5 {
+		transact(t, s, set("other", ""))
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for range s.Watch(ctx, "k", 1) {
+		}
+	}()
+	s.awaitIdle(t, "k")
+	s.faults.set(faultState, corrupt("a row"))
+	if (&watcher{s: s, ctx: ctx}).wait(&bell{rung: make(chan struct{})}); ctx.Err() != nil {
+		t.Error("a watcher waits for a bell that rang before")
+	}
+	cancel()
+	<-ended
+}
