@@ -286,7 +286,9 @@ func (s *Service) begin(data []byte, patience time.Duration) func(ctx context.Co
 		return func(context.Context) (outcome, bool, error) { return outcome{}, false, err }
 	}
 	if s.transfers(r) {
-		return func(context.Context) (outcome, bool, error) { return outcome{}, false, raft.ErrLeadershipTransferInProgress }
+		return func(context.Context) (outcome, bool, error) {
+			return outcome{}, false, raft.ErrLeadershipTransferInProgress
+		}
 	}
 	early := s.fsm.ahead.expect(data)
 	future := r.Apply(data, patience)
