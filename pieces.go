@@ -422,7 +422,7 @@ func (p *peer) installArrival(t *transport, c *arrival) (*raft.InstallSnapshotRe
 		return &raft.InstallSnapshotResponse{RPCHeader: p.header(t), Term: p.host.term(), Success: true}, nil
 	}
 	answer := make(chan raft.RPCResponse, 1)
-	whole := io.NewSectionReader(c.file, 0, args.Size)
+	whole := &lastReader{file: c.file, r: io.NewSectionReader(c.file, 0, args.Size)}
 	if err := t.hand(t.ctx, raft.RPC{Command: &args, Reader: whole, RespChan: answer}); err != nil {
 		return nil, err
 	}
@@ -435,6 +435,22 @@ func (p *peer) installArrival(t *transport, c *arrival) (*raft.InstallSnapshotRe
 		return nil, fmt.Errorf("raft answered %T", a)
 	}
 	return resp, nil
+}
+
+// A lastReader frees the space of what it has read, for the same bytes are being written to another file.
+type lastReader struct {
+	file     *os.File
+	r        io.Reader
+	at, free int64 // read, and given back
+}
+
+func (l *lastReader) Read(b []byte) (int, error) {
+	n, err := l.r.Read(b)
+	if l.at += int64(n); l.at-l.free >= pieceMost {
+		giveBack(l.file, l.free, l.at-l.free) // where that fails the space stays in use until the end
+		l.free = l.at
+	}
+	return n, err
 }
 
 // answerPiece waits for raft's answer if it was asked, for a while.

@@ -324,7 +324,7 @@ func TestLogIsKeptWithinTheState(t *testing.T) {
 	s.members.mu.Lock()
 	s.members.sends, s.members.sent = 0, time.Time{} // and was, long ago
 	s.members.mu.Unlock()
-	free.Store(spaceTight*spaceLow - 1)
+	free.Store(spaceLow + spaceTight - 1)
 	if n := keep(); n != trailingMin {
 		t.Errorf("%d entries are kept while space is tight", n)
 	}

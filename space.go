@@ -24,7 +24,7 @@ const (
 	spaceLow    = 64 << 20       // bytes of free space below which a member is unfit to lead, or
 	spaceShare  = 16             // this part of the file system, if that is less, but
 	spaceLeast  = 2 * logSegment // are needed for the log to go on, on a file system that has four times as much
-	spaceTight  = 4              // times the limit: with less free space the log behind the state is kept as short as it can be
+	spaceTight  = logSegment     // more than the limit: with less free space the log behind the state is kept as short as it can be
 	spaceSlack  = 16             // this part of the limit more has to be free before it is fit again
 	spaceLook   = time.Second
 	spaceOften  = 250 * time.Millisecond // while there is too little
@@ -44,7 +44,7 @@ func (d diskSpace) low() int64 {
 }
 
 // tight: what this member can do without should go, before others must lead.
-func (d diskSpace) tight() bool { return d.total > 0 && d.free < spaceTight*d.low() }
+func (d diskSpace) tight() bool { return d.total > 0 && d.free < d.low()+spaceTight }
 
 // A ballast is a file that takes up space until something more important needs it.
 type ballast struct {
