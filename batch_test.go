@@ -683,7 +683,9 @@ func TestGivenUp(t *testing.T) {
 			l.next().lose()
 			synctest.Wait()
 			c.leave(t, ErrUncertain)
+			pass := l.next() // what gives the batch up
 			l.stop(ErrClosed)
+			pass.lose()
 			l.quiet()
 		})
 	})

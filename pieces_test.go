@@ -127,6 +127,8 @@ func TestSnapshotInPieces(t *testing.T) {
 			var seen pieceLog
 			m.wrap = way(&seen)
 			c.joins(t, m)
+			seen.mu.Lock()
+			defer seen.mu.Unlock()
 			if len(seen.ids) != 1 || seen.count < 5 || seen.paths["/raft/snapshot"] != 0 {
 				t.Errorf("%d sendings, %d pieces, %v", len(seen.ids), seen.count, seen.paths)
 			}
@@ -156,6 +158,8 @@ func TestSnapshotToAnOlderMember(t *testing.T) {
 		})
 	}
 	c.joins(t, m)
+	seen.mu.Lock()
+	defer seen.mu.Unlock()
 	if seen.paths["/raft/snapshot"] != 1 || seen.count != 1 {
 		t.Errorf("%d pieces, %v", seen.count, seen.paths)
 	}
