@@ -915,8 +915,7 @@ func TestClusterOverTLS(t *testing.T) {
 	})
 	refuses := func(t *testing.T, m *testMember, words ...string) {
 		t.Helper()
-		m.conf.Timeout = 150 * time.Millisecond
-		_, err := m.open()
+		_, err := m.openUntil("not admitted yet")
 		is(t, err, context.DeadlineExceeded, words...)
 	}
 	allowed := func(t *testing.T, m *testMember) *testMember {

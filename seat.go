@@ -290,7 +290,7 @@ func (s *store) openReader() (*conn, error) {
 // name.
 func (s *store) openSeated(open func() (*conn, error)) (*conn, error) {
 	seat := s.seat.Load()
-	if err := s.seated(); err != nil {
+	if err := s.seatedOrEnding(); err != nil {
 		return nil, err
 	}
 	c, err := open()
@@ -301,7 +301,7 @@ func (s *store) openSeated(open func() (*conn, error)) (*conn, error) {
 	if err == nil {
 		_, err = c.one(qUserVersion)
 	}
-	if unseated := s.seated(); unseated != nil {
+	if unseated := s.seatedOrEnding(); unseated != nil {
 		err = unseated
 	} else if s.seat.Load() != seat {
 		err = fmt.Errorf("%w: %s was put in place meanwhile", errUnseated, s.path)
@@ -311,6 +311,20 @@ func (s *store) openSeated(open func() (*conn, error)) (*conn, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// seatedOrEnding is seated, but that the last connection which close ends takes snap-wal away is nobody's fault.
+func (s *store) seatedOrEnding() error {
+	err := s.seated()
+	if err == nil {
+		return nil
+	}
+	select {
+	case <-s.ending:
+		return ErrClosed
+	default:
+		return err
+	}
 }
 
 // keepWAL has SQLite leave snap-wal and snap-shm alone when this connection is closed: by their names they may be another file's.
