@@ -243,6 +243,7 @@ func killedWhileMending(t *testing.T, env string) {
 	set(0, 30)
 	must(t, cutLog(s, 0))
 	set(30, 60)
+	s.store.fileMu.Lock()
 	s.store.step = func(step string) {
 		if step != at && !(at == "sides" && step == "named") {
 			return
@@ -254,6 +255,7 @@ func killedWhileMending(t *testing.T, env string) {
 		fmt.Println("killed at", step)
 		syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	}
+	s.store.fileMu.Unlock()
 	must(t, os.Remove(filepath.Join(dir, "snap-shm"))) // its WAL is there, and older than the copy
 	<-t.Context().Done()
 }
@@ -288,6 +290,7 @@ func TestReadersWaitForThePlacing(t *testing.T) {
 		},
 	}
 	ended := make(chan string, 2*len(read))
+	s.store.fileMu.Lock()
 	s.store.step = func(step string) {
 		if step == "copied" {
 			return
@@ -307,6 +310,7 @@ func TestReadersWaitForThePlacing(t *testing.T) {
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
+	s.store.fileMu.Unlock()
 	must(t, os.Remove(m.snap()+"-wal"))
 	for range read {
 		if what := <-ended; !strings.HasSuffix(what, ": <nil>") {
@@ -359,12 +363,14 @@ func TestCloseWhileReconnecting(t *testing.T) {
 			must(t, err)
 			must(t, s.Set(ctxFor(t, patience), "k", make([]byte, 3000)))
 			placed := make(chan struct{})
+			s.store.fileMu.Lock()
 			s.store.step = func(step string) {
 				if step == "placed" {
 					spoil(m)
 					close(placed)
 				}
 			}
+			s.store.fileMu.Unlock()
 			must(t, os.Remove(m.snap()+"-wal"))
 			<-placed
 			began := time.Now()
