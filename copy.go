@@ -80,10 +80,8 @@ type hold interface {
 func (s *store) hold(h hold) error {
 	s.holdsMu.Lock()
 	defer s.holdsMu.Unlock()
-	select {
-	case <-s.ending: // close may have ended all of them already
+	if isClosed(s.ending) { // close may have ended all of them already
 		return ErrClosed
-	default:
 	}
 	s.holds[h] = true
 	return nil

@@ -165,17 +165,22 @@ func writeIdentity(dir string, id identity) error {
 }
 
 func replaceIdentity(dir string, data []byte) error {
-	if err := writeTemp(idTemp(dir), data); err != nil {
-		return fmt.Errorf("write member id: %w", err)
-	}
-	if err := os.Rename(idTemp(dir), filepath.Join(dir, "id")); err != nil {
-		_ = os.Remove(idTemp(dir))
-		return fmt.Errorf("write member id: %w", err)
-	}
-	if err := syncDir(dir); err != nil {
+	if err := replaceFile(filepath.Join(dir, "id"), idTemp(dir), data); err != nil {
 		return fmt.Errorf("write member id: %w", err)
 	}
 	return nil
+}
+
+// replaceFile gives a file this content, by a rename of temp, which lies beside it. After an error either content may be there, whole.
+func replaceFile(path, temp string, data []byte) error {
+	if err := writeTemp(temp, data); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		_ = os.Remove(temp)
+		return err
+	}
+	return syncDir(filepath.Dir(path))
 }
 
 // idTemp lies beside the id file, not in wal, which may be a disk of its own: a rename does not cross disks.

@@ -366,15 +366,7 @@ func (p *peer) beginArrivalLocked(from string, h pieceHeader) (*arrival, error) 
 
 // installing: raft was asked and has not answered.
 func (c *arrival) installing() bool {
-	if c.done == nil {
-		return false
-	}
-	select {
-	case <-c.done:
-		return false
-	default:
-		return true
-	}
+	return c.done != nil && !isClosed(c.done)
 }
 
 func (p *peer) dropArrivalLocked(c *arrival) {

@@ -285,14 +285,7 @@ func (t target) putBack() error {
 	if t.meta == nil {
 		return nil
 	}
-	temp := t.metaPath() + ".tmp"
-	if err := writeTemp(temp, t.meta); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, t.metaPath()); err != nil {
-		return err
-	}
-	return syncDir(t.path("wal"))
+	return replaceFile(t.metaPath(), t.metaPath()+".tmp", t.meta)
 }
 
 // vacant: no member's state is there. A log tells only when it is opened, which may change it: so a copy is, of its first segment, and

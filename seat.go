@@ -316,15 +316,10 @@ func (s *store) openSeated(open func() (*conn, error)) (*conn, error) {
 // seatedOrEnding is seated, but that the last connection which close ends takes snap-wal away is nobody's fault.
 func (s *store) seatedOrEnding() error {
 	err := s.seated()
-	if err == nil {
-		return nil
-	}
-	select {
-	case <-s.ending:
+	if err != nil && isClosed(s.ending) {
 		return ErrClosed
-	default:
-		return err
 	}
+	return err
 }
 
 // keepWAL has SQLite leave snap-wal and snap-shm alone when this connection is closed: by their names they may be another file's.
