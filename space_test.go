@@ -339,6 +339,7 @@ func (c *fullness) first(n int) []*scriptMember {
 }
 
 // load has all members write, each whatever becomes of the others, until it is told to stop.
+// The members are equal only after stop: call it before that is awaited.
 func (c *fullness) load() (stop func()) {
 	ctx, cancel := context.WithCancel(c.t.Context())
 	var load sync.WaitGroup
@@ -493,9 +494,11 @@ func TestLogsAreFull(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newFullness(t)
 				defer c.end()
+				stop := func() {}
 				if load {
-					defer c.load()()
+					stop = c.load()
 				}
+				defer stop()
 				full := c.first(n)
 				writer := c.cast["L"]
 				if n == 1 {
@@ -536,6 +539,7 @@ func TestLogsAreFull(t *testing.T) {
 				time.Sleep(time.Second)
 				c.writes("with space back", time.Second)
 				c.changes("with space back", 0, 1)
+				stop()
 				c.obey("await equal")
 				for _, key := range refused {
 					if _, err := writer.s.Lookup(t.Context(), key); !errors.Is(err, ErrNotFound) {
@@ -645,9 +649,11 @@ func TestStatesAreFull(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newFullness(t)
 				defer c.end()
+				stop := func() {}
 				if n != 1 {
-					defer c.load()()
+					stop = c.load()
 				}
+				defer stop()
 				full := c.first(n)
 				limit := func(pages int) {
 					for _, m := range full {
@@ -681,6 +687,7 @@ func TestStatesAreFull(t *testing.T) {
 				time.Sleep(time.Second)
 				c.writes("with space back", time.Second)
 				c.changes("with space back", 0, 0)
+				stop()
 				c.obey("await equal")
 			})
 		})
