@@ -65,7 +65,9 @@ func (s *store) watchNames() error {
 		return err
 	}
 	for _, side := range sides {
-		if err := s.names.addStrictly(s.path + side); err != nil {
+		if err := s.names.addStrictly(s.path + side); isMissing(err) {
+			return fmt.Errorf("%w: %w", errUnseated, err)
+		} else if err != nil {
 			return err
 		}
 	}
@@ -89,6 +91,9 @@ func (s *store) seated() error {
 		return err
 	}
 	if s.placing.Load() {
+		if failed := s.failed.Load(); failed != nil { // no waiting helps
+			return fmt.Errorf("%s was put in place and can't be opened, restart this member: %w", s.path, *failed)
+		}
 		return fmt.Errorf("%w: %s is being put in place", errUnseated, s.path)
 	}
 	for _, side := range sides {
@@ -225,13 +230,15 @@ func leaveWAL(path string) error {
 // reconnect opens the file that has just been put in place. Nobody can use it before, so it is tried until it works, until it can't any
 // more, or until the member is closed; after an error there is no writer. The connections that others still have see the old file as it
 // was, and are closed when they are given back.
+//
+// The shell that has removed snap-shm may not have removed snap-wal yet. It removes a name, and no lock keeps it from what has that
+// name by now. Then this try fails, and the next one finds what it makes itself.
 func (s *store) reconnect() error {
 	s.seat.Add(1)
 	s.disconnect()
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
-		m, err := s.connect()
+		err := s.connectAnew()
 		if err == nil {
-			s.inFile.Store(&m)
 			s.walChecked = 0
 			s.placing.Store(false)
 			break
@@ -239,7 +246,7 @@ func (s *store) reconnect() error {
 		s.log.Warn("open the file that was put in place", "path", s.path, "error", err)
 		if _, missing := os.Stat(s.path); isMissing(missing) {
 			err = fmt.Errorf("%s: %w", s.path, errGone)
-		} else if passing(err) || isBusy(err) {
+		} else if passing(err) || isBusy(err) || errors.Is(err, errUnseated) {
 			if err = s.pauseOrEnd(wait); err == nil {
 				continue
 			}
@@ -249,6 +256,35 @@ func (s *store) reconnect() error {
 	}
 	if ok, verdict := s.verified(); !ok && verdict == nil {
 		s.startLoad(s.meta()) // the scan was reading the old file
+	}
+	return nil
+}
+
+// connectAnew is connect, and a proof that what the writer commits is under the file's names: the witness, which was opened by them
+// later, reads it.
+func (s *store) connectAnew() error {
+	m, err := s.connect()
+	if err != nil {
+		return err
+	}
+	s.inFile.Store(&m)
+	err = s.transactOnce(func(m *meta, _ map[ownKey]uint64) error { m.barrier++; return nil })
+	if err == nil {
+		err = s.seesBarrier(m.barrier + 1)
+	}
+	if err != nil {
+		s.disconnect()
+	}
+	return err
+}
+
+func (s *store) seesBarrier(barrier uint64) error {
+	m, err := s.witness.readMeta()
+	if err == nil && m.barrier != barrier {
+		err = fmt.Errorf("barrier %d is not %d", m.barrier, barrier)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: what is written is not read again: %w", errUnseated, err)
 	}
 	return nil
 }

@@ -343,6 +343,52 @@ func TestPlacingFails(t *testing.T) {
 	must(t, s.reseat())
 	must(t, s.barrier())
 	must(t, s.names.hold())
+	must(t, os.Remove(s.path+"-shm"))
+	s.step = func(step string) {
+		if step == "placed" {
+			must(t, os.WriteFile(s.path, make([]byte, 2*pageSize), 0o600))
+		}
+	}
+	if err := s.reseat(); sqliteCode(err) != sqliteNotADB {
+		t.Error(err)
+	}
+	if err := s.sync(ctxFor(t, time.Second)); err == nil || errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "restart") {
+		t.Error("a reader waits for what never comes:", err)
+	}
+}
+
+// A shell that was about to remove snap-shm and snap-wal of the old file is slow, and removes those of the new one while it is opened.
+func TestShellThatRemovesTheNewWAL(t *testing.T) {
+	t.Parallel()
+	for _, at := range []string{"writer", "witness"} {
+		for _, sides := range [][]string{{"-wal"}, {"-shm"}, {"-shm", "-wal"}} {
+			t.Run(fmt.Sprint(at, sides), func(t *testing.T) {
+				t.Parallel()
+				s := newTestStore(t, testBudget)
+				fill(t, s, 10, 100)
+				must(t, os.Remove(s.path+"-wal"))
+				removed := false
+				s.step = func(step string) {
+					if step != at || removed {
+						return
+					}
+					removed = true
+					for _, side := range sides {
+						must(t, os.Remove(s.path+side))
+					}
+				}
+				must(t, s.reseat())
+				for range 2 { // what this store writes is seen by who opens it by its names
+					apply(t, s, func(tx *storeTx) { setTx(t, tx, "after", nil) })
+					must(t, s.barrier())
+					if n := strings.TrimSpace(sqlite3(t, "-readonly", s.path, "SELECT count(*) FROM kv")); n != "11" {
+						t.Errorf("%s rows", n)
+					}
+				}
+				must(t, s.names.hold())
+			})
+		}
+	}
 }
 
 // Close ends within its limits while the file that was put in place can't be opened.

@@ -590,12 +590,14 @@ func (s *store) connect() (m meta, err error) {
 	if s.own, err = s.writer.readOwn(m); err != nil {
 		return m, err
 	}
+	s.step("writer")
 	if s.witness, err = openReader(s.path); err != nil {
 		return m, err
 	}
 	if err := s.rebase(); err != nil {
 		return m, err
 	}
+	s.step("witness")
 	if err := s.watchNames(); err != nil {
 		return m, err
 	}
