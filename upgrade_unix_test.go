@@ -47,6 +47,7 @@ func buildRelease(t *testing.T, version string) (program string) {
 func TestBesideTheFirstRelease(t *testing.T) {
 	t.Parallel()
 	program := buildRelease(t, "v0.1.0")
+	t.Run("every fact", func(t *testing.T) { everyFact(t, program) })
 	t.Run("upgrade", func(t *testing.T) { rollingUpgrade(t, program) })
 	t.Run("founders", func(t *testing.T) { foundersBeside(t, program) })
 	t.Run("going back in the first format", func(t *testing.T) { goingBackInTime(t, program) })
