@@ -444,8 +444,9 @@ func (s *Service) abandon() {
 }
 
 // Close ends this member's part: calls in flight return, a leader hands over first, the files are closed, and snap is a
-// plain database that can be copied. It takes under a second with a healthy majority and ten in the worst case. Calling it
-// again returns the same error. A closed directory can be opened again. Stop the http.Server that serves it afterwards, not before: see
+// plain database that can be copied. It takes under a second with a healthy majority and ten in the worst case. An error says what is not
+// as it should be: after one snap may lack the last changes, which are in the log and which the next Open writes. Calling Close again
+// returns the same error. A closed directory can be opened again. Stop the http.Server that serves it afterwards, not before: see
 // ServeHTTP.
 func (s *Service) Close() error {
 	s.closing.Do(func() {
@@ -466,6 +467,7 @@ func (s *Service) close() error {
 	s.leave()
 	s.batch.stop(ErrClosed)
 	s.cancel()
+	s.store.endSoon(flushLast)
 	close(s.fsm.closing)
 	err := s.stopRaft()
 	limit := 5 * time.Second

@@ -40,6 +40,7 @@ const (
 	tailRipe    = 16 << 20               // bytes of a tail that end a pause
 	tailEnough  = 32 << 20               // bytes of a tail that leave no time to rest
 	tailLimit   = 64 << 20               // bytes that may wait; then commits do
+	flushLast   = 3 * time.Second        // of work on the file once the member is closed: a full tail is written in less, but not everywhere
 	keptRoom    = 1 << 15                // rows, and changes; the room for so many is used again by the next tail
 	rowsAtOnce  = 16                     // new rows that one statement writes
 )
@@ -296,6 +297,7 @@ func (s *store) lockState() (unlock func(), err error) {
 type pacer struct {
 	waiting atomic.Int32    // they want fileMu, and no rest
 	behind  atomic.Int64    // bytes that have come since the flush began
+	end     atomic.Int64    // by monotonic; a flush that goes on after it fails with errLate; 0 = none
 	press   <-chan struct{} // ends a rest
 	ending  <-chan struct{} // closed when maintain is to end: no more rests
 	rests   bool            // the flush is nobody's who waits for it
@@ -312,12 +314,30 @@ func (p *pacer) rested() {
 
 func (p *pacer) hurry() { p.rests = false }
 
-// step comes after each bit of work, of so many rows.
-func (p *pacer) step(rows int) {
-	if p.steps += rows; !p.rests || p.steps < 8 {
-		return
+// errLate: the member is closed, and a flush has taken too long since. What it has not written is in the log.
+var errLate = errors.New("this member closes, and writing them takes too long: they are in the log, and the next Open writes them; until then a " +
+	"copy of snap alone lacks them")
+
+// endSoon gives flushes this long to end. The member is closed.
+func (s *store) endSoon(limit time.Duration) { s.pace.end.Store(monotonic() + int64(limit)) }
+
+// step comes after each bit of work, of so many rows. After an error the flush is to end.
+func (p *pacer) step(rows int) error {
+	if p.steps += rows; p.steps < 8 {
+		return nil
 	}
 	p.steps = 0
+	if end := p.end.Load(); end != 0 && monotonic() > end {
+		return errLate
+	}
+	if p.rests {
+		p.rest()
+	}
+	return nil
+}
+
+// rest is for a flush that has worked for a while.
+func (p *pacer) rest() {
 	worked := time.Since(p.began)
 	if worked < flushShift {
 		return
@@ -364,7 +384,7 @@ func (s *store) writeTail(f func(t *tail) error) error {
 	s.flushing = tail{}
 	was := s.stuck
 	s.stuck = err
-	if isBusy(err) {
+	if isBusy(err) || errors.Is(err, errLate) {
 		s.stuck = nil // a shell has the file for now; commits go on as long as the tail is not full
 	}
 	close(s.turned)
@@ -480,7 +500,9 @@ func (s *store) putTail(t *tail, m *meta, own map[ownKey]uint64) error {
 			return err
 		}
 		list = list[n:]
-		s.pace.step(n)
+		if err := s.pace.step(n); err != nil {
+			return err
+		}
 	}
 	if err := c.putPast(t.past, &was, m, own, s.pace.step); err != nil {
 		return err
@@ -628,7 +650,7 @@ func (s *store) flushWhenDue(ctx context.Context) {
 		s.pace.hurry()
 		pause = pauseAfter(pause, s.filedUpTo()-before)
 		rest, ripe := pause, s.ripe
-		if err != nil {
+		if err != nil && !errors.Is(err, errLate) {
 			ripe = nil
 			trouble.goesOn(s.log, "the file falls behind the log", err, "path", s.path)
 			s.uneasy(err) // before anyone can mend it

@@ -504,6 +504,39 @@ func TestCloseWhileAShellHoldsTheFile(t *testing.T) {
 	wantIs(t, "begin after it", err, ErrClosed)
 }
 
+// A close does not wait for a flush that takes too long: what the file lacks is in the log, the error says so, and the file is as it was.
+func TestCloseBeforeTheFlushIsDone(t *testing.T) {
+	for _, rows := range []int{1, 100} { // so many keys by 100 changes: the time ends among the changes, or among the rows, without a history
+		s := newTestStore(t, testBudget)
+		if rows == 1 {
+			s = newHistoryStore(t, 1000)
+		}
+		fill(t, s, 10, 10)
+		tx, err := s.begin()
+		must(t, err)
+		for n := range 100 {
+			setTx(t, tx, fmt.Sprint("new", n%rows), nil)
+		}
+		tx.endChanges()
+		tx.commit()
+		s.endSoon(-time.Second)
+		wantIs(t, "close", s.close(), errLate)
+		must(t, s.close())
+		if _, err := checkFile(s.path); err != nil {
+			t.Error(err)
+		}
+		if n := strings.TrimSpace(sqlite3(t, s.path, "SELECT count(*) FROM kv")); n != "10" {
+			t.Errorf("%s rows", n)
+		}
+	}
+	m := newMember(t, "")
+	s := m.start()
+	m.stop()
+	if s.store.pace.end.Load() == 0 {
+		t.Error("Close lets a flush take as long as it takes")
+	}
+}
+
 // BenchmarkFlush is what a changed row costs when it gets into the file, with the change in the history, by how many of how many
 // keys fall together.
 func BenchmarkFlush(b *testing.B) {

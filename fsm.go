@@ -173,6 +173,7 @@ func (f *fsm) recovers(err error, wait time.Duration) bool {
 		wait = time.Millisecond
 	case errors.Is(err, errPaused), errors.Is(err, errUnseated):
 		wait = min(wait, 50*time.Millisecond)
+	case errors.Is(err, errLate): // this member closes
 	case isIO(err): // the store remembers it, and no try after it can succeed
 		f.fault(fmt.Errorf("apply has stopped, restart this member once the disk is whole: %w", err))
 		<-f.closing

@@ -79,7 +79,7 @@ func (t *storeTx) endChanges() {
 
 // putPast adds changes to the history and takes off what is over its length, so that after every transaction the rows are a
 // function of revision, keep and base alone. was is where the file stood before.
-func (c *conn) putPast(list []past, was, m *meta, own map[ownKey]uint64, step func(rows int)) error {
+func (c *conn) putPast(list []past, was, m *meta, own map[ownKey]uint64, step func(rows int) error) error {
 	if m.keep == 0 {
 		return nil
 	}
@@ -101,7 +101,9 @@ func (c *conn) putPast(list []past, was, m *meta, own map[ownKey]uint64, step fu
 			return err
 		}
 		list = list[n:]
-		step(n)
+		if err := step(n); err != nil {
+			return err
+		}
 	}
 	if was.keep == 0 || oldest == was.oldest() {
 		return nil
