@@ -434,7 +434,7 @@ func cmpErr(first, second error) error {
 }
 
 // install puts the database at path, which receive has made, in place of ours, at once for every reader. It is durable
-// when install returns. An error means that nothing has changed, unless it is the barrier's: then calling again is right.
+// when install returns. An error means that nothing has changed, unless it is the barrier's or errUnseated: then calling again is right.
 func (s *store) install(path string, index, term uint64, config []byte, configIndex uint64) error {
 	var m meta
 	var own map[ownKey]uint64
@@ -461,21 +461,62 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 		return err
 	}
 	defer unlock()
-	if err = s.writer.replace(path); err == nil {
+	if err := s.take(path, &m, own); err != nil {
+		return aboutFile("install", path, err)
+	}
+	s.dropTail()
+	s.isReplaced()
+	return s.explain("sync", s.barrierLocked())
+}
+
+// take replaces the contents of snap by those of a file, which are m and own. Copied into snap they go through snap-wal, so that they are
+// on the disk twice until the file is removed. Where that does not fit, the file itself takes the place of snap: then other programs that
+// have snap open see the old state for as long as they do. fileMu and mu are held.
+func (s *store) take(path string, m *meta, own map[ownKey]uint64) error {
+	beside := sameDir(path, s.path)
+	if beside && !s.roomToCopy(path) {
+		return s.placeReceived(path)
+	}
+	err := s.copyIn(path, m, own)
+	if beside && isFull(err) { // a quota, or somebody else was faster
+		return s.placeReceived(path)
+	}
+	return err
+}
+
+// roomToCopy tells whether a copy of a file through snap-wal leaves this member fit to lead, as far as the file system tells.
+func (s *store) roomToCopy(path string) bool {
+	d := s.space(filepath.Dir(s.path))
+	info, err := os.Stat(path)
+	if d.total == 0 || err != nil {
+		return true
+	}
+	const frame = pageSize + 24 // a page in the WAL
+	return d.free-info.Size()/pageSize*frame >= d.low()
+}
+
+// sameDir: a rename leads from one path to the other.
+func sameDir(a, b string) bool {
+	of, err := os.Stat(filepath.Dir(a))
+	is, again := os.Stat(filepath.Dir(b))
+	return err == nil && again == nil && os.SameFile(of, is)
+}
+
+// copyIn copies all pages of a file into snap, in one transaction.
+func (s *store) copyIn(path string, m *meta, own map[ownKey]uint64) error {
+	err := s.writer.replace(path)
+	if err == nil {
 		s.foreignly = nil
 		s.strange.Store(nil)
 	}
 	if s.foreignly == nil {
 		err = errors.Join(err, s.rebase())
 	}
-	if s.note(err) != nil {
-		return aboutFile("install", path, err)
+	if s.note(err) == nil {
+		s.own = own
+		s.inFile.Store(m)
 	}
-	s.own = own
-	s.dropTail()
-	s.inFile.Store(&m)
-	s.isReplaced()
-	return s.explain("sync", s.barrierLocked())
+	return err
 }
 
 // replace copies all pages of a file that is not in use, in one transaction.

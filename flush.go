@@ -1008,6 +1008,7 @@ func (s *store) checkpoint(ctx context.Context) {
 	tended, quiet, warned, long := time.Now(), 0, false, false
 	for s.pause(ctx, 100*time.Millisecond) {
 		s.tendHolds(&tended)
+		s.closeOld()
 		s.warnOfReader(&long)
 		if m := s.inFile.Load(); m == seen {
 			if quiet++; quiet == quietRounds {

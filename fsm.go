@@ -11,7 +11,7 @@ package quorate
 //	(2) Apply is a function of (rows, entry) and of nothing else, so all members that applied an index hold equal rows.
 //	(3) A storage error is never an answer to a caller: what could not be written is tried again, and apply waits, or stops.
 //	(4) Raft truncates its log only up to an index that a synced commit of the file covers.
-//	(5) The directory holds the old state or the new one at every instant; an install is one transaction.
+//	(5) The directory holds the old state or the new one at every instant; an install is one transaction, or one rename (seat.go).
 //	(6) A batch takes effect at most once, however often it is in the log.
 //	(7) Publish order: tail, memory, applied index, answers. Whoever has its answer reads its effect, in the file after a sync.
 

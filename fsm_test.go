@@ -777,7 +777,8 @@ func TestInstallIsOneTransaction(t *testing.T) {
 func TestInstallEndsTheFaultOfAFullDisk(t *testing.T) {
 	t.Parallel()
 	from, to := newFSMWith(t, 1<<20), newFSMWith(t, 1<<20)
-	source, target := &snapshotStore{fsm: from, path: from.store.path + ".incoming"}, &snapshotStore{fsm: to, path: to.store.path + ".incoming"}
+	// The received file lies elsewhere, so that it can't take the place of snap.
+	source, target := &snapshotStore{fsm: from, path: from.store.path + ".incoming"}, &snapshotStore{fsm: to, path: filepath.Join(t.TempDir(), "incoming")}
 	var told error
 	to.fault = func(err error) { told = err }
 	session := openTestSession(t, from, 1, "one")

@@ -513,6 +513,8 @@ func (k markAnswer) value() string { return fmt.Sprintf("%d %x %s", k.Applied, k
 // apply and must not block.
 func (s *Service) distrust(err error) {
 	switch {
+	case errors.As(err, new(misplaced)):
+		s.faults.set(faultUnseated, err)
 	case errors.Is(err, errUnseated):
 		s.faults.set(faultUnseated, fmt.Errorf("%w; the file is being put in place anew; a program must not open the files of its own member: use "+
 			"Backup", err))

@@ -210,6 +210,18 @@ func (q *querier) close() {
 	below.Close()
 }
 
+// closeOld closes the idle connections to what was snap before.
+func (q *querier) closeOld() {
+	q.mu.Lock()
+	conns := slices.Collect(maps.Keys(q.conns))
+	q.mu.Unlock()
+	for _, c := range conns {
+		if c.seat != q.s.seat.Load() {
+			c.closeIdle()
+		}
+	}
+}
+
 // A running is one Query until its Rows are closed, and the context that it runs under: it ends when the caller's does, when the
 // Query has taken too long or when the store closes, and its Err says which; database/sql hands that on as the error of the Rows.
 // It is not done when the Query ends well, or the Rows could take that for their error. database/sql asks it for values and for a
@@ -462,6 +474,9 @@ func (c *queryConn) QueryContext(ctx context.Context, text string, args []driver
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
+		if !isClosed(c.q.s.ending) {
+			return nil, driver.ErrBadConn // closeOld was faster; the pool opens another one
+		}
 		r.failed = ErrClosed
 		return nil, ErrClosed
 	}
@@ -526,6 +541,16 @@ func (c *queryConn) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.closeLocked()
+}
+
+func (c *queryConn) closeIdle() {
+	if !c.mu.TryLock() { // it works
+		return
+	}
+	defer c.mu.Unlock()
+	if c.rows == nil {
+		c.closeLocked()
+	}
 }
 
 func (c *queryConn) closeLocked() error {

@@ -121,7 +121,7 @@ func (s *Service) openState(ctx context.Context) error {
 	if err := s.recoverFile(ctx); err != nil {
 		return err
 	}
-	s.store, err = openStore(storeOptions{path: s.path("snap"), memory: s.conf.Memory, log: s.log, lone: true})
+	s.store, err = openStore(storeOptions{path: s.path("snap"), memory: s.conf.Memory, log: s.log, lone: true, space: s.conf.space})
 	if err != nil {
 		return err
 	}

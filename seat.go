@@ -3,12 +3,15 @@ package quorate
 // The state under its names again. A program that opens and closes snap itself drops SQLite's locks on it, for POSIX locks are a
 // process's and not a descriptor's. The next shell that closes the file takes itself for its last user and removes snap-wal and snap-shm,
 // which this member goes on writing to, and every new connection reads nonsense. On Linux a second kind of lock prevents that (a
-// lockGuard); a person who removes snap-wal does the same. This file owns how it is noticed in the store and mended: a verified copy of all pages through the writer, which still sees everything, takes the place of snap. Control comes from
-// health.go's rebuild; the names are names.go's.
+// lockGuard); a person who removes snap-wal does the same. This file owns how it is noticed in the store and mended: a verified copy of
+// all pages through the writer, which still sees everything, takes the place of snap. Control comes from health.go's rebuild; the names
+// are names.go's. copy.go's install takes the same way with a received state where the disk has no room for a copy of it.
 //
-// It is the one exception to the rule that the file of a live member is never replaced by a rename. A crash at any step leaves what
-// Open takes: until the copy has its second name, snap as it is (nothing is removed, and the log has everything after it, because no
-// barrier succeeds without the names); from then on the copy, which Open puts in place.
+// These two are the exceptions to the rule that the file of a live member is never replaced by a rename: whoever has the old one open goes
+// on reading it, and does not notice. A crash at any step leaves what Open takes: until the new file has its second name, snap as it is
+// (nothing is removed, and the log has everything after it, because no barrier succeeds without the names); from then on the new file,
+// which Open puts in place. A received state may be ahead of the log: then the start rule empties the log, as after any install that a
+// crash has cut short.
 
 import (
 	"context"
@@ -26,10 +29,17 @@ import (
 // errUnseated: snap-wal or snap-shm is not what this member has open.
 var errUnseated = errors.New("snap-wal was removed under the running member, by a program that opened and closed snap beside it")
 
+// A misplaced error is errUnseated without a program that has caused it.
+type misplaced struct{ err error }
+
+func (m misplaced) Error() string        { return m.err.Error() }
+func (m misplaced) Unwrap() error        { return m.err }
+func (m misplaced) Is(target error) bool { return target == errUnseated }
+
 // sides are what SQLite keeps beside an open database.
 var sides = []string{"-wal", "-shm"}
 
-// mended is the second name of the copy: whole, verified, on the disk, and about to take the place of snap.
+// mended is the second name of a new file: whole, verified, on the disk, and about to take the place of snap.
 func mended(path string) string { return path + ".mended" }
 
 // finishMending completes at Open what a crash has cut short.
@@ -94,7 +104,7 @@ func (s *store) seated() error {
 		if failed := s.failed.Load(); failed != nil { // no waiting helps
 			return fmt.Errorf("%s was put in place and can't be opened, restart this member: %w", s.path, *failed)
 		}
-		return fmt.Errorf("%w: %s is being put in place", errUnseated, s.path)
+		return misplaced{fmt.Errorf("%s is being put in place", s.path)}
 	}
 	for _, side := range sides {
 		if err := s.names.holdAt(s.path + side); err != nil {
@@ -159,24 +169,62 @@ func (s *store) reseatLocked() error {
 	if is := s.inFile.Load(); m.applied != is.applied || m.chain != is.chain || m.kvSum != is.kvSum {
 		return aboutFile("copy", s.path, corrupt("it holds index %d, and %d was written", m.applied, is.applied))
 	}
-	if err := syncFile(temp); err != nil {
+	if err := s.place(temp); err != nil {
 		return err
 	}
-	// From here on Open takes the copy, so that nothing may become durable elsewhere, whatever happens to the names meanwhile. The copy
+	s.log.Warn("snap was put in place anew, from what this member has open", "path", s.path, "index", m.applied)
+	return nil
+}
+
+// placeReceived puts a verified file with a newer state in the place of snap. errUnseated: it may have its second name, and what was open
+// before is so still, with all that was committed to it. The next call goes on from there, or the mending, which goes back to the old
+// state: nobody was told of the new one. fileMu and mu are held.
+func (s *store) placeReceived(path string) error {
+	if failed := s.failed.Load(); failed != nil {
+		return *failed
+	}
+	if is, err := os.Stat(s.path); err == nil {
+		if err := os.Chmod(path, is.Mode().Perm()); err != nil {
+			return err
+		}
+	}
+	err := s.place(path)
+	if err != nil && s.writer != nil && s.placing.Load() {
+		return misplaced{fmt.Errorf("put the received state in the place of snap: %w", err)}
+	} else if err != nil {
+		return err
+	}
+	s.log.Info("the received state was put in the place of snap, as a copy of it does not fit: a program that has snap open sees the old state "+
+		"until it opens it again", "path", s.path)
+	s.foreignly = nil
+	s.strange.Store(nil)
+	return nil
+}
+
+// place gives the name of snap to a whole and verified file in its directory, and opens it. fileMu is held.
+func (s *store) place(path string) error {
+	if err := syncFile(path); err != nil {
+		return err
+	}
+	s.step("synced")
+	// From here on Open takes the file, so that nothing may become durable elsewhere, whatever happens to the names meanwhile. The file
 	// stays after an error: snap may be without its WAL by then.
-	s.placing.Store(true)
-	if err := os.Rename(temp, mended(s.path)); err != nil {
+	was := s.placing.Swap(true)
+	if err := os.Rename(path, mended(s.path)); err != nil {
+		s.placing.Store(was)
 		return err
 	}
 	s.step("named")
 	if err := syncDir(filepath.Dir(s.path)); err != nil {
 		return err
 	}
+	for _, side := range sides { // this member removes them itself
+		s.names.drop(s.path + side)
+	}
 	if err := placeMended(s.path); err != nil {
 		return err
 	}
 	s.step("placed")
-	s.log.Warn("snap was put in place anew, from what this member has open", "path", s.path, "index", m.applied)
 	return s.reconnect()
 }
 
@@ -263,6 +311,9 @@ func (s *store) reconnect() error {
 // connectAnew is connect, and a proof that what the writer commits is under the file's names: the witness, which was opened by them
 // later, reads it.
 func (s *store) connectAnew() error {
+	foreignly := s.foreignly // is not mended by this, and nothing else is written before it is
+	s.foreignly = nil
+	defer func() { s.foreignly = cmpErr(s.foreignly, foreignly) }()
 	m, err := s.connect()
 	if err != nil {
 		return err
@@ -315,6 +366,27 @@ func (s *store) disconnect() (err error) {
 	s.guard.close()
 	s.guard = nil
 	return err
+}
+
+// closeOld closes the idle connections to what was snap before: they would keep its space. Those in use are closed when they are given
+// back and come by here again.
+func (s *store) closeOld() {
+	seat := s.seat.Load()
+	if seat == 0 {
+		return
+	}
+	for range cap(s.readers) {
+		select {
+		case c := <-s.readers:
+			if c != nil && c.seat != seat {
+				c.close()
+				c = nil
+			}
+			s.readers <- c
+		default: // all are in use
+		}
+	}
+	s.queries.closeOld()
 }
 
 // openReader opens a reader of the file as it is placed now.

@@ -5,6 +5,7 @@ package quorate
 import (
 	"bytes"
 	"context"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"net/http"
@@ -13,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -391,6 +393,25 @@ func TestShellThatRemovesTheNewWAL(t *testing.T) {
 	}
 }
 
+// A foreign write beside the lost names is still there after the mending, for the rebuild to find.
+func TestMendedBesideAForeignWrite(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t, testBudget)
+	fill(t, s, 100, 100)
+	must(t, s.barrier())
+	sqlite3(t, s.path, "CREATE TABLE x(a); DROP TABLE x")
+	if changed, err := s.foreign(); !changed || err != nil {
+		t.Fatal(changed, err)
+	}
+	must(t, os.Remove(s.path+"-shm"))
+	must(t, s.reseat())
+	must(t, s.names.hold())
+	if err := s.failed.Load(); err != nil {
+		t.Errorf("nothing is written any more: %v", *err)
+	}
+	is(t, s.barrier(), errForeign)
+}
+
 // Close ends within its limits while the file that was put in place can't be opened.
 func TestCloseWhileReconnecting(t *testing.T) {
 	t.Parallel()
@@ -487,6 +508,309 @@ func TestTriggerInAClosedSnap(t *testing.T) {
 		}
 		if c[1] != "" {
 			sqlite3(t, m.snap(), c[1])
+		}
+	}
+}
+
+// incomingFor is a received state, ahead of that of s by rows of 1,000 bytes, as it lies beside snap before it is installed.
+func incomingFor(t *testing.T, s *store, rows int) (path string, m meta) {
+	t.Helper()
+	leader := newTestStore(t, testBudget)
+	apply(t, leader, func(tx *storeTx) {
+		for i := range rows {
+			setTx(t, tx, fmt.Sprintf("new/%d", i), make([]byte, 1000))
+		}
+		tx.meta.applied, tx.meta.term = s.meta().applied+100, 3
+	})
+	c, err := leader.copy(t.Context())
+	must(t, err)
+	defer c.Close()
+	path = s.path + ".incoming"
+	m, err = receive(path, c)
+	must(t, err)
+	return path, m
+}
+
+// keepsOpen are the files without a name that this process has open, of those that were called path.
+func keepsOpen(path string) (list []string) {
+	fds, _ := filepath.Glob("/proc/self/fd/*")
+	for _, fd := range fds {
+		if name, _ := os.Readlink(fd); strings.HasPrefix(name, path) && strings.HasSuffix(name, " (deleted)") {
+			list = append(list, name)
+		}
+	}
+	return list
+}
+
+// Where the disk has no room for a copy through snap-wal, a received state takes the place of snap: who reads the old one reads it to its
+// end, who comes later sees the new one, nothing is taken for a loss of names, and the space of the old one is given back.
+func TestReceivedStateTakesThePlace(t *testing.T) {
+	t.Parallel()
+	for what, tight := range map[string]func(s *store){
+		"the file system says so": func(s *store) {
+			disk := new(fakeDisk)
+			disk.free.Store(65 << 20)
+			s.space = disk.space
+		},
+		"a quota, which nothing tells of": func(s *store) {
+			pages, err := s.writer.one(qPageCount)
+			must(t, err)
+			must(t, s.writer.pragma(fmt.Sprint("max_page_count=", pages+50)))
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			s := newTestStore(t, testBudget)
+			s.uneasy = func(err error) { t.Error("a fault:", err) }
+			keepUp(t, s)
+			for i := range 50 {
+				put(t, s, fmt.Sprintf("old/%d", i), "old")
+			}
+			must(t, s.sync(t.Context()))
+			path, m := incomingFor(t, s, 2000)
+			must(t, os.Chmod(s.path, 0o640))
+			tight(s)
+			running, err := s.queries.query(t.Context(), t.Context(), "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n) SELECT x, (SELECT count(*) FROM kv) FROM n", nil)
+			must(t, err)
+			defer running.Close()
+			begun, err := s.copy(t.Context())
+			must(t, err)
+			defer begun.Close()
+			outside, err := openConn(s.path, "mode=ro")
+			must(t, err)
+			defer outside.close()
+			must(t, outside.exec(qBeginRead))
+			count := func(c *conn) (n int) {
+				t.Helper()
+				must(t, c.each(qScan, nil, func([]driver.Value) error { n++; return nil }))
+				return n
+			}
+			count(outside)
+			must(t, s.read(func(c *conn) error { count(c); return nil })) // and is idle then
+			var watching sync.WaitGroup
+			placed := make(chan struct{})
+			watching.Go(func() { // as health.go does
+				for !isClosed(placed) {
+					for path, err := range s.names.look() {
+						t.Error(path, err)
+					}
+				}
+			})
+			before := s.walSize()
+			err = s.install(path, m.applied, 9, []byte("ours"), 5)
+			close(placed)
+			watching.Wait()
+			must(t, err)
+			if grown := s.walSize() - before; s.seat.Load() != 1 || grown > 1<<20 {
+				t.Fatalf("snap was put in place %d times, and snap-wal has grown by %d bytes", s.seat.Load(), grown)
+			}
+			if m := s.meta(); m.applied < 100 || m.installed != m.applied || m.term != 9 || string(m.config) != "ours" || m.configIndex != 5 {
+				t.Errorf("meta %+v", m)
+			}
+			must(t, s.names.hold())
+			must(t, s.seated())
+			if m, err := s.writer.readMeta(); err != nil || fmt.Sprint(m) != fmt.Sprint(*s.inFile.Load()) {
+				t.Errorf("the file has %+v, and counts as having %+v, %v", m, *s.inFile.Load(), err) // a barrier must change a byte
+			}
+			if f, err := s.foreign(); f || err != nil {
+				t.Error("foreign:", f, err)
+			}
+			info, err := os.Stat(s.path)
+			must(t, err)
+			if info.Mode().Perm() != 0o640 {
+				t.Errorf("its mode is %v", info.Mode())
+			}
+			waitVerified(t, s)
+			put(t, s, "after", "x")
+			must(t, s.sync(t.Context()))
+			for range 2 * cap(s.readers) {
+				must(t, s.read(func(c *conn) error {
+					if n := count(c); n != 2001 {
+						t.Errorf("a reader sees %d rows", n)
+					}
+					return nil
+				}))
+			}
+			if n := strings.TrimSpace(sqlite3(t, "-readonly", s.path, "SELECT count(*) FROM kv")); n != "2001" {
+				t.Errorf("a shell sees %s rows", n)
+			}
+			// What began before sees its moment to the end.
+			if n := count(outside); n != 50 {
+				t.Errorf("a transaction from before sees %d rows", n)
+			}
+			for range 3000 {
+				var x, n int
+				if !running.Next() || running.Scan(&x, &n) != nil || n != 50 {
+					t.Fatal("a query from before:", x, n, running.Err())
+				}
+			}
+			old := filepath.Join(t.TempDir(), "old")
+			_, err = receive(old, begun)
+			must(t, err)
+			if n := strings.TrimSpace(sqlite3(t, old, "SELECT count(*) FROM kv")); n != "50" {
+				t.Errorf("a copy from before has %s rows", n)
+			}
+			must(t, errors.Join(running.Close(), begun.Close(), outside.close()))
+			eventually(t, patience, "the old file is closed", func() error {
+				if list := keepsOpen(s.path); len(list) > 0 {
+					return fmt.Errorf("%q", list)
+				}
+				return nil
+			})
+			must(t, s.barrier())
+			must(t, s.close())
+			if m, err := checkFile(s.path); err != nil || m.installed == 0 {
+				t.Error(m, err)
+			}
+			if left, _ := filepath.Glob(s.path + "*"); len(left) != 1 {
+				t.Error("left:", left)
+			}
+		})
+	}
+}
+
+const placeEnv = "QUORATE_TEST_PLACE"
+
+// A process that is killed between any two steps of the placing of a received state leaves a directory with the old state or the new one,
+// each whole and with a log that goes on from it.
+func TestKilledWhilePlacing(t *testing.T) {
+	if env := os.Getenv(placeEnv); env != "" {
+		killedWhilePlacing(t, env)
+		return
+	}
+	t.Parallel()
+	for step, want := range map[string]int{"synced": 30, "named": 60, "sides": 60, "placed": 60, "installed": 60} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(quickDir(t), "data")
+			cmd := exec.Command(os.Args[0], "-test.run=^TestKilledWhilePlacing$", "-test.v")
+			cmd.Env = append(os.Environ(), placeEnv+"="+step+" "+dir)
+			said, err := cmd.CombinedOutput()
+			if err == nil || !bytes.Contains(said, []byte("killed at "+step)) {
+				t.Fatalf("%v: %s", err, said)
+			}
+			for range 2 {
+				s, err := Open(t.Context(), Config{Dir: dir, Logger: testLogger(t)})
+				must(t, err)
+				must(t, s.verified(t.Context()))
+				n, err := s.Get(ctxFor(t, patience), "n")
+				for i := range want {
+					if v, err := s.Get(ctxFor(t, patience), fmt.Sprint("k", i)); len(v) != 3000 || err != nil {
+						t.Fatal(i, len(v), err)
+					}
+				}
+				if err != nil || string(n) != fmt.Sprint(want) {
+					t.Errorf("%q rows, want %d: %v", n, want, err)
+				}
+				must(t, s.Set(ctxFor(t, patience), "after", nil))
+				if left, _ := filepath.Glob(filepath.Join(dir, "snap.*")); len(left) > 0 {
+					t.Error("left behind:", left)
+				}
+				must(t, s.store.names.hold())
+				must(t, s.Close())
+			}
+		})
+	}
+}
+
+func killedWhilePlacing(t *testing.T, env string) {
+	at, dir, _ := strings.Cut(env, " ")
+	m := newMember(t, "")
+	set := func(s *Service, from, to int) {
+		for i := from; i < to; i++ {
+			must(t, s.Set(t.Context(), fmt.Sprint("k", i), make([]byte, 3000)))
+		}
+		must(t, s.Set(t.Context(), "n", []byte(fmt.Sprint(to))))
+	}
+	set(m.start(), 0, 30)
+	m.stop()
+	must(t, os.CopyFS(dir, os.DirFS(m.conf.Dir)))
+	ahead := m.start()
+	set(ahead, 30, 60)
+	c, err := ahead.store.copy(t.Context())
+	must(t, err)
+	disk := new(fakeDisk)
+	disk.free.Store(1 << 20)
+	behind := m.conf
+	behind.Dir, behind.space = dir, disk.space
+	s, err := Open(t.Context(), behind)
+	must(t, err)
+	path := filepath.Join(dir, "snap.incoming")
+	in, err := receive(path, c)
+	must(t, err)
+	kill := func() {
+		fmt.Println("killed at", at)
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	s.store.fileMu.Lock()
+	s.store.step = func(step string) {
+		if step == at {
+			kill()
+		}
+		if at == "sides" && step == "named" { // placeMended ends after its first step
+			must(t, errors.Join(os.Remove(s.store.path+"-shm"), os.Remove(s.store.path+"-wal")))
+			kill()
+		}
+	}
+	s.store.fileMu.Unlock()
+	s.fsm.mu.Lock()
+	must(t, s.store.install(path, in.applied, in.term, in.config, in.configIndex))
+	if at == "installed" {
+		kill()
+	}
+}
+
+// A placing that fails half-way leaves the member with the state that it had, which is mended as any other that has lost its names.
+func TestReceivedStateIsNotPlaced(t *testing.T) {
+	t.Parallel()
+	m := newMember(t, "")
+	disk := new(fakeDisk)
+	disk.free.Store(1 << 39)
+	m.conf.space = disk.space
+	s := m.start()
+	for i := range 20 {
+		must(t, s.Set(ctxFor(t, patience), fmt.Sprint("k", i), make([]byte, 3000)))
+	}
+	must(t, s.store.sync(t.Context()))
+	path, in := incomingFor(t, s.store, 10)
+	shm := s.store.path + "-shm"
+	disk.free.Store(1 << 20)
+	s.store.fileMu.Lock()
+	s.store.step = func(step string) {
+		if step == "named" { // the WAL's index can't be removed
+			os.Remove(shm)
+			must(t, os.MkdirAll(filepath.Join(shm, "full"), 0o700))
+		}
+	}
+	s.store.fileMu.Unlock()
+	s.fsm.mu.Lock()
+	err := s.fsm.installLocked(&incoming{path: path, meta: in})
+	s.fsm.mu.Unlock()
+	disk.free.Store(1 << 39)
+	is(t, err, errUnseated)
+	eventually(t, patience, "a fault", func() error {
+		if s.Err() == nil {
+			return errors.New("none")
+		}
+		return nil
+	})
+	if err := s.Err(); strings.Contains(fmt.Sprint(err), "program") {
+		t.Errorf("Err blames a program: %v", err)
+	}
+	if err := s.store.barrier(); !errors.Is(err, errUnseated) {
+		t.Error(err)
+	}
+	s.store.fileMu.Lock()
+	s.store.step = func(string) {}
+	s.store.fileMu.Unlock()
+	must(t, os.RemoveAll(shm))
+	eventually(t, patience, "mended", s.Err)
+	must(t, s.Set(ctxFor(t, patience), "after", nil))
+	m.stop()
+	s = m.start()
+	for i := range 20 {
+		if v, err := s.Get(ctxFor(t, patience), fmt.Sprint("k", i)); len(v) != 3000 || err != nil {
+			t.Fatal(i, len(v), err)
 		}
 	}
 }

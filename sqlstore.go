@@ -287,10 +287,11 @@ type ownKey struct {
 }
 
 type storeOptions struct {
-	path   string       // dir/snap
-	memory int64        // budget in bytes of the in-memory copy; negative = none; never 0
-	lone   bool         // it may be a lone member's, and hold what is not ours beside our tables: see strange
-	log    *slog.Logger // never nil
+	path   string                     // dir/snap
+	memory int64                      // budget in bytes of the in-memory copy; negative = none; never 0
+	lone   bool                       // it may be a lone member's, and hold what is not ours beside our tables: see strange
+	log    *slog.Logger               // never nil
+	space  func(dir string) diskSpace // of the file system; nil = not known
 }
 
 type store struct {
@@ -311,7 +312,8 @@ type store struct {
 	placing atomic.Bool
 	seat    atomic.Int64    // counts how often the file was put in place anew: connections of before see an old one
 	stop    <-chan struct{} // closed when the member is closed, before close waits for anybody; set before maintain, nil = never
-	step    func(string)    // for tests: called between the steps of a mending
+	step    func(string)    // for tests: called between the steps of a placing
+	space   func(dir string) diskSpace
 
 	// strange is what an Open would refuse in the schema: a lone member has nobody to get a clean copy from, and goes on beside it.
 	strange atomic.Pointer[error]
@@ -412,8 +414,12 @@ func openStore(o storeOptions) (*store, error) {
 		uneasy:    func(error) {},
 		names:     newNameWatch(o.log),
 		step:      func(string) {},
+		space:     o.space,
 		eased:     func() {},
 		tailLimit: tailLimit,
+	}
+	if s.space == nil {
+		s.space = func(string) diskSpace { return diskSpace{} }
 	}
 	s.queries, s.damaged = newQuerier(s), func(error) {}
 	s.pace.press, s.pace.ending = s.press, s.ending // until maintain runs
