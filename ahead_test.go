@@ -171,7 +171,7 @@ func TestAheadFallsBack(t *testing.T) {
 		a.want("early", a.tr.sendAhead(commands(7, 10), 7), true, 2)
 		a.set(false, nil)
 		go func() {
-			until(t, 5*time.Second, "raft waits for it", func() bool { return len(a.untaken("b")) == 0 })
+			until(t, patience, "raft waits for it", func() bool { return len(a.untaken("b")) == 0 })
 			close(hang)
 		}()
 		if a.raft(commands(7, 10)...) != 1 {
@@ -256,7 +256,7 @@ func TestAppendWaitsForTheOneBefore(t *testing.T) {
 	}
 	later := make(chan error, 1)
 	go func() { later <- take(10) }()
-	until(t, 5*time.Second, "it waits", func() bool {
+	until(t, patience, "it waits", func() bool {
 		tr.gap.mu.Lock()
 		defer tr.gap.mu.Unlock()
 		return tr.gap.moved != nil

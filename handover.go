@@ -102,10 +102,10 @@ func (s *Service) transfer(r *raft.Raft, term uint64, to raft.Server) <-chan err
 	t, done := &transfer{r, term}, make(chan error, 1)
 	s.transferring.Store(t)
 	future := r.LeadershipTransferToServer(to.ID, to.Address)
-	s.running.Go(func() {
+	go func() { // a caller's TransferLeader may come here while Close waits for what runs
 		done <- await(s.ctx, future)
 		s.transferring.CompareAndSwap(t, nil)
-	})
+	}()
 	return done
 }
 

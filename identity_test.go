@@ -282,11 +282,16 @@ func TestLockDirKeepsTheModeOfAnExistingDirectory(t *testing.T) {
 func TestLockDirTwiceInOneProcess(t *testing.T) {
 	dir := t.TempDir()
 	first := mustLock(t, dir)
-	begin := time.Now()
-	second, err := lockDir(dir, "b.example:2")
-	if took := time.Since(begin); took > 100*time.Millisecond {
-		t.Errorf("refused after %v", took)
-	}
+	var second *dirLock
+	var err error
+	eventually(t, patience, "refused at once", func() error { // one of many tries is not held up by something else
+		begin := time.Now()
+		second, err = lockDir(dir, "b.example:2")
+		if took := time.Since(begin); took > 100*time.Millisecond {
+			return fmt.Errorf("refused after %v", took)
+		}
+		return nil
+	})
 	if second != nil || !errors.Is(err, ErrLocked) {
 		t.Fatalf("second lock: %v, %v", second, err)
 	}

@@ -405,7 +405,7 @@ func TestQueryOnFollowerSeesWrites(t *testing.T) {
 func awaitNoQuery(t *testing.T, s *Service) {
 	t.Helper()
 	q := s.store.queries
-	eventually(t, 5*time.Second, "the end of all queries", func() error {
+	eventually(t, patience, "the end of all queries", func() error {
 		q.mu.Lock()
 		defer q.mu.Unlock()
 		if len(s.store.openHolds()) != 0 || len(q.slots) != 0 || q.pool.Stats().InUse != 0 {
@@ -517,7 +517,7 @@ func TestQueryForgottenWithRawBytes(t *testing.T) {
 		must(t, rows.Scan(&raw))
 	}
 	wantRows(t, s, []string{"1"}, "SELECT value FROM kv")
-	eventually(t, 5*time.Second, "the end of all that they hold", func() error {
+	eventually(t, patience, "the end of all that they hold", func() error {
 		q.mu.Lock()
 		defer q.mu.Unlock()
 		if len(s.store.openHolds()) != 0 || len(q.slots) != 0 || len(q.conns) > 1 {
@@ -639,7 +639,7 @@ func TestCloseEndsQueries(t *testing.T) {
 		_, err := ask(t, s, endless+"SELECT i FROM n WHERE i IN (1, 0)")
 		busy <- err
 	}()
-	eventually(t, 5*time.Second, "the third query", func() error {
+	eventually(t, patience, "the third query", func() error {
 		if n := holding(s); n != 3 {
 			return fmt.Errorf("%d run", n)
 		}
