@@ -678,6 +678,13 @@ func (f *fsm) blame(err error) {
 	}
 }
 
+// noRoom reports that a state which is ahead of this one could not be received. It ends with an install, or when apply goes on.
+func (f *fsm) noRoom(err error) {
+	if passing(err) {
+		f.fault(fmt.Errorf("the leader's state can't be received: %w", err))
+	}
+}
+
 // calm ends the fault of apply, unless the file can't be written.
 func (f *fsm) calm() {
 	if f.store.failed.Load() == nil && !f.store.isStuck() {
@@ -872,6 +879,7 @@ func (s *snapshotSink) Write(p []byte) (int, error) {
 		go func() {
 			m, err := receive(s.store.path, r)
 			s.meta = m
+			s.store.fsm.noRoom(err)
 			r.CloseWithError(errors.Join(err, io.ErrClosedPipe))
 			s.received <- err
 		}()

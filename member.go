@@ -190,6 +190,8 @@ func (s *Service) startPeer() {
 		state:     s.serveState,
 		snapshots: s.members.snapshots,
 		incoming:  func() string { return s.path("snap.incoming.part") },
+		roomFor:   s.roomFor,
+		noRoom:    func(err error) { s.fsm.noRoom(err) },
 		others:    s.others,
 		committed: func() uint64 { return raftNow().CommitIndex() },
 	}, s.conf.Client, s.conf.TLS, s.log)

@@ -69,7 +69,9 @@ type peerHost struct {
 	confirm   func(ctx context.Context) // has a quorum confirm the leader, for a status that somebody of another cluster asks for
 	state     func(ctx context.Context, w io.Writer) error
 	snapshots func(delta int)
-	incoming  func() string // the file in which a snapshot that comes in pieces grows; nil: none is taken in pieces
+	incoming  func() string          // the file in which a snapshot that comes in pieces grows; nil: none is taken in pieces
+	roomFor   func(size int64) error // why a snapshot of so many bytes can't be kept; nil = nobody knows
+	noRoom    func(error)            // told what keeping one has met; nil = nobody
 
 	logWaits   func() error                        // why the log takes no entries for now
 	tryLog     func(ctx context.Context) error     // the same, after a try

@@ -326,6 +326,9 @@ func (p *peer) takePiece(t *transport, from string, h pieceHeader, data []byte) 
 	}
 	if _, err := c.file.WriteAt(data, c.have); err != nil {
 		p.dropArrivalLocked(c)
+		if p.host.noRoom != nil {
+			p.host.noRoom(err)
+		}
 		return nil, 0, refuse(http.StatusConflict, codeConflict, "keep a piece of a snapshot: %v", err)
 	}
 	if c.have += int64(len(data)); c.have == c.install.Size {
@@ -346,6 +349,9 @@ func (p *peer) beginArrivalLocked(from string, h pieceHeader) (*arrival, error) 
 		}
 		p.dropArrivalLocked(c)
 	}
+	if err := p.checkRoom(h.Install.Size); err != nil {
+		return nil, err
+	}
 	file, err := os.OpenFile(p.host.incoming(), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, refuse(http.StatusConflict, codeConflict, "keep a snapshot: %v", err)
@@ -362,6 +368,17 @@ func (p *peer) beginArrivalLocked(from string, h pieceHeader) (*arrival, error) 
 	c.unbind = context.AfterFunc(p.ctx, drop)
 	p.arrivals.cur = c
 	return c, nil
+}
+
+// checkRoom refuses a snapshot that does not fit, before it has taken the space that is left from everything else.
+func (p *peer) checkRoom(size int64) error {
+	if p.host.roomFor == nil {
+		return nil
+	}
+	if err := p.host.roomFor(size); err != nil {
+		return refuse(http.StatusConflict, codeConflict, "keep a snapshot: %v", err)
+	}
+	return nil
 }
 
 // installing: raft was asked and has not answered.

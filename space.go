@@ -75,6 +75,12 @@ func (b *ballast) missing(size int64) int64 {
 	return size
 }
 
+func (b *ballast) held() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.size
+}
+
 // hold makes the file, unless it is there.
 func (b *ballast) hold(size int64) {
 	b.mu.Lock()
@@ -269,6 +275,23 @@ func (s *Service) tryLog(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, trialLimit)
 	defer cancel()
 	return s.trial.outcome(ctx, s.wal.trySmall)
+}
+
+// roomFor says why a state of so many bytes can't be received: it takes its size once, beside the one that is there. The reserve is given
+// for it.
+func (s *Service) roomFor(size int64) error {
+	d := s.conf.space(s.conf.Dir)
+	if d.total == 0 || d.free >= size {
+		return nil
+	}
+	d.free += s.ballast.held()
+	if d.free < size {
+		err := fmt.Errorf("it has %s, and the file system of %s has %s left: free space, or give it a larger one: %w", mebibytes(size), s.conf.Dir, mebibytes(d.free), syscall.ENOSPC)
+		s.fsm.noRoom(err)
+		return err
+	}
+	s.spaceNeeded()
+	return nil
 }
 
 // spaceNeeded gives the reserve back to a log or a state that has met a full disk. True: trying again is worth it.

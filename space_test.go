@@ -877,3 +877,46 @@ func TestHandOverWithFullLog(t *testing.T) {
 		c.obey("await equal")
 	})
 }
+
+// A member that lags needs the state of the leader, and has too little space for that: it says so, serves what it has, and leaves the
+// space to what else needs it. With room for the state once it catches up, and with more it is as any other.
+func TestNoRoomForTheState(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newFullness(t)
+		defer c.end()
+		l, f := c.cast["L"], c.cast["F"]
+		c.obey("partition {L G} {F}")
+		for i := range 20 {
+			must(t, l.s.Set(t.Context(), fmt.Sprint("big", i), make([]byte, 100<<10)))
+		}
+		_, last := l.s.wal.bounds()
+		must(t, cutLog(l.s, last-10))
+		state, err := l.s.store.copy(t.Context())
+		must(t, errors.Join(err, state.Close()))
+		const some = 100 << 10
+		c.disks[f].free.Store(state.size - some)
+		c.obey("heal")
+		eventually(t, 15*time.Second, "a word", func() error {
+			if err := f.s.faults.first(faultStateWaits); !isFull(err) || !strings.Contains(err.Error(), "can't be received: it has") {
+				return fmt.Errorf("%v", err)
+			}
+			return nil
+		})
+		if v := f.s.Local().Get("k"); string(v) != "v" {
+			t.Errorf("what it had is %q", v)
+		}
+		if left, _ := filepath.Glob(f.s.store.path + ".*"); len(left) > 0 {
+			t.Error("left:", left)
+		}
+		c.disks[f].free.Store(state.size + some)
+		c.obey("await equal")
+		if seat := f.s.store.seat.Load(); seat != 1 {
+			t.Errorf("the state took the place of snap %d times", seat)
+		}
+		c.disks[f].free.Store(1 << 39)
+		eventually(t, 5*time.Second, "no fault", f.s.Err)
+		c.writes("with space back", time.Second)
+		c.obey("await equal")
+	})
+}

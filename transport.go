@@ -725,6 +725,9 @@ func (p *peer) serveSnapshot(ctx context.Context, x *exchange) error {
 		}
 		return x.answerJSON(raft.InstallSnapshotResponse{Term: p.host.term(), Success: true})
 	}
+	if err := p.checkRoom(args.Size); err != nil {
+		return err
+	}
 	answer := make(chan raft.RPCResponse, 1)
 	if err := t.hand(ctx, raft.RPC{Command: args, Reader: body, RespChan: answer}); err != nil {
 		return err
