@@ -156,8 +156,10 @@ func (c *candidate) better(than *candidate) bool {
 			return 0
 		case c.answer.Fsync > slowAppend.Microseconds():
 			return 1
+		case c.answer.Fsync == 0: // it is not known, as of a release that would not hand over for it
+			return 2
 		}
-		return 2
+		return 3
 	}
 	return cmp.Or(fit(c)-fit(than), c.rank-than.rank, cmp.Compare(c.answer.LastIndex, than.answer.LastIndex), cmp.Compare(than.ID, c.ID)) > 0
 }

@@ -428,9 +428,12 @@ func (p *peer) hasAsked(id string) {
 	at.(*atomic.Int64).Store(monotonic())
 }
 
-func (p *peer) hasCallers(id raft.ServerID) bool {
+func (p *peer) hasCallers(id raft.ServerID) bool { return p.askedWithin(id, askedLately) }
+
+// askedWithin: the member has forwarded a write or a read to this one.
+func (p *peer) askedWithin(id raft.ServerID, d time.Duration) bool {
 	at, ok := p.callers.Load(string(id))
-	return ok && monotonic()-at.(*atomic.Int64).Load() < int64(askedLately)
+	return ok && monotonic()-at.(*atomic.Int64).Load() < int64(d)
 }
 
 func (p *peer) servePropose(ctx context.Context, x *exchange) error {

@@ -207,7 +207,7 @@ func (v views) add(id string, reached []reachAnswer) {
 	}
 }
 
-// lost: from says that it has not reached to for the stall limit. A release that says nothing has not lost anybody.
+// lost: from says that it has not reached to for the stall limit. A release that does not say has not lost anybody.
 func (v views) lost(from, to string) bool {
 	return v[from][to].Failing >= stallLimit.Milliseconds()
 }
@@ -237,7 +237,7 @@ func (v views) rank(leader string, voters int) (rank func(id string) int, lost [
 	keep := 0
 	for id := range v {
 		switch {
-		case id == leader:
+		case id == leader, len(v[id]) == 0: // this leader itself, and a release that does not say
 		case v.lost(id, leader):
 			lost = append(lost, id)
 		default:
@@ -276,7 +276,8 @@ func (s *Service) checkReached() {
 	}
 }
 
-// unreached asks the voters. With two of them the other one could not reach this member as its leader either.
+// unreached asks the voters. With two of them the other one could not reach this member as its leader either. One that says nothing has
+// neither lost this leader nor keeps it, unless it forwards to it.
 func (s *Service) unreached() error {
 	all := voters(s.raft.Load().GetConfiguration().Configuration())
 	if len(all) < 3 {
@@ -287,7 +288,11 @@ func (s *Service) unreached() error {
 	id, v := s.ident().id, make(views)
 	v.add(id, s.reached())
 	s.askOthers(ctx, all, func(i int, a statusAnswer, err error) {
-		if err == nil {
+		switch {
+		case err != nil:
+		case len(a.Reached) == 0 && s.peer.askedWithin(all[i].ID, stallLimit): // it does not say, and what it forwards gets here
+			v.add(a.ID, []reachAnswer{{ID: id}})
+		default:
 			v.add(a.ID, a.reachedAs(id))
 		}
 	})

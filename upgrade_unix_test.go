@@ -48,6 +48,7 @@ func TestBesideTheFirstRelease(t *testing.T) {
 	t.Parallel()
 	program := buildRelease(t, "v0.1.0")
 	t.Run("every fact", func(t *testing.T) { everyFact(t, program) })
+	t.Run("unfit leaders", func(t *testing.T) { unfitLeaders(t, program) })
 	t.Run("upgrade", func(t *testing.T) { rollingUpgrade(t, program) })
 	t.Run("founders", func(t *testing.T) { foundersBeside(t, program) })
 	t.Run("going back in the first format", func(t *testing.T) { goingBackInTime(t, program) })

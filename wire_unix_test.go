@@ -24,9 +24,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	walfs "github.com/hashicorp/raft-wal/fs"
 )
 
 // What members say to each other and release 0.1.0 does not know. A fact is a field of a message, a header, a route, a query, a code of a
@@ -595,4 +598,118 @@ func hearsTheLeader(t *testing.T, c testCluster, old *process, id string) {
 	if v := old.must(order{Op: "get", Key: "k"}).Value; string(v) != "w" {
 		t.Errorf("the first release reads %q beside a leader that is gone", v)
 	}
+}
+
+// playsOld has a script's member say what the first release says, and know what that one knows.
+func (c *script) playsOld(m *scriptMember) {
+	c.net.serve(m.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		route := path.Base(req.URL.Path)
+		if newOnTheWire["route "+route] != "" {
+			http.NotFound(w, req)
+			return
+		}
+		if route != "status" {
+			m.s.ServeHTTP(w, req)
+			return
+		}
+		req.URL.RawQuery = ""
+		answer := httptest.NewRecorder()
+		m.s.ServeHTTP(answer, req)
+		var has map[string]json.RawMessage
+		if json.Unmarshal(answer.Body.Bytes(), &has) != nil || answer.Code != http.StatusOK {
+			return
+		}
+		for name := range has {
+			if newOnTheWire["field statusAnswer."+name] != "" {
+				delete(has, name)
+			}
+		}
+		data, _ := json.Marshal(has)
+		maps.Copy(w.Header(), answer.Header())
+		w.Header()["Content-Length"] = []string{strconv.Itoa(len(data))}
+		w.WriteHeader(answer.Code)
+		w.Write(data)
+	}))
+}
+
+// A leader that nobody reaches hands over to the one of three that says so, also if the third is of the first release. Where only that
+// one reaches it, the third leads, which all reach.
+func TestMuteLeaderBesideAnOlderOne(t *testing.T) {
+	t.Parallel()
+	for what, forwards := range map[string]bool{"nobody reaches it": false, "the older one does": true} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			clusterOf(t, 3, func(c *script, log *logged, l *scriptMember, others []*scriptMember) {
+				f, old := others[0], others[1]
+				c.playsOld(old)
+				term, next, deaf := l.s.Status().Term, f, []*scriptMember(nil)
+				if forwards {
+					next, deaf = old, []*scriptMember{f}
+				}
+				end := c.write(old, 500*time.Millisecond)
+				time.Sleep(time.Second)
+				c.deafen(l, deaf...)
+				for range 3 {
+					time.Sleep(10 * time.Second)
+					if st := f.s.Status(); st.LeaderAddr != next.conf.Addr || st.Term != term+1 {
+						c.t.Errorf("%s leads in term %d, want %s in term %d", st.LeaderAddr, st.Term, next.conf.Addr, term+1)
+					}
+					time.Sleep(time.Minute)
+				}
+				if _, bad := end(); bad != nil {
+					c.t.Errorf("writes: %v", bad)
+				}
+				c.undeafen(l)
+				c.obey("await equal")
+			})
+		})
+	}
+}
+
+// unfitLeaders: beside a voter of the first release a leader hands over that nobody reaches, and one whose disk is slow.
+func unfitLeaders(t *testing.T, program string) {
+	t.Parallel()
+	disks := make(map[string]slowFS) // by address
+	c := newCluster(t, 2, older, func(conf *Config) {
+		d := slowFS{walfs.New(), new(atomic.Int64)}
+		disks[conf.Addr], conf.vfs = d, d
+	})
+	l, n := c.leader(t), c.follower(t)
+	old := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), join: l.conf.Addr, program: program, client: newClient(t, new(line))}
+	t.Cleanup(old.stop)
+	must(t, l.s.AddAllowedMember(t.Context(), old.addr))
+	old.start()
+	old.awaitReady()
+	c.awaitVoters(t, 3)
+	leads := func(from, to *testMember) {
+		t.Helper()
+		eventually(t, patience, "a leader that is to be unfit", func() error { return from.s.TransferLeader(ctxFor(t, patience), to.conf.Addr) })
+	}
+	another := func(than, asked *testMember) {
+		t.Helper()
+		eventually(t, patience, "another leader", func() error {
+			if addr := asked.s.Status().LeaderAddr; addr == "" || addr == than.conf.Addr {
+				return fmt.Errorf("it is %q", addr)
+			}
+			return nil
+		})
+		must(t, asked.s.Set(ctxFor(t, patience), "k", []byte(asked.conf.Addr)))
+		if v := old.must(order{Op: "get", Key: "k"}).Value; string(v) != asked.conf.Addr {
+			t.Errorf("the first release reads %q", v)
+		}
+		old.must(order{Op: "err"})
+	}
+	leads(n, l)
+	l.cut()
+	another(l, n)
+	l.heal()
+	must(t, l.s.Ready(ctxFor(t, patience)))
+	leads(l, n)
+	slow := disks[n.conf.Addr].fsync
+	slow.Store(int64(1500 * time.Millisecond))
+	defer slow.Store(0)
+	for ctx := ctxFor(t, patience); n.s.Status().Role == Leader && ctx.Err() == nil; {
+		l.s.Set(ctx, "k", nil)
+	}
+	another(n, l)
 }
