@@ -114,8 +114,9 @@ type querier struct {
 	s     *store
 	slots chan struct{} // one token for each query that runs
 
-	time time.Duration // queryTime, shorter in tests
-	pin  int64         // queryPin, less in tests
+	time  time.Duration // queryTime, shorter in tests
+	ahead time.Duration // aheadTime, shorter in tests
+	pin   int64         // queryPin, less in tests
 
 	mu     sync.Mutex // guards the fields below
 	pool   *sql.DB    // nil until the first query
@@ -125,7 +126,7 @@ type querier struct {
 }
 
 func newQuerier(s *store) *querier {
-	return &querier{s: s, slots: make(chan struct{}, 4*runtime.GOMAXPROCS(0)), time: queryTime, pin: queryPin,
+	return &querier{s: s, slots: make(chan struct{}, 4*runtime.GOMAXPROCS(0)), time: queryTime, ahead: aheadTime, pin: queryPin,
 		conns: make(map[*queryConn]bool)}
 }
 
@@ -577,10 +578,10 @@ func (c *queryConn) Prepare(string) (driver.Stmt, error) { return nil, errOnlyQu
 // Begin is part of driver.Conn.
 func (c *queryConn) Begin() (driver.Tx, error) { return nil, errOnlyQuery }
 
-// readAhead runs inside stepStatement, under c.mu.
+// readAhead runs inside stepStatement, under c.mu. The first row is read however long this goroutine has waited for a processor.
 func (c *queryConn) readAhead() {
 	r, began, size := c.rows, time.Now(), 0
-	for len(r.ahead) < aheadRows && size < aheadBytes && time.Since(began) < aheadTime {
+	for len(r.ahead) == 0 || len(r.ahead) < aheadRows && size < aheadBytes && time.Since(began) < c.q.ahead {
 		row := make([]driver.Value, len(r.columns))
 		if r.err = r.raw.Next(row); r.err != nil {
 			return
@@ -643,6 +644,8 @@ func (r *queryRows) fill() {
 		r.err = c.explain(r.err)
 	case r.err == nil && err != nil:
 		r.err = c.explain(err)
+	case r.err == nil && len(r.ahead) == 0: // database/sql would take nothing at all for a row of NULLs
+		r.err = errors.New("query: the rows were not read")
 	}
 	if r.err != nil {
 		r.releaseLocked()

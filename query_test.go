@@ -377,6 +377,16 @@ func TestQuerySeesWholeTransactions(t *testing.T) {
 	must(t, <-done)
 }
 
+// A goroutine that gets no processor may find the time to read ahead over before the first row: each row still comes, and no other one.
+func TestQueryWithoutTimeToReadAhead(t *testing.T) {
+	t.Parallel()
+	s := newLone(t, "a", "1", "b", "2", "c", "3")
+	s.store.queries.ahead = 0
+	wantRows(t, s, []string{"a 1", "b 2", "c 3"}, "SELECT key, value FROM kv ORDER BY key")
+	wantRows(t, s, []string{"3"}, "SELECT count(*) FROM kv")
+	wantRows(t, s, nil, "SELECT key FROM kv WHERE key = 'd'")
+}
+
 func TestQueryOnFollowerSeesWrites(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3)
