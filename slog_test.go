@@ -33,8 +33,10 @@ func logTo(level slog.Level, source bool) (*slog.Logger, *bytes.Buffer) {
 	})), &buf
 }
 
+var stderr = os.Stderr // go test -json puts another file in its place
+
 func TestStandardLogIsTheApplications(t *testing.T) {
-	if log.Writer() != os.Stderr || log.Flags() != log.LstdFlags {
+	if log.Writer() != stderr || log.Flags() != log.LstdFlags {
 		t.Errorf("package log writes to a %T with flags %d, as a dependency has set it", log.Writer(), log.Flags())
 	}
 }

@@ -289,7 +289,7 @@ func TestUpdate(t *testing.T) {
 func TestTransactionsOnThreeMembers(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3)
-	ctx := ctxFor(t, patience)
+	ctx := ctxFor(t, 4*patience)
 	var version uint64
 	for i, m := range c {
 		// The condition is judged where all agree, so it knows the newest write though this member may not.
