@@ -153,10 +153,9 @@ func (n *night) mend() {
 	}
 }
 
-// lastingFaults are the single ones that this harness can make. Two break the budget and are not among them: where every fsync of every
+// lastingFaults are the single ones that this harness can make. One breaks the budget and is not among them: where every fsync of every
 // member takes longer than stallLimit, each leader is silent in turn (15 changes in five minutes), as nobody knows beforehand whose disk
-// would be faster; and where every answer takes longer than leaseTimeout (200 ms each way), no leader lasts for more
-// than two seconds.
+// would be faster.
 var lastingFaults = []lasting{
 	{name: "a dead follower", begin: func(n *night) { n.kill(n.others[0]) }, five: true},
 	{name: "the leader is dead", begin: func(n *night) { n.kill(n.l) }, five: true},
@@ -191,6 +190,8 @@ var lastingFaults = []lasting{
 	{name: "the certificates of all have ended", begin: func(n *night) { n.distrusted(n.all()...) }, outage: true},
 	{name: "the leader's ways are slow", begin: func(n *night) { n.late(n.first(1), 150*time.Millisecond) }},
 	{name: "all ways are slow", begin: func(n *night) { n.late(n.all(), 60*time.Millisecond) }},
+	{name: "all ways are very slow", begin: func(n *night) { n.late(n.all(), 200*time.Millisecond) }, five: true},
+	{name: "all ways are too slow", begin: func(n *night) { n.late(n.all(), 300*time.Millisecond) }, outage: true},
 	{name: "a slow disk of the leader", begin: func(n *night) { n.slow(n.first(1), 2*time.Second) }, five: true},
 	{name: "a slow disk of a follower", begin: func(n *night) { n.slow(n.others[:1], 2*time.Second) }},
 	{name: "slow disks of two", begin: func(n *night) { n.slow(n.first(2), 2*time.Second) }},

@@ -20,9 +20,9 @@ import (
 
 const (
 	heartbeatTimeout = 500 * time.Millisecond // also of elections; a follower that hears nothing for so long stands
-	leaseTimeout     = 250 * time.Millisecond
-	commitTimeout    = 10 * time.Millisecond // how late an idle follower learns of the last commit
-	trailingLogs     = 10240                 // entries kept behind the snapshot for a member that comes back
+	leaseTimeout     = heartbeatTimeout       // without an answer of a majority a leader stops leading; a new one's first answer must come in it
+	commitTimeout    = 10 * time.Millisecond  // how late an idle follower learns of the last commit
+	trailingLogs     = 10240                  // entries kept behind the snapshot for a member that comes back
 	trailingMin      = 512
 	trailingBytes    = 64 << 20  // at most; or the size of the state, for a snapshot of it would be no less to send
 	trailingMost     = 256 << 20 // whatever the size of the state

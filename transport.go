@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	voteTimeout   = 500 * time.Millisecond // heartbeats, votes, pre-votes, timeoutnow and probes
+	voteTimeout   = 500 * time.Millisecond // votes, pre-votes, timeoutnow and probes
 	appendTimeout = 5 * time.Second        // and a second for each MiB
 	holdSoon      = 5 * time.Millisecond   // after a first failure, and then twice as long each time, up to
 	holdInterval  = 100 * time.Millisecond
@@ -46,6 +46,7 @@ type transport struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	ahead    aheadTable
+	pulses   pulses
 	outages  outages
 	work     chan func() // to a goroutine of carry that has nothing to do
 	gap      gapGate
@@ -116,16 +117,7 @@ func (t *transport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (ra
 // how the leader learns that it has lost its followers.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	if isHeartbeat(args) {
-		if err := t.p.host.silent(); err != nil {
-			return err
-		}
-		// Raft ends its heartbeats only when the append beside them has returned. With a peer that hears us and that we don't
-		// hear, that takes until the append's timeout, and all the while a leader that has stepped down would keep the others
-		// from electing one.
-		if !t.p.host.leading(args.Term) {
-			return fmt.Errorf("heartbeat to %s: not leader of term %d any more", peerName(id, target), args.Term)
-		}
-		return t.append(id, target, encodeAppend(args), resp, voteTimeout)
+		return t.beat(id, target, args, resp)
 	}
 	t.rest(id, args)
 	var err error
@@ -213,6 +205,7 @@ func (t *transport) append(id raft.ServerID, target raft.ServerAddress, body []b
 	if err != nil {
 		return err
 	}
+	t.pulses.hears(id)
 	return decodeAppendAnswer(data, resp)
 }
 
