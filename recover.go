@@ -20,14 +20,16 @@ import (
 
 const (
 	heartbeatTimeout = 500 * time.Millisecond // also of elections; a follower that hears nothing for so long stands
-	leaseTimeout     = heartbeatTimeout       // without an answer of a majority a leader stops leading; a new one's first answer must come in it
-	commitTimeout    = 10 * time.Millisecond  // how late an idle follower learns of the last commit
-	trailingLogs     = 10240                  // entries kept behind the snapshot for a member that comes back
-	trailingMin      = 512
-	trailingBytes    = 64 << 20  // at most; or the size of the state, for a snapshot of it would be no less to send
-	trailingMost     = 256 << 20 // whatever the size of the state
-	snapshotEvery    = 8192      // entries
-	snapshotBytes    = 64 << 20
+	// Without an answer of a majority for so long a leader stops leading. A new leader's first answer must come in it, which at half of it
+	// failed with ways of 200 ms each way. Another leader comes after 1.05 s in the mean of 30 cut-offs, and after 1.08 at half of it.
+	leaseTimeout  = heartbeatTimeout
+	commitTimeout = 10 * time.Millisecond // how late an idle follower learns of the last commit
+	trailingLogs  = 10240                 // entries kept behind the snapshot for a member that comes back
+	trailingMin   = 512
+	trailingBytes = 64 << 20  // at most; or the size of the state, for a snapshot of it would be no less to send
+	trailingMost  = 256 << 20 // whatever the size of the state
+	snapshotEvery = 8192      // entries
+	snapshotBytes = 64 << 20
 )
 
 // identify reads who this member is, or makes it up before anything else exists.
