@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -87,6 +88,39 @@ func TestLogNoDescriptors(t *testing.T) {
 		wantLog(t, l, 1, 630)
 		if l.failed() != nil {
 			t.Fatal(l.failed())
+		}
+	})
+	t.Run("what it waits for changes", func(t *testing.T) {
+		o, disk := faultyOptions(t)
+		var told atomic.Value
+		o.fault = func(err error) {
+			if err != nil {
+				told.Store(err)
+			}
+		}
+		says := func(want syscall.Errno) {
+			t.Helper()
+			comesTrue(t, func() error {
+				if err, _ := told.Load().(error); !errors.Is(err, want) {
+					return fmt.Errorf("the fault is %v, want %v", err, want)
+				}
+				return nil
+			})
+		}
+		l := reopenLog(t, nil, o)
+		disk.fail(setWrite, syscall.ENOSPC)
+		ended := inRaft(func() { appendEntries(t, l, 1, 1, 3) })
+		says(syscall.ENOSPC)
+		disk.fail(setOpen, syscall.EMFILE)
+		says(syscall.EMFILE)
+		disk.fail(setOpen, nil)
+		says(syscall.ENOSPC)
+		disk.fail(setWrite, nil)
+		if !<-ended {
+			t.Fatal("ended with Goexit")
+		}
+		if err := l.failed(); err != nil {
+			t.Fatal(err)
 		}
 	})
 	t.Run("not the right to open is for good", func(t *testing.T) {
