@@ -48,8 +48,8 @@
 // the answer; then flush.go, conn.go and history.go (the file). One Get: view.go (the call) → read.go (the round) → memory.go.
 // What else reads: list.go, watch.go, query.go. One Update: keyturn.go (whose turn it is), then a Get and a Set.
 //
-// How members talk: peer.go, transport.go, link.go and frame.go; copy.go and pieces.go (how a state travels). Who takes part:
-// member.go, join.go (how one asks to), waiting.go (who waits to), founding.go (how members begin together), stranger.go (who else
+// How members talk: peer.go, transport.go, link.go and frame.go; copy.go, pieces.go and fetch.go (how a state travels). Who takes
+// part: member.go, join.go (how one asks to), waiting.go (who waits to), founding.go (how members begin together), stranger.go (who else
 // has this address). Who leads: succession.go (when the leader is gone), handover.go (when it should not lead). How a directory comes
 // to life: identity.go (who this member is), recover.go, restore.go (out of a backup). What is wrong: health.go (the faults), space.go
 // (how much the disk has left), pace.go (how fast it is), disk.go (which errors pass), names.go and seat.go (files taken away, locks

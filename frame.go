@@ -43,6 +43,7 @@ const (
 	headerFromAddr = "Quorate-From-Addr"
 	headerTo       = "Quorate-To"
 	headerReads    = "Quorate-Reads" // of requests: the newest format that the sender reads; missing = the first
+	headerSize     = "Quorate-Size"  // of an answer that is a piece of the state: bytes of the whole; missing = it is the whole
 )
 
 // Limits of the wire. They are protocol, not configuration: members that disagreed about them could not replicate.
@@ -158,8 +159,10 @@ type statusAnswer struct {
 	Marks         []markAnswer  `json:"marks,omitempty"`
 }
 
-// queryTryLog is the query of a GET status that asks for a try.
-const queryTryLog = "try=log"
+const (
+	queryTryLog = "try=log" // of a GET status: it tries out whether its log takes an entry
+	queryPiece  = "piece="  // of a GET state: see fetch.go; release 0.1.0 gives the whole
+)
 
 // A reachAnswer is what became of the calls of the member that answers to another one. Times are ms before the answer.
 type reachAnswer struct {

@@ -13,7 +13,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"runtime"
 	"slices"
@@ -187,7 +186,7 @@ func (s *Service) startPeer() {
 		},
 		status:    s.statusAnswer,
 		confirm:   s.confirmLeader,
-		state:     s.serveState,
+		state:     s.copyState,
 		snapshots: s.members.snapshots,
 		incoming:  func() string { return s.path("snap.incoming.part") },
 		roomFor:   s.roomFor,
@@ -449,25 +448,23 @@ func (s *Service) serveReadIndex(ctx context.Context) (readPoint, error) {
 	return at.readPoint, nil
 }
 
-// serveState streams the whole state to a member that must rebuild its own: from a leader that a quorum has just confirmed.
-func (s *Service) serveState(ctx context.Context, w io.Writer) error {
+// copyState is a copy of the whole state for a member that must rebuild its own: from a leader that a quorum has just confirmed.
+func (s *Service) copyState(ctx context.Context) (stateCopy, error) {
 	if err := s.refusesReads(); err != nil {
-		return refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
+		return stateCopy{}, refuse(http.StatusServiceUnavailable, codeNotReady, "%v", err)
 	}
 	at, err := s.serveReadIndex(ctx)
 	if err != nil {
-		return err
+		return stateCopy{}, err
 	}
 	if err := s.fsm.applied.wait(ctx, at.index); err != nil {
-		return err
+		return stateCopy{}, err
 	}
 	c, err := s.store.copy(ctx)
 	if err != nil {
-		return err
+		return stateCopy{}, err
 	}
-	defer c.Close()
-	_, err = io.Copy(w, c)
-	return err
+	return stateCopy{c, c.size}, nil
 }
 
 // lead does a leader's duties as long as this member is one.

@@ -66,8 +66,8 @@ type peerHost struct {
 	remove    func(ctx context.Context, addr string) error
 	transfer  func(ctx context.Context, addr string) error
 	status    func() statusAnswer
-	confirm   func(ctx context.Context) // has a quorum confirm the leader, for a status that somebody of another cluster asks for
-	state     func(ctx context.Context, w io.Writer) error
+	confirm   func(ctx context.Context)                    // has a quorum confirm the leader, for a status that somebody of another cluster asks for
+	state     func(ctx context.Context) (stateCopy, error) // of the leader, confirmed by a quorum
 	snapshots func(delta int)
 	incoming  func() string          // the file in which a snapshot that comes in pieces grows; nil: none is taken in pieces
 	roomFor   func(size int64) error // why a snapshot of so many bytes can't be kept; nil = nobody knows
@@ -101,6 +101,7 @@ type peer struct {
 	shown    shownTable
 	sizes    sizes    // of the requests that get to the others
 	arrivals arrivals // the snapshot that comes in pieces
+	fetches  fetches  // the copies that others take in pieces
 
 	callers sync.Map // member id → *atomic.Int64: when it last forwarded a write or a read, by monotonic
 
@@ -543,38 +544,6 @@ func (p *peer) serveStatus(ctx context.Context, x *exchange) error {
 	return x.answerJSON(a)
 }
 
-// serveState: once bytes have gone out an error can only cut the stream short, which its checksum at the end tells.
-func (p *peer) serveState(ctx context.Context, x *exchange) error {
-	if !p.host.leading(p.host.term()) {
-		return p.notLeader()
-	}
-	ctx, cancel := p.bind(ctx)
-	defer cancel()
-	w := &stateWriter{x: x}
-	err := p.host.state(ctx, w)
-	if err == nil || w.begun {
-		if err != nil {
-			p.log.Warn("state cut short", "to", peerName(x.from, x.fromAddr), "error", err)
-		}
-		return nil
-	}
-	return err
-}
-
-type stateWriter struct {
-	x     *exchange
-	begun bool
-}
-
-func (w *stateWriter) Write(b []byte) (int, error) {
-	if !w.begun {
-		w.begun = true
-		w.x.w.Header().Set("Content-Type", "application/octet-stream")
-	}
-	_ = w.x.rc.SetWriteDeadline(time.Now().Add(stallTimeout)) // a server that cannot has its own timeouts
-	return w.x.w.Write(b)
-}
-
 // An exchange is one request and its answer.
 type exchange struct {
 	w   http.ResponseWriter
@@ -863,40 +832,6 @@ func (p *peer) askedStatus(ctx context.Context, r request) (statusAnswer, error)
 		err = json.Unmarshal(data, &a)
 	}
 	return a, err
-}
-
-// state ends with an error if 30 s pass without a byte.
-func (p *peer) state(ctx context.Context, to, addr string) (io.ReadCloser, error) {
-	ctx, cancel := p.bind(ctx)
-	alive := time.AfterFunc(stallTimeout, cancel)
-	resp, err := p.do(ctx, request{method: http.MethodGet, route: "state", base: p.base(addr), to: to})
-	if err != nil {
-		alive.Stop()
-		cancel()
-		return nil, err
-	}
-	return &stateReader{body: resp.Body, r: io.LimitReader(resp.Body, maxSnapshot), alive: alive, cancel: cancel}, nil
-}
-
-type stateReader struct {
-	body   io.ReadCloser
-	r      io.Reader // body, but not for ever
-	alive  *time.Timer
-	cancel context.CancelFunc
-}
-
-func (r *stateReader) Read(b []byte) (int, error) {
-	n, err := r.r.Read(b)
-	if n > 0 && err == nil {
-		r.alive.Reset(stallTimeout)
-	}
-	return n, err
-}
-
-func (r *stateReader) Close() error {
-	r.alive.Stop()
-	r.cancel()
-	return r.body.Close()
 }
 
 // explain says what a failed call means for the person who runs the members. errors.Is and As still see what is in err.

@@ -98,7 +98,9 @@ func doorHost() *door {
 		remove:    func(context.Context, string) error { return nil },
 		status:    func() statusAnswer { return statusAnswer{ID: "a"} },
 		confirm:   func(context.Context) {},
-		state:     func(_ context.Context, w io.Writer) error { _, err := io.WriteString(w, "state"); return err },
+		state: func(context.Context) (stateCopy, error) {
+			return stateCopy{io.NopCloser(strings.NewReader("state")), 5}, nil
+		},
 		snapshots: func(int) {},
 	}
 	return d

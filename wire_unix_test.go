@@ -40,6 +40,8 @@ import (
 var newOnTheWire = map[string]string{
 	"header Quorate-Reads": "passed over; missing: the first format",
 	"query try=log":        "passed over; a status without logwaits: its log takes entries",
+	"query piece=":         "passed over; an answer without a size: it is the whole",
+	"header Quorate-Size":  "TestDoorState: that release asks for no piece",
 	"route piece":          "404: it gets the state in one request",
 	"route transfer":       "404: ErrNotApplied, with the word release",
 
@@ -256,6 +258,7 @@ func (k *talk) between(m *testMember, joined func()) {
 			if joined != nil && path.Base(req.URL.Path) == "join" && answer.Code == http.StatusOK {
 				joined()
 			}
+			k.headers(k.said, answer.Header())
 			data := k.answered(k.said, req, answer.Code, answer.Body.Bytes())
 			maps.Copy(w.Header(), answer.Header())
 			w.Header()["Content-Length"] = []string{strconv.Itoa(len(data))}
@@ -293,6 +296,7 @@ func (r talker) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.k.headers(r.k.heard, resp.Header)
 	r.k.answered(r.k.heard, req, resp.StatusCode, data)
 	resp.Body = io.NopCloser(bytes.NewReader(data))
 	return resp, nil
@@ -311,12 +315,11 @@ var wireBodies = map[string][2]any{
 func (k *talk) asked(by map[string]int, req *http.Request, body []byte) {
 	route := path.Base(req.URL.Path)
 	k.note(by, "route "+route)
-	if req.URL.RawQuery != "" {
+	if name, _, ok := strings.Cut(req.URL.RawQuery, "="); ok {
+		k.note(by, "query "+name+"=")
 		k.note(by, "query "+req.URL.RawQuery)
 	}
-	for name := range req.Header {
-		k.note(by, "header "+name)
-	}
+	k.headers(by, req.Header)
 	if len(body) == 0 {
 		return
 	}
@@ -410,6 +413,12 @@ func (k *talk) fields(by map[string]int, of reflect.Type, data []byte) {
 	}
 }
 
+func (k *talk) headers(by map[string]int, h http.Header) {
+	for name := range h {
+		k.note(by, "header "+name)
+	}
+}
+
 func (k *talk) note(by map[string]int, fact string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -473,9 +482,19 @@ func everyFact(t *testing.T, program string) {
 	}
 	followersAreFull(t, k, m, vfs, old, oldLeads)
 	eventually(t, patience, "space in the logs", func() error { return errors.Join(m.s.Err(), n.s.Err()) })
+	m.s.distrust(corrupt("a row")) // the first release gives its state in one answer
+	eventually(t, patience, "a state from the first release", func() error {
+		if k.times("query piece=") == 0 {
+			return errors.New("it was not asked")
+		}
+		return m.s.Err()
+	})
+	must(t, m.s.Ready(ctxFor(t, patience)))
 	_, err := m.s.peer.statusTried(ctxFor(t, patience), baseURL(old.addr, false))
 	must(t, err)
 	hearsTheLeader(t, testCluster{m, n}, old, id)
+	takesTheState(t, k, old)
+	leaderIsGone(t, testCluster{m, n}, old)
 
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -567,10 +586,11 @@ func followersAreFull(t *testing.T, k *talk, m *testMember, vfs *faultFS, old *p
 // account; and what it refuses does not say that another try is in vain.
 func hearsTheLeader(t *testing.T, c testCluster, old *process, id string) {
 	t.Helper()
-	oneOfUsLeads(t, c, old)
-	l, other := c.leader(t), c.follower(t)
+	var other *testMember
 	var own, a statusAnswer
 	eventually(t, patience, "a follower of the first release that holds no more than the other one", func() (err error) {
+		oneOfUsLeads(t, c, old)
+		other = c.follower(t)
 		own = other.s.statusAnswer()
 		if a, err = other.s.peer.status(ctxFor(t, patience), baseURL(old.addr, false)); err != nil {
 			return err
@@ -586,12 +606,49 @@ func hearsTheLeader(t *testing.T, c testCluster, old *process, id string) {
 	if a.LeaderSilence = time.Minute.Milliseconds(); !isHeir(own, []statusAnswer{a}, 3) {
 		t.Errorf("it would not stand beside one that has not heard the leader for a minute: %+v", a)
 	}
-	data := encodeBatch(firstFormat, other.s.batch.session, 1<<40, 0, [][]byte{appendTransaction(nil, transaction{{kind: opSet, key: "k"}})})
-	_, _, err := other.s.peer.propose(ctxFor(t, patience), id, old.addr, data)
+	data := encodeBatch(firstFormat, 1<<60, 1, 0, [][]byte{appendTransaction(nil, transaction{{kind: opSet, key: "k"}})}) // of no session
 	var r *refusal
-	if !errors.As(err, &r) || r.Code != codeNotLeader || r.Final || r.LogWaits {
-		t.Errorf("a follower of the first release answers a batch with %v", err)
+	eventually(t, patience, "a batch that is refused", func() error {
+		oneOfUsLeads(t, c, old)
+		_, _, err := other.s.peer.propose(ctxFor(t, patience), id, old.addr, data)
+		if !errors.As(err, &r) || r.Code != codeNotLeader {
+			return fmt.Errorf("%v", err)
+		}
+		return nil
+	})
+	if r.Final || r.LogWaits {
+		t.Errorf("a follower of the first release answers a batch with %+v", r)
 	}
+}
+
+// takesTheState: one of the first release whose state another program has changed asks for the whole, and gets it in one answer.
+func takesTheState(t *testing.T, k *talk, old *process) {
+	t.Helper()
+	sqlite3(t, filepath.Join(old.dir, "snap"), "UPDATE kv SET value = 'x' WHERE key = 'k'")
+	eventually(t, patience, "a state for the first release", func() error {
+		k.mu.Lock()
+		n := k.heard["route state"]
+		k.mu.Unlock()
+		if n == 0 {
+			return errors.New("it has not asked")
+		}
+		r, err := old.do(order{Op: "err"})
+		if err == nil && r.Verdict != "ok" {
+			err = errors.New(r.Error)
+		}
+		return err
+	})
+	old.awaitReady()
+	if v := old.must(order{Op: "get", Key: "k"}).Value; string(v) != "v" {
+		t.Errorf("the first release reads %q after it has fetched the state", v)
+	}
+}
+
+// leaderIsGone: the other two go on.
+func leaderIsGone(t *testing.T, c testCluster, old *process) {
+	t.Helper()
+	oneOfUsLeads(t, c, old)
+	l, other := c.leader(t), c.follower(t)
 	l.isolate()
 	defer l.rejoin()
 	must(t, other.s.Set(ctxFor(t, patience), "k", []byte("w")))
