@@ -249,7 +249,7 @@ func TestCertificatesOfMembers(t *testing.T) {
 	a := secured("", of(60, root), of(3, root))
 	a.start()
 	b := secured(a.conf.Addr, of(60, middle), of(-1, root))
-	must(t, a.s.AddAllowedMember(ctxFor(t, 10*time.Second), b.conf.Addr))
+	must(t, a.s.AddAllowedMember(ctxFor(t, patience), b.conf.Addr))
 	b.start()
 	nameB := peerName(b.s.ident().id, b.conf.Addr)
 	for _, want := range []struct {
@@ -261,14 +261,14 @@ func TestCertificatesOfMembers(t *testing.T) {
 		{a, []string{nameB, `use="answers the others"`, "has ended"}},
 		{b, []string{`"this member"`, `use="answers the others"`, "has ended"}},
 	} {
-		eventually(t, 20*time.Second, "a line of "+want.of.conf.Addr, func() error {
+		eventually(t, 3*patience, "a line of "+want.of.conf.Addr, func() error {
 			if want.of.log.lines(append(want.words, "level=WARN")...) == 0 {
 				return errors.New(strings.Join(want.words, " "))
 			}
 			return nil
 		})
 	}
-	eventually(t, 10*time.Second, "Err", func() error {
+	eventually(t, patience, "Err", func() error {
 		if err := b.s.Err(); err == nil || !strings.Contains(err.Error(), "answers the others") {
 			return errors.Join(errors.New("Err says nothing of it"), err)
 		}
@@ -279,10 +279,10 @@ func TestCertificatesOfMembers(t *testing.T) {
 	}
 	// What a member shows when it calls is seen at the door.
 	c := secured(a.conf.Addr, of(60, middle), of(60, root))
-	must(t, a.s.AddAllowedMember(ctxFor(t, 10*time.Second), c.conf.Addr))
+	must(t, a.s.AddAllowedMember(ctxFor(t, patience), c.conf.Addr))
 	c.start()
-	must(t, c.s.Ready(ctxFor(t, 20*time.Second)))
-	must(t, c.s.Set(ctxFor(t, 20*time.Second), "k", []byte("v")))
+	must(t, c.s.Ready(ctxFor(t, patience)))
+	must(t, c.s.Set(ctxFor(t, patience), "k", []byte("v")))
 	seen := new(safeBuffer)
 	w := certificateWatch{s: a.s, notices: certificateNotices{log: slog.New(slog.NewTextHandler(seen, nil))}}
 	w.lookAtOthers()
