@@ -417,11 +417,11 @@ func roomOf[T any](list []T) []T {
 	return list[:0]
 }
 
-// dropTail forgets what the file does not have: another state has taken its place.
+// dropTail forgets what the file does not have: another state has taken its place. A barrier comes next.
 func (s *store) dropTail() {
 	s.tailMu.Lock()
 	defer s.tailMu.Unlock()
-	s.tail, s.stuck, s.filed = tail{}, nil, s.commits
+	s.tail, s.stuck = tail{}, nil
 }
 
 // transact has f change the file, and m and own to what it holds then, in one transaction. After an error it has changed nothing.
@@ -947,11 +947,15 @@ func (s *store) openCheckpointer() (*conn, error) {
 	return c, c.keepWAL(true)
 }
 
-// checkpointOnce opens the connection if there is none. A checkpoint without the names could be cut short by a crash, and leave half of
+// checkpointOnce opens the connection if there is none, or one to a file that had the name before. A checkpoint without the names could be cut short by a crash, and leave half of
 // it in the database and nothing beside it.
 func (s *store) checkpointOnce(c **conn) (err error) {
 	if s.seated() != nil {
 		return nil
+	}
+	if *c != nil && (*c).seat != s.seat.Load() {
+		(*c).close()
+		*c = nil
 	}
 	if *c == nil {
 		if *c, err = s.openSeated(s.openCheckpointer); errors.Is(err, errUnseated) {
@@ -1017,10 +1021,6 @@ func (s *store) checkpoint(ctx context.Context) {
 			continue
 		} else {
 			seen, quiet = m, 0
-		}
-		if c != nil && c.seat != s.seat.Load() {
-			c.close()
-			c = nil
 		}
 		err := s.checkpointOnce(&c)
 		if err == nil || isBusy(err) {

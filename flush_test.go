@@ -537,6 +537,88 @@ func TestCloseBeforeTheFlushIsDone(t *testing.T) {
 	}
 }
 
+// A flush that has failed is tried again, though nothing more is committed.
+func TestFlushIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestStore(t, testBudget)
+		put(t, s, "k", "v")
+		limit := func(pages int) {
+			s.fileMu.Lock()
+			defer s.fileMu.Unlock()
+			must(t, s.writer.pragma(fmt.Sprint("max_page_count=", pages)))
+		}
+		limit(12)
+		keepUp(t, s)
+		commitOnly(t, s, "large", strings.Repeat("v", 1<<20))
+		time.Sleep(2 * flushAgain)
+		if !s.isStuck() {
+			t.Fatal("it is written")
+		}
+		limit(1 << 30)
+		time.Sleep(2 * flushAgain)
+		if s.isStuck() || s.filedUpTo() != s.commits {
+			t.Error("it is not written")
+		}
+	})
+}
+
+// Whoever waits for the file when nobody flushes it any more does that himself, or is told that it is closed.
+func TestWaitersAtTheEndOfTheFlusher(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t, -1)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, c := range []chan struct{}{s.dirty, s.press} {
+		select {
+		case <-c:
+		default:
+		}
+	}
+	turned := s.turned
+	s.flushWhenDue(ctx)
+	if s.flusher || !isClosed(turned) {
+		t.Error("whoever has seen the flusher waits for it")
+	}
+	s.flusher = true // it is about to look whether there is something to do
+	must(t, s.writer.pragma("busy_timeout=50"))
+	c, err := openConn(s.path, "mode=rw")
+	must(t, err)
+	defer c.close()
+	must(t, c.exec(qBegin)) // so that nothing of what follows gets into the file
+	commitOnly(t, s, "k", "1")
+	waits := make(chan error, 1)
+	go func() { waits <- s.sync(context.Background()) }()
+	must(t, s.close())
+	select {
+	case err := <-waits:
+		wantIs(t, "sync", err, ErrClosed)
+	case <-time.After(patience):
+		t.Error("it waits still")
+	}
+}
+
+// What somebody else commits after the flush has asked for it, and before the witness is shown the flush, is no part of that.
+func TestForeignCommitBesideTheWitness(t *testing.T) {
+	s := newTestStore(t, -1)
+	put(t, s, "k", "1")
+	shell(t, s.path, "UPDATE kv SET value = 2")
+	wantIs(t, "showWitness", s.showWitness(), errForeign)
+	if same, err := s.asWeLeftIt(); same || err != nil {
+		t.Error("the foreign row is taken for ours:", err)
+	}
+}
+
+// The room of a tail that is written holds none of its values.
+func TestRoomIsEmpty(t *testing.T) {
+	list := []tailRow{{keyed: keyed{key: "k", item: &item{}}}, {fresh: true}}
+	if room := roomOf(list); len(room) != 0 || cap(room) != 2 || room[:2][0] != (tailRow{}) || room[:2][1] != (tailRow{}) {
+		t.Errorf("%v", room[:cap(room)])
+	}
+	if roomOf(make([]tailRow, keptRoom+1)) != nil {
+		t.Error("it is kept, whatever it takes")
+	}
+}
+
 // BenchmarkFlush is what a changed row costs when it gets into the file, with the change in the history, by how many of how many
 // keys fall together.
 func BenchmarkFlush(b *testing.B) {

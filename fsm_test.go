@@ -1113,6 +1113,35 @@ func TestApplyThatFailsHalfWay(t *testing.T) {
 	}
 }
 
+// An entry that has read what somebody else has done to the rows has no effect and no answer: the state is rebuilt first.
+func TestApplyOnForeignRows(t *testing.T) {
+	t.Parallel()
+	f := newFSMWith(t, -1)
+	session := openTestSession(t, f, 1, "one")
+	applyOne(t, f, command(2, batchBytes(session, 1, 0, transaction{setOp("k", "ours")})))
+	must(t, f.store.flush())
+	told := make(chan error, 1)
+	f.distrust = func(err error) { told <- err }
+	shell(t, f.store.path, "DELETE FROM kv") // which leaves no wrong sum of a row
+	answered := make(chan []any, 1)
+	go func() {
+		answered <- f.ApplyBatch([]*raft.Log{command(3, batchBytes(session, 2, 1, transaction{{kind: opIfValue, key: "k", value: []byte("ours")}, setOp("k", "2")}))})
+	}()
+	select {
+	case err := <-told:
+		wantIs(t, "distrust", err, errForeign)
+	case a := <-answered:
+		t.Fatalf("answered %+v", a)
+	}
+	if at := f.applied.at(); at != 2 {
+		t.Errorf("applied %d", at)
+	}
+	close(f.closing)
+	if a := <-answered; a[0] != nil {
+		t.Errorf("answered %+v", a)
+	}
+}
+
 // While the state is to be rebuilt nothing is applied to it, and nobody gets a copy.
 func TestPausedStateIsLeftAlone(t *testing.T) {
 	t.Parallel()

@@ -3,6 +3,9 @@
 package quorate
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -62,6 +65,20 @@ func TestDiskErrorInApplyIsForGood(t *testing.T) {
 		if o := applyOne(t, f, set(2+i, "y")); o.kind != outcomeDone || f.store.meta().revision != 1+i {
 			t.Errorf("after a restart: %+v at revision %d", o, f.store.meta().revision)
 		}
+	}
+}
+
+// What an install has written under a name that is gone is on no disk: raft does not cut its log for it.
+func TestInstallWithoutNames(t *testing.T) {
+	t.Parallel()
+	from, to := newFSMWith(t, 1<<20), newFSMWith(t, 1<<20)
+	// The received file lies elsewhere, so that it can't take the place of snap.
+	source, target := &snapshotStore{fsm: from, path: from.store.path + ".incoming"}, &snapshotStore{fsm: to, path: filepath.Join(t.TempDir(), "incoming")}
+	session := openTestSession(t, from, 1, "one")
+	applyOne(t, from, command(2, batchBytes(session, 2, 0, transaction{setOp("k", "v")})))
+	must(t, os.Remove(to.store.path+"-wal"))
+	if err := sendSnapshot(source, target, nil); !errors.Is(err, errUnseated) {
+		t.Error(err)
 	}
 }
 

@@ -6,22 +6,58 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// A file system that is really full, under the log and the state of one member of three.
-func TestFullFileSystem(t *testing.T) {
-	t.Parallel()
-	small := t.TempDir()
-	if err := syscall.Mount("none", small, "tmpfs", 0, "size=160m"); err != nil {
+// smallDisk is a file system of its own.
+func smallDisk(t *testing.T, size string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size="+size); err != nil {
 		if os.Getenv("CI") == "true" && os.Getuid() == 0 {
 			t.Fatalf("mount a small file system: %v", err)
 		}
 		t.Skipf("mount a small file system, as root can: %v", err)
 	}
-	t.Cleanup(func() { syscall.Unmount(small, 0) })
+	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+	return dir
+}
+
+// A transaction that has met a full disk half-way is no foreign write to the next one.
+func TestFlushAfterAFullDisk(t *testing.T) {
+	t.Parallel()
+	dir := smallDisk(t, "1m")
+	s := openTestStore(t, filepath.Join(dir, "snap"), -1)
+	put(t, s, "k", "v")
+	must(t, s.writer.pragma("cache_size=2")) // SQLite writes before the commit, as it does when there is much
+	tx, err := s.begin()
+	must(t, err)
+	for i := range 20 {
+		setTx(t, tx, fmt.Sprint("large", i), []byte(strings.Repeat("v", 100<<10)))
+	}
+	tx.commit()
+	for range 2 {
+		if err := s.flush(); !isFull(err) || isIO(err) {
+			t.Fatalf("flush: %v", err)
+		}
+	}
+	must(t, syscall.Mount("none", dir, "tmpfs", syscall.MS_REMOUNT, "size=32m"))
+	if same, err := s.asWeLeftIt(); !same || err != nil {
+		t.Error("the witness takes it for somebody else's:", err)
+	}
+	must(t, s.flush())
+	if _, rows := fileState(t, s); len(rows) != 21 {
+		t.Errorf("%d rows", len(rows))
+	}
+}
+
+// A file system that is really full, under the log and the state of one member of three.
+func TestFullFileSystem(t *testing.T) {
+	t.Parallel()
+	small := smallDisk(t, "160m")
 	n := 0
 	c := newCluster(t, 3, func(conf *Config) {
 		if n++; n == 3 {

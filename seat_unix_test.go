@@ -329,6 +329,10 @@ func TestPlacingFails(t *testing.T) {
 	s := newTestStore(t, testBudget)
 	fill(t, s, 100, 100)
 	must(t, s.barrier())
+	var c *conn // of the checkpoints
+	must(t, s.checkpointOnce(&c))
+	old := c
+	defer func() { c.close() }()
 	must(t, os.Remove(s.path+"-shm"))
 	must(t, os.Mkdir(s.path+"-shm", 0o700))
 	must(t, os.Mkdir(filepath.Join(s.path+"-shm", "full"), 0o700))
@@ -345,6 +349,9 @@ func TestPlacingFails(t *testing.T) {
 	must(t, s.reseat())
 	must(t, s.barrier())
 	must(t, s.names.hold())
+	if must(t, s.checkpointOnce(&c)); c == old || c.seat != s.seat.Load() {
+		t.Error("the checkpoints are those of the old file")
+	}
 	must(t, os.Remove(s.path+"-shm"))
 	s.step = func(step string) {
 		if step == "placed" {
