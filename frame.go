@@ -66,7 +66,7 @@ const (
 // What a refusal says, for programs.
 const (
 	codeNotLeader    = "not-leader"    // 421, with the leader's address if it is known
-	codeNotReady     = "not-ready"     // 503: not started, closing, or the disk is stalled
+	codeNotReady     = "not-ready"     // 503: not started, closing, or the disk is stalled; 400: the body did not come
 	codeNotAllowed   = "not-allowed"   // 403
 	codeRemoved      = "removed"       // 410
 	codeWrongCluster = "wrong-cluster" // 412

@@ -23,6 +23,7 @@ type memNet struct {
 	on      map[string]http.Handler
 	cuts    map[memPath]bool
 	delays  map[memPath]time.Duration
+	thin    map[memPath]*thinLine
 	broken  map[memPath]error // nobody is reached this way, and this is said at once
 	resets  map[string]int    // by address: how often its connections were reset
 	arrived map[string]int    // requests that reached "ADDRESS ROUTE"
@@ -30,8 +31,14 @@ type memNet struct {
 
 type memPath struct{ from, to string }
 
+// A thinLine carries so many bytes a second of what is sent on it, a little of each message in turn.
+type thinLine struct {
+	rate int64
+	free time.Time // when it carries what comes next; guarded by the network's mu
+}
+
 func newMemNet() *memNet {
-	return &memNet{on: make(map[string]http.Handler), cuts: make(map[memPath]bool), delays: make(map[memPath]time.Duration),
+	return &memNet{on: make(map[string]http.Handler), cuts: make(map[memPath]bool), delays: make(map[memPath]time.Duration), thin: make(map[memPath]*thinLine),
 		broken: make(map[memPath]error), resets: make(map[string]int), arrived: make(map[string]int)}
 }
 
@@ -58,6 +65,48 @@ func (n *memNet) delay(from, to string, d time.Duration) {
 	n.delays[memPath{from, to}] = d
 }
 
+// narrow has so many bytes of requests a second go from one address to the other.
+func (n *memNet) narrow(from, to string, rate int64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.thin[memPath{from, to}] = &thinLine{rate: rate}
+}
+
+// thinReader is what goes from one address to the other at the speed of the line.
+type thinReader struct {
+	io.Reader
+	n    *memNet
+	path memPath
+	was  int // how often the line was reset
+	ctx  context.Context
+}
+
+func (r thinReader) Read(b []byte) (int, error) {
+	r.n.mu.Lock()
+	line, reset := r.n.thin[r.path], r.n.resets[r.path.to] != r.was
+	r.n.mu.Unlock()
+	switch {
+	case line == nil:
+		return r.Reader.Read(b)
+	case reset:
+		return 0, syscall.ECONNRESET
+	}
+	n, err := r.Reader.Read(b[:min(len(b), 4<<10)])
+	r.n.mu.Lock()
+	if now := time.Now(); line.free.Before(now) {
+		line.free = now
+	}
+	line.free = line.free.Add(time.Duration(n) * time.Second / time.Duration(line.rate))
+	wait := time.Until(line.free)
+	r.n.mu.Unlock()
+	select {
+	case <-time.After(wait):
+	case <-r.ctx.Done():
+		return 0, r.ctx.Err()
+	}
+	return n, err
+}
+
 // fail has everything that goes from one address to the other fail at once.
 func (n *memNet) fail(from, to string, err error) {
 	n.mu.Lock()
@@ -70,6 +119,7 @@ func (n *memNet) heal() {
 	defer n.mu.Unlock()
 	clear(n.cuts)
 	clear(n.delays)
+	clear(n.thin)
 	clear(n.broken)
 	n.changed.notify()
 }
@@ -142,7 +192,7 @@ func (c memClient) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, &net.OpError{Op: "dial", Net: "mem", Err: err}
 	}
 	c.net.mu.Lock()
-	h := c.net.on[to]
+	h, resets := c.net.on[to], c.net.resets[to]
 	c.net.arrived[to+" "+strings.TrimPrefix(req.URL.Path, "/raft/")]++
 	c.net.mu.Unlock()
 	if h == nil {
@@ -158,7 +208,7 @@ func (c memClient) RoundTrip(req *http.Request) (*http.Response, error) {
 		sent = make(chan struct{})
 		there.Body, w = io.Pipe()
 		go func() {
-			_, err := io.Copy(w, req.Body)
+			_, err := io.Copy(w, thinReader{req.Body, c.net, memPath{c.from, to}, resets, ctx})
 			w.CloseWithError(err)
 			req.Body.Close()
 			close(sent)

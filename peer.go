@@ -614,7 +614,11 @@ func (x *exchange) body(limit int64) ([]byte, error) {
 	}
 	if _, err := b.ReadFrom(src); err != nil {
 		x.w.Header().Set("Connection", "close")
-		if outer := (*http.MaxBytesError)(nil); errors.As(err, &outer) && outer.Limit < limit {
+		outer := (*http.MaxBytesError)(nil)
+		switch {
+		case !errors.As(err, &outer): // the line broke or stood still, and the same again may get here
+			return nil, refuse(http.StatusBadRequest, codeNotReady, "the body did not come: %v", err)
+		case outer.Limit < limit:
 			return nil, refuse(http.StatusRequestEntityTooLarge, codeBadRequest, "a handler before the Service takes %d bytes of a request: raise the "+
 				"limit of http.MaxBytesHandler or MaxBytesReader", outer.Limit)
 		}

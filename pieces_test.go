@@ -232,6 +232,72 @@ func TestSnapshotOverASlowLine(t *testing.T) {
 	}
 }
 
+// A member joins over a line of 64 KiB a second, while there are writes of a quarter of that, in little more than the time that the bytes
+// take; then it votes, and the writes go on with it.
+func TestJoinOverASlowLine(t *testing.T) {
+	t.Parallel()
+	const size, rate, every, value = 2 << 20, 64 << 10, time.Second / 2, 8 << 10
+	for _, line := range []string{"whole", "breaks"} {
+		t.Run(line, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := newScript(t)
+				defer c.end()
+				c.change = func(conf *Config) { conf.History = 8 } // or the state holds every value twice
+				c.obey("start a")
+				a := c.member("a").s
+				random := make([]byte, 64<<10)
+				for i := range size / len(random) {
+					rand.Read(random)
+					must(t, a.Set(t.Context(), fmt.Sprint("k", i), random))
+				}
+				must(t, cutLog(a, 10))
+				var beside sync.WaitGroup
+				stop := make(chan struct{})
+				writes, worst := 0, time.Duration(0)
+				beside.Go(func() {
+					for !isClosed(stop) {
+						began := time.Now()
+						if err := a.Set(t.Context(), fmt.Sprint("w", writes%8), random[:value]); err != nil {
+							t.Errorf("write %d: %v", writes, err)
+						}
+						writes, worst = writes+1, max(worst, time.Since(began))
+						time.Sleep(every)
+					}
+				})
+				began := time.Now()
+				c.net.narrow("a.test:7001", "b.test:7001", rate)
+				c.obey("join b via a")
+				if line == "breaks" {
+					beside.Go(func() {
+						for !isClosed(stop) {
+							time.Sleep(10 * time.Second)
+							c.net.reset("b.test:7001")
+						}
+					})
+				}
+				for countVoters(a.Status()) < 2 && time.Since(began) < 10*time.Minute {
+					time.Sleep(time.Second / 2)
+				}
+				took := time.Since(began)
+				time.Sleep(10 * time.Second) // of writes that both acknowledge
+				ctx, cancel := context.WithTimeout(t.Context(), scriptLimit)
+				defer cancel()
+				must(t, c.member("b").s.Ready(ctx))
+				close(stop)
+				beside.Wait()
+				if ideal := time.Duration(size/(rate-value*int64(time.Second/every))) * time.Second; took > 2*ideal || worst > 10*time.Second || writes < 50 {
+					t.Errorf("it took %v, want about %v; %d writes of %v at most", took, ideal, writes, worst)
+				}
+				if n := c.net.arrivals()["b.test:7001 snapshot"]; n > 0 {
+					t.Errorf("%d states in one request", n)
+				}
+				c.obey("await equal")
+			})
+		})
+	}
+}
+
 // senderTo is member b, the leader of term 7, which sends a snapshot to member a by this way.
 func senderTo(t *testing.T, way http.RoundTripper, size int64) (*transport, *raft.InstallSnapshotRequest) {
 	b := doorHost()
