@@ -681,9 +681,11 @@ func (f *fsm) blame(err error) {
 // noRoom reports that a state which is ahead of this one could not be received. It ends with an install, or when apply goes on.
 func (f *fsm) noRoom(err error) {
 	if passing(err) {
-		f.fault(fmt.Errorf("the leader's state can't be received: %w", err))
+		f.fault(unreceived(err))
 	}
 }
+
+func unreceived(err error) error { return fmt.Errorf("the leader's state can't be received: %w", err) }
 
 // calm ends the fault of apply, unless the file can't be written.
 func (f *fsm) calm() {

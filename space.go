@@ -287,7 +287,7 @@ func (s *Service) roomFor(size int64) error {
 	d.free += s.ballast.held()
 	if d.free < size {
 		err := fmt.Errorf("it has %s, and the file system of %s has %s left: free space, or give it a larger one: %w", mebibytes(size), s.conf.Dir, mebibytes(d.free), syscall.ENOSPC)
-		s.fsm.noRoom(err)
+		s.faults.ofApply(unreceived(err)) // and the reserve stays, which would not do
 		return err
 	}
 	s.spaceNeeded()

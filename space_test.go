@@ -895,7 +895,10 @@ func TestNoRoomForTheState(t *testing.T) {
 		state, err := l.s.store.copy(t.Context())
 		must(t, errors.Join(err, state.Close()))
 		const some = 100 << 10
-		c.disks[f].free.Store(state.size - some)
+		f.s.ballast.give()
+		f.s.ballast.hold(2 * some)
+		held := f.s.ballast.held() // none where the file system can't promise space
+		c.disks[f].free.Store(state.size - held - some)
 		c.obey("heal")
 		eventually(t, 15*time.Second, "a word", func() error {
 			if err := f.s.faults.first(faultStateWaits); !isFull(err) || !strings.Contains(err.Error(), "can't be received: it has") {
@@ -909,10 +912,19 @@ func TestNoRoomForTheState(t *testing.T) {
 		if left, _ := filepath.Glob(f.s.store.path + ".*"); len(left) > 0 {
 			t.Error("left:", left)
 		}
-		c.disks[f].free.Store(state.size + some)
+		c.disks[f].free.Store(state.size - held + some)
+		eventually(t, 60*time.Second, "it catches up", func() error { // raft sends a state again after ten seconds at most
+			if f, l := f.s.Status().AppliedIndex, l.s.Status().AppliedIndex; f < l {
+				return fmt.Errorf("at %d of %d", f, l)
+			}
+			return nil
+		})
 		c.obey("await equal")
 		if seat := f.s.store.seat.Load(); seat != 1 {
 			t.Errorf("the state took the place of snap %d times", seat)
+		}
+		if f.s.ballast.held() > 0 {
+			t.Error("the reserve was not given for it")
 		}
 		c.disks[f].free.Store(1 << 39)
 		eventually(t, 5*time.Second, "no fault", f.s.Err)
