@@ -104,6 +104,7 @@ type node struct {
 	lookups   atomic.Int64 // of an address, that is tries to reach someone
 	snapshots atomic.Int64
 	proto     atomic.Int64 // of the last request that came
+	twice     atomic.Int64 // of the first node: entries that may be in the log twice
 }
 
 func (n *node) server(id string) (string, bool, bool) {
@@ -288,7 +289,7 @@ func startCluster(t *testing.T, size int, o clusterOptions) []*node {
 func leader(t *testing.T, nodes []*node) *node {
 	t.Helper()
 	var found *node
-	until(t, 10*time.Second, "a leader", func() bool {
+	until(t, patience, "a leader", func() bool {
 		for _, n := range nodes {
 			if n.raft.Load().State() == raft.Leader && n.raft.Load().VerifyLeader().Error() == nil {
 				found = n
@@ -315,16 +316,28 @@ func follower(t *testing.T, nodes []*node) *node {
 func write(t *testing.T, nodes []*node, count int) {
 	t.Helper()
 	for range count {
-		if err := leader(t, nodes).raft.Load().Apply([]byte("a command of some length"), time.Second).Error(); err != nil {
-			t.Fatal(err)
-		}
+		commit(t, nodes, []byte("a command of some length"))
 	}
+}
+
+// commit writes an entry. If its leader was lost meanwhile, as on a machine that has no processor for it, it is written again, and may be
+// there twice.
+func commit(t *testing.T, nodes []*node, data []byte) {
+	t.Helper()
+	eventually(t, patience, "a committed entry", func() error {
+		err := leader(t, nodes).raft.Load().Apply(data, time.Second).Error()
+		if errors.Is(err, raft.ErrLeadershipLost) {
+			nodes[0].twice.Add(1)
+		}
+		return err
+	})
 }
 
 func allApplied(t *testing.T, limit time.Duration, nodes []*node, count int) {
 	t.Helper()
+	most := count + int(nodes[0].twice.Load())
 	for _, n := range nodes {
-		until(t, limit, n.id+" applies everything", func() bool { return n.fsm.count() == count }, func() any { return n.fsm.count() })
+		until(t, limit, n.id+" applies everything", func() bool { return count <= n.fsm.count() && n.fsm.count() <= most }, func() any { return n.fsm.count() })
 	}
 }
 
@@ -342,15 +355,11 @@ func TestThreeMembersReplicate(t *testing.T) {
 
 	// One append per request, cut by size: 9 MiB go in three.
 	big := bytes.Repeat([]byte("x"), 3<<20)
-	var futures []raft.ApplyFuture
+	var running sync.WaitGroup
 	for range 3 {
-		futures = append(futures, leader(t, nodes).raft.Load().Apply(big, time.Second))
+		running.Go(func() { commit(t, nodes, big) })
 	}
-	for _, f := range futures {
-		if err := f.Error(); err != nil {
-			t.Fatal(err)
-		}
-	}
+	running.Wait()
 	allApplied(t, patience, nodes, 24)
 }
 
@@ -385,7 +394,7 @@ func TestAppendResumesAtOnceAfterAnOutage(t *testing.T) {
 		f.listen(t, f.addr, false)
 		began := time.Now()
 		entries += 10
-		until(t, patience, "the member catches up", func() bool { return f.fsm.count() == entries })
+		until(t, patience, "the member catches up", func() bool { return f.fsm.count() >= entries })
 		if took := time.Since(began); took > 500*time.Millisecond {
 			return fmt.Errorf("took %v", took)
 		}
@@ -405,7 +414,7 @@ func TestAppendGoesToTheAnnouncedAddress(t *testing.T) {
 	for _, n := range nodes {
 		n.announced.Store(f.id, moved)
 	}
-	until(t, patience, "the moved member catches up", func() bool { return f.fsm.count() == 6 })
+	until(t, patience, "the moved member catches up", func() bool { return f.fsm.count() >= 6 })
 }
 
 func TestSnapshotIsSentToANewMember(t *testing.T) {
@@ -489,7 +498,7 @@ func TestRaftRestartsOnANewTransport(t *testing.T) {
 	f.fsm.mu.Unlock()
 	f.start(t)
 	write(t, nodes, 5)
-	until(t, patience, "the restarted member applies", func() bool { return f.fsm.count() == 6 })
+	until(t, patience, "the restarted member applies", func() bool { return f.fsm.count() >= 6 })
 	if old.ctx.Err() == nil {
 		t.Error("the old transport is open")
 	}
