@@ -19,6 +19,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -473,12 +474,12 @@ func (s *store) install(path string, index, term uint64, config []byte, configIn
 // on the disk twice until the file is removed. Where that does not fit, the file itself takes the place of snap: then other programs that
 // have snap open see the old state for as long as they do. fileMu and mu are held.
 func (s *store) take(path string, m *meta, own map[ownKey]uint64) error {
-	beside := sameDir(path, s.path)
-	if beside && !s.roomToCopy(path) {
+	placeable := s.placeable(path)
+	if placeable && !s.roomToCopy(path) {
 		return s.placeReceived(path)
 	}
 	err := s.copyIn(path, m, own)
-	if beside && isFull(err) { // a quota, or somebody else was faster
+	if placeable && isFull(err) { // a quota, or somebody else was faster
 		return s.placeReceived(path)
 	}
 	return err
@@ -495,11 +496,11 @@ func (s *store) roomToCopy(path string) bool {
 	return d.free-info.Size()/pageSize*frame >= d.low()
 }
 
-// sameDir: a rename leads from one path to the other.
-func sameDir(a, b string) bool {
-	of, err := os.Stat(filepath.Dir(a))
-	is, again := os.Stat(filepath.Dir(b))
-	return err == nil && again == nil && os.SameFile(of, is)
+// placeable tells whether a file can be renamed to snap while this member has snap open.
+func (s *store) placeable(path string) bool {
+	from, err := os.Stat(filepath.Dir(path))
+	to, again := os.Stat(filepath.Dir(s.path)) // where snap is a link, another file system
+	return runtime.GOOS != "windows" && err == nil && again == nil && os.SameFile(from, to)
 }
 
 // copyIn copies all pages of a file into snap, in one transaction.

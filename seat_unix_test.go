@@ -577,6 +577,7 @@ func TestReceivedStateTakesThePlace(t *testing.T) {
 			path, m := incomingFor(t, s, 2000)
 			must(t, os.Chmod(s.path, 0o640))
 			tight(s)
+			s.queries.time = 10 * patience
 			running, err := s.queries.query(t.Context(), t.Context(), "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n) SELECT x, (SELECT count(*) FROM kv) FROM n", nil)
 			must(t, err)
 			defer running.Close()
