@@ -3,15 +3,19 @@ package quorate
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -569,11 +573,99 @@ func TestRaftIsRestartedTwice(t *testing.T) {
 		must(t, s.Ready(ctxFor(t, patience)))
 		must(t, s.Set(ctxFor(t, patience), "k", nil))
 	}
-	must(t, s.Close())
-	old := s.raft.Load()
-	if s.restartRaft("a test"); s.raft.Load() != old {
-		t.Error("raft is started on the files of a closed member")
+	who := s.ident()
+	none := *who
+	none.id = "" // raft refuses it
+	s.identity.Store(&none)
+	s.restartRaft("a test")
+	s.identity.Store(who)
+	if s.faults.first(faultRaft) == nil || s.Ready(ctxFor(t, 10*time.Millisecond)) == nil {
+		t.Error("a raft that does not start is no fault")
 	}
+	s.restartRaft("a test")
+	must(t, s.faults.first(faultRaft))
+	must(t, s.Ready(ctxFor(t, patience)))
+	must(t, s.Close())
+	for range 30 { // of two channels that are ready a select takes any
+		if s.restartRaft("a test"); s.starts.Load()%2 != 0 || s.faults.first(faultRaft) != nil {
+			t.Fatal("raft is started on the files of a closed member")
+		}
+	}
+}
+
+// Raft that has run is in a later term than a directory in which it never did, and the only voter waits for nobody's vote.
+func TestFirstTerms(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		s := openSole(t)
+		must(t, s.Set(t.Context(), "k", nil))
+		if d := time.Since(began); d >= heartbeatTimeout {
+			t.Errorf("the first write took %v", d)
+		}
+		if term := s.raft.Load().CurrentTerm(); term != 2 {
+			t.Errorf("raft is in term %d", term)
+		}
+	})
+}
+
+// Whoever opens an embedded store again after a crash finds in it what was acknowledged, though the file does not have it.
+func TestOpenWaitsForItsOwnLog(t *testing.T) {
+	t.Parallel()
+	dir, _ := preparedDir(t)
+	snap := filepath.Join(dir, "snap")
+	old, err := os.ReadFile(snap)
+	must(t, err)
+	s, err := Open(t.Context(), Config{Dir: dir, Logger: testLogger(t)})
+	must(t, err)
+	for range 50 {
+		must(t, s.Set(t.Context(), "key1", make([]byte, 10<<10)))
+	}
+	must(t, s.Close())
+	must(t, os.WriteFile(snap, old, 0o600))
+	s, err = Open(t.Context(), Config{Dir: dir, Logger: testLogger(t)})
+	must(t, err)
+	if v := s.Stale().Get("key1"); len(v) != 10<<10 {
+		t.Errorf("%q", v)
+	}
+	must(t, s.Close())
+}
+
+// What is not ours in the snap of one of several members is refused: a clean copy is with the others.
+func TestForeignSchemaOfOneOfSeveral(t *testing.T) {
+	t.Parallel()
+	dir, _ := preparedDir(t)
+	snap := filepath.Join(dir, "snap")
+	st := openTestStore(t, snap, -1)
+	tx, err := st.begin()
+	must(t, err)
+	c := raft.DecodeConfiguration(tx.meta.config)
+	c.Servers = append(c.Servers, raft.Server{ID: "b", Address: "127.0.0.1:1"})
+	tx.meta.config = raft.EncodeConfiguration(c)
+	tx.commit()
+	must(t, st.close())
+	shell(t, snap, "CREATE TABLE theirs(x)")
+	s, err := Open(t.Context(), Config{Dir: dir, Addr: "127.0.0.1:1", Logger: testLogger(t)})
+	if err == nil {
+		s.Close()
+	}
+	is(t, err, ErrCorrupt, "theirs")
+	shell(t, snap, "DROP TABLE theirs")
+	s, err = Open(t.Context(), Config{Dir: dir, Addr: "127.0.0.1:1", Logger: testLogger(t)})
+	must(t, err)
+	must(t, s.Close())
+}
+
+// A member without its state that the others still take for the leader asks again, and not itself.
+func TestFetchFromWhoTakesItForTheLeader(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()[headerProtocol] = []string{"1"}
+		json.NewEncoder(w).Encode(statusAnswer{LeaderID: s.ident().id, LeaderAddr: "127.0.0.1:1"})
+	}))
+	defer other.Close()
+	is(t, s.fetchFrom(t.Context(), other.URL, 1), ErrNoLeader)
 }
 
 // What uses the log beside raft does not wait for a disk that has failed, nor for a log that is closed: the store has parked its call.
