@@ -576,10 +576,14 @@ func (s *Service) trust() {
 
 func (s *Service) rebuild() error {
 	if s.faults.first(faultUnseated) != nil {
-		if err := s.reseat(); !errors.Is(err, ErrCorrupt) {
+		err := s.reseat()
+		if !errors.Is(err, ErrCorrupt) {
 			return err
-		} else if s.onlyVoter() && s.faults.first(faultForeign) == nil {
-			s.faults.set(faultState, err)
+		}
+		if s.faults.first(faultForeign, faultDiverged, faultState) == nil { // a leader that is only unseated would not hand over
+			s.faults.set(faultState, fmt.Errorf("%w: %w", errNotMended, err))
+		}
+		if s.onlyVoter() && s.faults.first(faultForeign) == nil {
 			return fmt.Errorf("no other member has the state: restore a backup: %w", err)
 		}
 	}
@@ -623,6 +627,9 @@ func (s *Service) reseat() error {
 	if err := s.reseatIfDue(); err != nil {
 		return err
 	}
+	if errors.Is(s.faults.first(faultState), errNotMended) { // the copy is verified now
+		s.faults.set(faultState, nil)
+	}
 	if s.faults.first(faultForeign, faultDiverged, faultState) != nil {
 		s.wantRebuild()
 		return nil
@@ -630,6 +637,9 @@ func (s *Service) reseat() error {
 	s.trust()
 	return nil
 }
+
+// errNotMended: what this member has open is not what it has written, as far as the last try has shown.
+var errNotMended = errors.New("snap can't be put in place anew")
 
 // reseatIfDue: fsm.mu is held.
 func (s *Service) reseatIfDue() error {

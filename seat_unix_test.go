@@ -15,9 +15,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // unguard takes away the second kind of lock, so that there is something to mend.
@@ -850,4 +853,117 @@ func TestPlacingThatDoesNotBegin(t *testing.T) {
 		t.Errorf("the state was replaced by %+v", now)
 	}
 	must(t, s.barrier())
+}
+
+// spoilCopies damages every copy that a mending makes as long as damaged says so: it is what it would be if somebody had written to what the
+// writer has open.
+func (m *testMember) spoilCopies(t *testing.T, damaged func() bool) {
+	m.s.store.fileMu.Lock()
+	defer m.s.store.fileMu.Unlock()
+	path := m.s.store.path + ".rebuild"
+	m.s.store.step = func(step string) {
+		if step != "copied" || !damaged() {
+			return
+		}
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err == nil {
+			_, err = f.WriteAt(make([]byte, 2*pageSize), 2*pageSize)
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// unseatedLeader is a cluster of three whose leader has lost a name of its snap, and can't make a whole copy of what it has open as long as
+// damaged says so.
+func unseatedLeader(t *testing.T, damaged func(l *Service) bool, before func(c testCluster, l *testMember), change ...func(*Config)) (c testCluster, l *testMember) {
+	t.Helper()
+	c = newCluster(t, 3, change...)
+	for i := range 20 {
+		must(t, c[0].s.Set(ctxFor(t, patience), fmt.Sprint("k", i), make([]byte, 3000)))
+	}
+	c.awaitEqual(t)
+	l = c.leader(t)
+	before(c, l)
+	s := l.s
+	l.spoilCopies(t, func() bool { return damaged(s) })
+	s.store.unguard()
+	l.loseLocks(t)
+	return c, l
+}
+
+// seatedAgain waits until the member is well, and all is as if nothing had been.
+func (c testCluster) seatedAgain(t *testing.T, l *testMember) {
+	t.Helper()
+	eventually(t, patience, "well", func() error {
+		if l.s.store.seat.Load() == 0 {
+			return errors.New("it is not in place")
+		}
+		return l.s.Err()
+	})
+	must(t, l.s.Ready(ctxFor(t, patience)))
+	must(t, l.s.store.names.hold())
+	for _, m := range c {
+		must(t, m.s.Set(ctxFor(t, patience), "after", []byte(m.conf.Addr)))
+	}
+	c.awaitEqual(t)
+	l.stop()
+	if _, err := checkFile(l.snap()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A leader is mended as it leads; where the copy is not what was written it hands over, and gets the state from the next leader.
+func TestUnseatedLeader(t *testing.T) {
+	t.Parallel()
+	nothing := func(testCluster, *testMember) {}
+	t.Run("mended", func(t *testing.T) {
+		t.Parallel()
+		c, l := unseatedLeader(t, func(*Service) bool { return false }, nothing)
+		c.seatedAgain(t, l)
+	})
+	t.Run("the copy is wrong", func(t *testing.T) {
+		t.Parallel()
+		c, l := unseatedLeader(t, func(s *Service) bool { return s.raft.Load().State() == raft.Leader }, nothing)
+		next := c.leaderOtherThan(t, l)
+		must(t, next.s.Set(ctxFor(t, patience), "meanwhile", nil))
+		c.seatedAgain(t, l)
+	})
+	t.Run("and nobody is fit to lead", func(t *testing.T) { // then a copy that is right later is enough
+		t.Parallel()
+		var damaged atomic.Bool
+		damaged.Store(true)
+		disks := make(map[string]*fakeDisk)
+		c, l := unseatedLeader(t, func(*Service) bool { return damaged.Load() }, func(c testCluster, l *testMember) {
+			for _, m := range c {
+				if m == l {
+					continue
+				}
+				disks[m.conf.Addr].free.Store(1 << 20)
+				eventually(t, patience, "a voter that is not fit", func() error {
+					if m.s.unfitToLead() == nil {
+						return errors.New("it is")
+					}
+					return nil
+				})
+			}
+		}, func(conf *Config) {
+			disks[conf.Addr] = new(fakeDisk)
+			disks[conf.Addr].free.Store(1 << 39)
+			conf.space = disks[conf.Addr].space
+		})
+		eventually(t, patience, "a copy that is wrong", func() error {
+			if err := l.s.faults.first(faultState); !errors.Is(err, errNotMended) || !errors.Is(err, ErrCorrupt) {
+				return fmt.Errorf("%v", err)
+			}
+			return nil
+		})
+		if l.s.Status().Role == Leader { // else a voter has stood that was not fit, which is as good
+			is(t, l.s.handOver(ctxFor(t, patience), choice{}), errNobody, "unfit")
+		}
+		damaged.Store(false)
+		c.seatedAgain(t, l)
+	})
 }
