@@ -437,14 +437,22 @@ func everyFact(t *testing.T, program string) {
 	old := &process{t: t, dir: filepath.Join(t.TempDir(), "data"), addr: freeAddr(t), join: m.conf.Addr, program: program, client: newClient(t, new(line))}
 	t.Cleanup(old.stop)
 	k := newTalk(old.addr)
-	unlock := func() {}
+	var held atomic.Pointer[func()] // ends the change of the members
+	unlock := func() {
+		if end := held.Swap(nil); end != nil {
+			(*end)()
+		}
+	}
 	k.between(m, func() { // nobody is promoted for now
-		if end, err := m.s.changeMembers(t.Context()); err == nil {
-			unlock = sync.OnceFunc(end)
+		m.mu.Lock()
+		s := m.s
+		m.mu.Unlock()
+		if end, err := s.changeMembers(t.Context()); err == nil {
+			held.Store(&end)
 		}
 	})
 	m.start()
-	defer func() { unlock() }()
+	defer unlock()
 	must(t, m.s.Set(t.Context(), "k", []byte("v")))
 	testCluster{m}.cutLogs(t, m.s.Status().AppliedIndex)
 	must(t, m.s.AddAllowedMember(t.Context(), old.addr))
