@@ -172,14 +172,14 @@ func TestStateOverASlowLine(t *testing.T) {
 		rand.Read(state)
 		line := &slowAnswers{rate: 64 << 10, every: 30 * time.Second, next: time.Now().Add(10 * time.Second)}
 		_, reader, closed := fetching(t, line, state)
-		began := time.Now()
-		body, err := reader.state(t.Context(), "a", "127.0.0.1:1")
+		ideal, began := time.Duration(len(state)/(64<<10))*time.Second, time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 2*ideal)
+		defer cancel()
+		body, err := reader.state(ctx, "a", "127.0.0.1:1")
 		must(t, err)
-		got, err := io.ReadAll(body)
-		if must(t, err); !bytes.Equal(got, state) {
-			t.Errorf("%d bytes, want %d", len(got), len(state))
+		if got, err := io.ReadAll(body); err != nil || !bytes.Equal(got, state) {
+			t.Errorf("%d bytes, want %d; %v", len(got), len(state), err)
 		}
-		ideal := time.Duration(len(state)/(64<<10)) * time.Second
 		if took := time.Since(began); took > ideal+ideal/4 || line.sent != int64(len(state)) {
 			t.Errorf("it took %v and %d bytes, want about %v and %d", took, line.sent, ideal, len(state))
 		}
