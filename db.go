@@ -232,6 +232,7 @@ type Service struct {
 	refusing     broadcast             // it takes none, each time that this is found
 	ballast      *ballast
 	trial        trial
+	audible      atomic.Bool   // this member is not silent although its disk hangs: no election would help
 	replaced     atomic.Bool   // a voter that is fit would lead in the place of this leader, whose log waits for space
 	fitness      chan struct{} // has room for one: this member's fitness to lead may have changed
 
@@ -411,6 +412,7 @@ func (s *Service) startBackground() {
 	}
 	s.running.Go(s.watchReach)
 	s.running.Go(s.watchPace)
+	s.running.Go(s.watchHangs)
 	s.running.Go(s.watchFitness)
 	s.running.Go(s.watchSpace)
 	s.running.Go(s.rebuildLoop)

@@ -150,6 +150,7 @@ type statusAnswer struct {
 	Empty         bool          `json:"empty,omitempty"`     // it is a member of nothing, and asks nobody to be admitted
 	Healthy       bool          `json:"healthy"`
 	LogWaits      bool          `json:"logwaits,omitempty"` // its log takes no entries for now: as far as it knows, or with queryTryLog after a try
+	Stuck         bool          `json:"stuck,omitempty"`    // its disk is not known to work, with queryTryDisk alone: see hang.go; false also if the release does not say
 	Unfit         string        `json:"unfit,omitempty"`    // why it should not lead; a release that does not say is fit if it is healthy
 	Relieved      int64         `json:"relieved,omitempty"` // ms since it led, was unfit to, and handed over; 0 = never, or the release does not say
 	Rests         int64         `json:"rests,omitempty"`    // ms for which it does not take the lead from one that is unfit, as it was so itself again and again
@@ -160,8 +161,9 @@ type statusAnswer struct {
 }
 
 const (
-	queryTryLog = "try=log" // of a GET status: it tries out whether its log takes an entry
-	queryPiece  = "piece="  // of a GET state: see fetch.go; release 0.1.0 gives the whole
+	queryTryLog  = "try=log"  // of a GET status: it tries out whether its log takes an entry
+	queryTryDisk = "try=disk" // of a GET status: it tries out whether its disk works
+	queryPiece   = "piece="   // of a GET state: see fetch.go; release 0.1.0 gives the whole
 )
 
 // A reachAnswer is what became of the calls of the member that answers to another one. Times are ms before the answer.

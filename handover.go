@@ -488,8 +488,9 @@ func (s *Service) watchFitness() {
 // giveWay relieves this member if it leads, is unfit to and can be. If nobody can lead in its place, and it can't write either, it
 // refuses writes from here on.
 func (s *Service) giveWay() {
+	s.checkHang() // one that has ended is no reason any more
 	why := s.unfitToLead()
-	if s.role() != Leader || s.silent() != nil {
+	if _, hangs := s.hangs(); s.role() != Leader || s.silent() != nil || hangs != nil { // raft would carry out a transfer when the call returns
 		s.replaced.Store(false)
 		s.refusal.Store(nil)
 		return
@@ -594,6 +595,10 @@ func (s *Service) preference(why error) func(statusAnswer) int {
 	var lost *unreachedError
 	if errors.As(why, &lost) {
 		return func(a statusAnswer) int { return lost.rank(a.ID) }
+	}
+	if why == s.faults.first(faultSlow) { // an append that times out says nothing of the peer's disk here, and the peer knows
+		own := s.wal.fsync().Microseconds()
+		return func(a statusAnswer) int { return cmp.Compare(own, slowTimes*a.Fsync) }
 	}
 	return nil
 }

@@ -44,6 +44,7 @@ const (
 	faultSchema
 	faultUnseated
 	faultStall
+	faultStallOfAll
 	faultLogWaits
 	faultStateWaits
 	faultSpace
@@ -91,6 +92,7 @@ var faultTable = [faultKinds]struct {
 	faultSchema:     {"a lone member's `snap` has tables or indexes of another program", inErr, "`DROP` of what Err names"},
 	faultUnseated:   {"a shell has removed `snap-wal`, because the program itself opened `snap`", notReady | inErr, "the file put in place anew, at once"},
 	faultStall:      {"a call to the disk hangs for 5 s", isSilent | unfit | notReady | inErr, "its return"},
+	faultStallOfAll: {"the same, and no majority of the voters has a disk that works", unfit | notReady | inErr, "its return"},
 	faultLogWaits:   {"no space or descriptor for the log", unfit | notReady | inErr | refusesLeading, "space, or descriptors"},
 	faultStateWaits: {"no space or descriptor for the state, or a shell locks it", unfit | notReady | inErr | refusesLeading, "space, descriptors, or the end of the lock"},
 	faultUnreached:  {"voters do not reach the leader, and more of them another one", unfit, "the next leader is heard"},
@@ -220,8 +222,8 @@ func (s *Service) suffers(e effects) error {
 	if err := s.faults.with(e); err != nil {
 		return err
 	}
-	if faultTable[faultStall].does&e != 0 {
-		return s.hangs()
+	if kind, err := s.hangs(); err != nil && faultTable[kind].does&e != 0 {
+		return err
 	}
 	return nil
 }
@@ -241,14 +243,6 @@ func (s *Service) refusesWrites() error { return s.suffers(refusesWrites) }
 
 // refusesReads says why this member answers no linearizable read and gives its state to nobody.
 func (s *Service) refusesReads() error { return s.suffers(refusesReads) }
-
-// hangs is the fault of a call to the disk that does not return.
-func (s *Service) hangs() error {
-	if d := max(s.wal.busy(), s.fsm.stalled()); d > stallLimit {
-		return fmt.Errorf("a call to the disk has not returned for %v: this member answers nothing until it does", d.Round(time.Second))
-	}
-	return nil
-}
 
 // watchHealth looks once a second at what nothing else reports.
 func (s *Service) watchHealth() {
@@ -297,8 +291,14 @@ func (s *Service) watchHealth() {
 }
 
 func (s *Service) checkStall() {
-	s.faults.set(faultStall, s.hangs())
+	s.checkHang()
 	s.faults.ofLog(s.wal.failed())
+}
+
+func (s *Service) checkHang() {
+	kind, err := s.hangs()
+	s.faults.set(kind, err)
+	s.faults.set(faultStall+faultStallOfAll-kind, nil)
 }
 
 // checkNames finds files that were removed or replaced. That is for good: what has been written to them since is in no file that has a

@@ -99,6 +99,8 @@ type logStore struct {
 	cut      bool                    // the end of the log was deleted, and nothing has been appended since
 	pace     pace                    // of the appends, each with its fsync
 	writing  time.Time               // when the one began that goes on; zero = none
+	trying   time.Time               // when the probe began that goes on; zero = none
+	newest   time.Duration           // that the last append or probe which has ended took, with its fsync
 	calls    map[*time.Time]struct{} // when the store calls in progress began
 	sticky   error                   // the first fault that does not pass; only a restart clears it
 	waiting  error                   // a passing error, such as a full disk, until a store call works again
@@ -328,6 +330,7 @@ func (l *logStore) appended(entries []*raft.Log, took time.Duration) {
 	defer l.mu.Unlock()
 	l.cut = false
 	l.pace.add(took)
+	l.newest = took
 	if l.lastIdx == 0 {
 		l.firstIdx = entries[0].Index
 	}
@@ -486,6 +489,30 @@ func (l *logStore) writes(began time.Time) {
 	l.writing = began
 }
 
+// tries notes that a probe begins, tried that it has ended, with or without an error.
+func (l *logStore) tries() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.trying = time.Now()
+}
+
+func (l *logStore) tried() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.newest, l.trying = time.Since(l.trying), time.Time{}
+}
+
+// disk is how long the oldest call to the disk has been running, probes included, and how long the newest took that has ended.
+func (l *logStore) disk() (running, newest time.Duration) {
+	running = l.busy()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.trying.IsZero() {
+		running = max(running, time.Since(l.trying))
+	}
+	return running, l.newest
+}
+
 // failed is the sticky fault, else the passing error that store calls wait for, else nil.
 func (l *logStore) failed() error {
 	l.mu.Lock()
@@ -635,6 +662,8 @@ func (l *logStore) tryFile(size int) error {
 	if isClosed(l.closed) {
 		return ErrClosed
 	}
+	l.tries()
+	defer l.tried()
 	l.vfs.Delete(l.dir, probeName)
 	f, err := l.vfs.Create(l.dir, probeName, uint64(size))
 	if err != nil {

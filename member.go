@@ -174,6 +174,7 @@ func (s *Service) startPeer() {
 		standsLast: s.standsLast,
 		logWaits:   func() error { return s.faults.first(faultLogWaits) },
 		tryLog:     s.tryLog,
+		tryDisk:    s.tryDisk,
 		answers: func(id raft.ServerID, term uint64) {
 			if s.turns.answers(id, term) {
 				give(s.fitness)
@@ -1356,6 +1357,9 @@ func (s *Service) statusAnswer() statusAnswer {
 	a := statusAnswer{ID: st.ID, Cluster: st.Cluster, Addr: st.Addr, Role: st.Role.String(), Term: st.Term, LastIndex: last, LastTerm: lastTerm,
 		CommitIndex: st.CommitIndex, Applied: st.AppliedIndex, Format: s.conf.format, LeaderID: st.LeaderID, LeaderAddr: st.LeaderAddr,
 		LeaderSilence: s.leaderSilence().Milliseconds(), Confirmed: s.reads.confirmedMillis(), Healthy: s.refusesReads() == nil && s.silent() == nil}
+	if _, err := s.hangs(); err != nil {
+		a.Healthy = false
+	}
 	a.Held = s.held()
 	if st.Cluster == "" {
 		a.ID = s.ident().id

@@ -75,6 +75,7 @@ type peerHost struct {
 
 	logWaits   func() error                        // why the log takes no entries for now
 	tryLog     func(ctx context.Context) error     // the same, after a try
+	tryDisk    func() (stuck bool)                 // see hang.go
 	standsLast func() bool                         // this member does not stand for election yet
 	answers    func(id raft.ServerID, term uint64) // a peer has answered an append of raft's
 	refuses    func(id raft.ServerID, term uint64) // a peer's log takes no entries for now
@@ -538,8 +539,11 @@ func (p *peer) serveStatus(ctx context.Context, x *exchange) error {
 		p.host.confirm(ctx)
 	}
 	a := p.host.status()
-	if x.req.URL.RawQuery == queryTryLog && !a.LogWaits {
+	switch query := x.req.URL.RawQuery; {
+	case query == queryTryLog && !a.LogWaits:
 		a.LogWaits = p.host.tryLog(ctx) != nil
+	case query == queryTryDisk:
+		a.Stuck = p.host.tryDisk()
 	}
 	return x.answerJSON(a)
 }
@@ -821,6 +825,11 @@ func (p *peer) status(ctx context.Context, base string) (statusAnswer, error) {
 // statusTried is status of a member that has tried out whether its log takes an entry. Release 0.1.0 says what it knows.
 func (p *peer) statusTried(ctx context.Context, base string) (statusAnswer, error) {
 	return p.askedStatus(ctx, request{method: http.MethodGet, route: "status", base: base, query: queryTryLog})
+}
+
+// statusOfDisk is status of a member that also says whether its disk works. Release 0.1.0 does not.
+func (p *peer) statusOfDisk(ctx context.Context, base string) (statusAnswer, error) {
+	return p.askedStatus(ctx, request{method: http.MethodGet, route: "status", base: base, query: queryTryDisk})
 }
 
 // statusBy is status on a new connection, by way of an address of base's name.

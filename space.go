@@ -232,10 +232,11 @@ type trial struct {
 	err   error
 }
 
-// outcome is that of attempt, or of one that began a moment ago. ctx ends the wait for it alone.
-func (t *trial) outcome(ctx context.Context, attempt func() error) error {
+// begin begins the attempt unless one is going on or began a moment ago; ended is closed when that has an outcome.
+func (t *trial) begin(attempt func() error) (ended chan struct{}) {
 	t.mu.Lock()
-	ended := t.ended
+	defer t.mu.Unlock()
+	ended = t.ended
 	if ended == nil || isClosed(ended) && time.Since(t.began) > trialFresh {
 		ended = make(chan struct{})
 		t.began, t.ended = time.Now(), ended
@@ -247,7 +248,12 @@ func (t *trial) outcome(ctx context.Context, attempt func() error) error {
 			close(ended)
 		}()
 	}
-	t.mu.Unlock()
+	return ended
+}
+
+// outcome is that of attempt, or of one that began a moment ago. ctx ends the wait for it alone.
+func (t *trial) outcome(ctx context.Context, attempt func() error) error {
+	ended := t.begin(attempt)
 	select {
 	case <-ended:
 	case <-ctx.Done():
