@@ -403,7 +403,7 @@ func (r *relief) due(urgent bool) bool {
 }
 
 // tried takes the outcome of a hand-over.
-func (r *relief) tried(err error, urgent bool) {
+func (r *relief) tried(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if errors.Is(err, errNobody) || errors.Is(err, errTooSoon) { // the lead has not moved, and nothing was disturbed
@@ -458,7 +458,7 @@ func (s *Service) relieve(why error, rank func(statusAnswer) int) error {
 	ctx, cancel := context.WithTimeout(s.ctx, handOverLimit)
 	defer cancel()
 	err := s.handOver(ctx, choice{relief: true, rank: rank})
-	s.relief.tried(err, urgent)
+	s.relief.tried(err)
 	if err == nil {
 		s.log.Warn("this member led and was unfit to, so it has handed over", "why", why)
 	}
@@ -560,7 +560,7 @@ func (s *Service) tryToGiveWay(why error) error {
 	case !s.relief.due(true):
 		return errTooSoon
 	default:
-		s.relief.tried(nil, true)
+		s.relief.tried(nil)
 	}
 	s.replaced.Store(true)
 	return nil

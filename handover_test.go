@@ -252,18 +252,18 @@ func TestReliefPauses(t *testing.T) {
 			if got := wait(); got != want {
 				t.Errorf("relief %d after %v, want %v", i, got, want)
 			}
-			r.tried(nil, false)
+			r.tried(nil)
 		}
 		time.Sleep(21 * time.Minute)
-		r.tried(nil, false) // as good as the first
+		r.tried(nil) // as good as the first
 		if got := wait(); got != time.Minute {
 			t.Errorf("after a quiet time: %v", got)
 		}
-		r.tried(fmt.Errorf("x: %w", errNobody), false)
+		r.tried(fmt.Errorf("x: %w", errNobody))
 		if got := wait(); got != 0 {
 			t.Errorf("with nobody to hand over to: %v", got)
 		}
-		r.tried(errors.New("raft did not"), false)
+		r.tried(errors.New("raft did not"))
 		if got := wait(); got != reliefAgain {
 			t.Errorf("after a failure: %v", got)
 		}
@@ -294,7 +294,7 @@ func TestReliefsOfAllMembers(t *testing.T) {
 				found.add(&candidate{Server: raft.Server{ID: raft.ServerID(fmt.Sprint(i))}, answer: a}, l.rests(a, relief))
 			}
 			to, err := found.choose(relief)
-			l.relief.tried(err, true)
+			l.relief.tried(err)
 			if err == nil {
 				minutes[int(time.Since(began).Minutes())]++
 				if time.Since(last) < reliefSoon {

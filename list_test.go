@@ -882,3 +882,41 @@ func BenchmarkList(b *testing.B) {
 		}
 	}
 }
+
+// A listing that ends before it has begun keeps neither its slot nor a reader.
+func TestListingThatDoesNotBegin(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t, -1)
+	fill(t, s, 2*listPageRows, 10)
+	for range cap(s.readers) { // the listing's will be the first
+		if c := <-s.readers; c != nil {
+			c.close()
+		}
+		s.readers <- nil
+	}
+	for range maxLists {
+		s.lists <- struct{}{}
+	}
+	defer func() {
+		for len(s.lists) > 0 {
+			<-s.lists
+		}
+	}()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.list(ctx, span{limit: -1})
+		ended <- err
+	}()
+	soon(t, "the first page is read", func() bool { c := <-s.readers; s.readers <- c; return c != nil })
+	s.placing.Store(true) // from here on it waits for the file
+	<-s.lists
+	soon(t, "it has the slot", func() bool { return len(s.lists) == maxLists })
+	cancel()
+	wantIs(t, "list", <-ended, context.Canceled)
+	s.placing.Store(false)
+	if len(s.lists) != maxLists-1 || len(s.readers) != cap(s.readers) || len(s.openHolds()) != 0 {
+		t.Errorf("%d slots, %d of %d readers, %d holds", len(s.lists), len(s.readers), cap(s.readers), len(s.openHolds()))
+	}
+}

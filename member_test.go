@@ -23,6 +23,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -1281,6 +1282,137 @@ func TestProbeAsksForTheTerm(t *testing.T) {
 				t.Errorf("%s: %v", list[i].Address, err)
 			}
 		}
+	})
+}
+
+// Who answers under another cluster's id, has a fault, or lacks more than an append of the log does not keep up.
+func TestProbeOfWhoDoesNotKeepUp(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		list := l.s.raft.Load().GetConfiguration().Configuration().Servers
+		c.obey("await equal")
+		wrong := func(a *statusAnswer) {}
+		c.net.serve(f.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			rec := httptest.NewRecorder()
+			f.s.ServeHTTP(rec, req)
+			body := rec.Body.Bytes()
+			if req.URL.Path == "/raft/status" {
+				var a statusAnswer
+				must(t, json.Unmarshal(body, &a))
+				wrong(&a)
+				body, _ = json.Marshal(a)
+			}
+			rec.Header().Del("Content-Length")
+			maps.Copy(w.Header(), rec.Header())
+			w.WriteHeader(rec.Code)
+			w.Write(body)
+		}))
+		last, _ := l.s.wal.last()
+		for _, is := range []struct {
+			change func(a *statusAnswer)
+			words  string
+		}{
+			{func(a *statusAnswer) {}, ""},
+			{func(a *statusAnswer) { a.Healthy = false }, "reports a fault"},
+			{func(a *statusAnswer) { a.Cluster = "other" }, "answers at"},
+			{func(a *statusAnswer) { a.LastIndex = last - 1 }, ""},
+			{func(a *statusAnswer) { a.LastIndex = last - promoteLag - 1 }, "ends at"},
+		} {
+			for last <= promoteLag+10 {
+				c.obey("set L k 1")
+				last, _ = l.s.wal.last()
+			}
+			wrong = is.change
+			for i, err := range l.s.probe(t.Context(), list, 0) {
+				if f := string(list[i].ID) == f.s.ident().id && is.words != ""; f != (err != nil) || f && !strings.Contains(err.Error(), is.words) {
+					t.Errorf("%q: %s: %v", is.words, list[i].Address, err)
+				}
+			}
+		}
+	})
+}
+
+// A removal needs a majority that keeps up, of the voters with the target and of those without it.
+func TestMayRemove(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		c.obey("await equal")
+		of := func(m *scriptMember) raft.Server {
+			return raft.Server{ID: raft.ServerID(m.s.ident().id), Address: raft.ServerAddress(m.conf.Addr)}
+		}
+		dead := []raft.Server{{ID: "x", Address: "x.test:1"}, {ID: "y", Address: "y.test:1"}, {ID: "z", Address: "z.test:1"}}
+		for _, is := range []struct {
+			target raft.Server
+			rest   []raft.Server
+			may    bool
+		}{
+			{dead[0], []raft.Server{of(l), of(f)}, true},
+			{dead[0], []raft.Server{of(l), of(f), of(g), dead[1]}, true},
+			{dead[0], []raft.Server{of(l), of(f), dead[1]}, false}, // two of four
+			{of(g), []raft.Server{of(l), dead[1]}, false},          // one of two
+			{of(g), []raft.Server{of(l), of(f), dead[1]}, true},
+		} {
+			config := configuration{Configuration: raft.Configuration{Servers: append([]raft.Server{is.target}, is.rest...)}}
+			if err := l.s.mayRemove(t.Context(), is.target, config); (err == nil) != is.may {
+				t.Errorf("%s beside %v: %v", is.target.Address, is.rest, err)
+			}
+		}
+	})
+}
+
+// Whoever was heard from a moment ago is not replaced, though nobody answers at its address: it may have moved.
+func TestReplacementOfWhoWasHeard(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, c *script, l, f, g *scriptMember) {
+		id, addr := g.s.ident().id, g.conf.Addr
+		c.obey("kill G")
+		time.Sleep(2 * goneAfter)
+		l.s.members.contact(id)
+		var r *refusal
+		if err := l.s.replaceAt(t.Context(), addr, newID()); !errors.As(err, &r) || r.Code != codeNotReady || !strings.Contains(r.Message, "lives") {
+			t.Errorf("%v", err)
+		}
+		time.Sleep(2 * goneAfter)
+		must(t, l.s.replaceAt(t.Context(), addr, newID()))
+	})
+}
+
+// A call to a leader ends when another one is known, or none.
+func TestCallsEndWithTheLead(t *testing.T) {
+	t.Parallel()
+	s := openSole(t)
+	must(t, s.Ready(ctxFor(t, patience)))
+	here, cancel := s.whileLed(t.Context(), s.ident().id)
+	defer cancel()
+	gone, cancel := s.whileLed(t.Context(), newID())
+	defer cancel()
+	select {
+	case <-gone.Done():
+	case <-time.After(patience):
+		t.Error("a call to who does not lead goes on")
+	}
+	must(t, here.Err())
+}
+
+// The log is kept for a while behind a snapshot that was sent: its receiver needs it next.
+func TestLogIsKeptBehindASnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var p peerTable
+		want := func(what string, is bool) {
+			t.Helper()
+			if p.sending() != is {
+				t.Errorf("%s: %v", what, !is)
+			}
+		}
+		want("nothing was sent", false)
+		p.snapshots(1)
+		time.Sleep(2 * keepAfterSend)
+		want("one is being sent", true)
+		p.snapshots(-1)
+		time.Sleep(keepAfterSend - time.Second)
+		want("it was just sent", true)
+		time.Sleep(2 * time.Second)
+		want("it was sent a while ago", false)
 	})
 }
 

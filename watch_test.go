@@ -1302,3 +1302,19 @@ func TestWatcherPastOthersChanges(t *testing.T) {
 	cancel()
 	<-ended
 }
+
+// What the first watcher has found is no news to it, and what the hub has is without a gap.
+func TestHubTakesWhatIsNext(t *testing.T) {
+	h := newHub(func() uint64 { return 5 })
+	c := h.join("k")
+	for _, is := range []struct {
+		revision uint64
+		kept     int
+	}{{5, 0}, {6, 1}, {7, 2}, {6, 2}, {9, 1}} {
+		h.publish(0, []past{{revision: is.revision, last: is.revision, key: "k"}})
+		if h.recent.n != is.kept || h.newest != max(c.last, h.newest) || is.revision > 5 && c.last < is.revision {
+			t.Errorf("after %d: %d changes, newest %d, the crowd's last %d", is.revision, h.recent.n, h.newest, c.last)
+		}
+	}
+	h.leave(c)
+}
