@@ -180,7 +180,7 @@ func oneOfUsLeads(t *testing.T, c testCluster, last *process) {
 	}
 	last.freeze()
 	defer last.thaw()
-	eventually(t, patience, "one of this version to lead", leads)
+	eventually(t, 4*patience, "one of this version to lead", leads)
 }
 
 // handOverBeside: a leader of this version hands over to a member of the first release, which does not say whether it is fit, and is

@@ -752,7 +752,7 @@ func unfitLeaders(t *testing.T, program string) {
 	}
 	another := func(than, asked *testMember) {
 		t.Helper()
-		eventually(t, patience, "another leader", func() error {
+		eventually(t, 4*patience, "another leader", func() error {
 			if addr := asked.s.Status().LeaderAddr; addr == "" || addr == than.conf.Addr {
 				return fmt.Errorf("it is %q", addr)
 			}
