@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,6 +41,7 @@ import (
 var newOnTheWire = map[string]string{
 	"header Quorate-Reads": "passed over; missing: the first format",
 	"query try=log":        "passed over; a status without logwaits: its log takes entries",
+	"query try=disk":       "passed over; a status without stuck: its disk works",
 	"query piece=":         "passed over; an answer without a size: it is the whole",
 	"header Quorate-Size":  "TestDoorState: that release asks for no piece",
 	"route piece":          "404: it gets the state in one request",
@@ -64,6 +66,7 @@ var newOnTheWire = map[string]string{
 	"field statusAnswer.held":          "passed over; missing: its cluster acknowledges",
 	"field statusAnswer.empty":         "passed over; missing: it is a member of something",
 	"field statusAnswer.logwaits":      "passed over; missing: its log takes entries",
+	"field statusAnswer.stuck":         "passed over; missing: its disk works",
 	"field statusAnswer.unfit":         "passed over; missing: fit to lead if it is healthy",
 	"field statusAnswer.relieved":      "passed over; missing: never",
 	"field statusAnswer.rests":         "passed over; missing: not at all",
@@ -498,8 +501,10 @@ func everyFact(t *testing.T, program string) {
 		return m.s.Err()
 	})
 	must(t, m.s.Ready(ctxFor(t, patience)))
-	_, err := m.s.peer.statusTried(ctxFor(t, patience), baseURL(old.addr, false))
-	must(t, err)
+	for _, ask := range []func(context.Context, string) (statusAnswer, error){m.s.peer.statusTried, m.s.peer.statusOfDisk} {
+		_, err := ask(ctxFor(t, patience), baseURL(old.addr, false))
+		must(t, err)
+	}
 	hearsTheLeader(t, testCluster{m, n}, old, id)
 	takesTheState(t, k, old)
 	leaderIsGone(t, testCluster{m, n}, old)
