@@ -108,15 +108,15 @@ func (p *pulse) ends(b *beat) {
 	p.changed.notify()
 }
 
-// take is the answer for a heartbeat of raft's that began then, if there is one: a fresh one, for raft takes it for a sign of life of
-// this moment, or a failure since.
+// take is the answer for a heartbeat of raft's that began then, if there is one: one that came since, or just before, for raft takes it for
+// a sign of life of this moment; or a failure since.
 func (p *pulse) take(began time.Time) *beat {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	good, failed := p.good, p.failed
 	p.good, p.failed = nil, nil
 	switch {
-	case good != nil && time.Since(good.at) <= aheadFresh:
+	case good != nil && (!good.at.Before(began) || time.Since(good.at) <= aheadFresh):
 		return good
 	case failed != nil && !failed.at.Before(began):
 		return failed

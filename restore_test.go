@@ -507,7 +507,16 @@ func TestRestoreOfAnOldFile(t *testing.T) {
 func TestRestoreOfAFileThatChanges(t *testing.T) {
 	t.Parallel()
 	base := t.TempDir()
-	dir := killed(t, fullDir(t, filepath.Join(base, "d")))
+	var dir string
+	live := fullDir(t, filepath.Join(base, "d"))
+	eventually(t, patience, "a log beside the file", func() error {
+		dir = killed(t, live)
+		if info, err := os.Stat(filepath.Join(dir, "snap-wal")); err != nil || info.Size() > 0 {
+			return err
+		}
+		must(t, live.Set(t.Context(), "again", nil))
+		return errors.New("it was just emptied")
+	})
 	must(t, os.RemoveAll(filepath.Join(dir, "wal")))
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
