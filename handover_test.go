@@ -469,3 +469,43 @@ func TestNoEntryGoesBeforeATransfer(t *testing.T) {
 		}
 	}
 }
+
+// A leader that was asked to hand over, and has not answered, may do it yet.
+func TestTransferThatIsNotAnswered(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	l, f := c.leader(t), c.follower(t)
+	l.behind(func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if strings.HasSuffix(r.URL.Path, "/transfer") {
+				io.Copy(io.Discard, r.Body)
+				<-r.Context().Done()
+				return
+			}
+			h.ServeHTTP(w, r)
+		})
+	})
+	must(t, f.s.Ready(ctxFor(t, patience)))
+	eventually(t, patience, "the leader is asked", func() error {
+		err := f.s.TransferLeader(ctxFor(t, 300*time.Millisecond), "")
+		checkVerdict(t, "a transfer", err)
+		if !errors.Is(err, ErrUncertain) {
+			return fmt.Errorf("%v is not uncertain", err)
+		}
+		return nil
+	})
+}
+
+// A leader whose log has space again before it has stepped down stays, and its log waits for space as before.
+func TestStepDownWithSpaceAgain(t *testing.T) {
+	t.Parallel()
+	s := newMember(t, "").start()
+	must(t, s.Set(ctxFor(t, patience), "k", nil))
+	wantWords(t, s.stepDown(ctxFor(t, patience), s.raft.Load().CurrentTerm()), "its log has space again")
+	if s.replaced.Load() {
+		t.Error("its log would answer with an error, as if another voter could lead")
+	}
+	if err := s.stepDown(t.Context(), 0); err != nil {
+		t.Errorf("in a term that is over: %v", err)
+	}
+}
