@@ -85,8 +85,8 @@ func Resync() WatchOption { return func(o *watchOptions) { o.resync = true } }
 // The error comes last, once, with a zero Event, and a loop of the form "for e := range" drops it: ctx's cause (and ErrNoLeader, if no majority had answered by then); a
 // *CompactedError if the history (Config.History) does not reach back to since, also later on when the consumer is that far
 // behind; ErrSlow if the consumer takes no entry between EventReset and EventSynced for a minute; ErrInvalid and a LimitError
-// for the prefix (valid UTF-8 without NUL, at most 4 KiB), and ErrInvalid for a since that the cluster has not reached; ErrClosed, ErrRemoved, the error of a failed disk; ErrCorrupt if the rows are damaged and there
-// is no other member to mend them. Watching again from the last Revision is safe after any error, and loses nothing if the
+// for the prefix (valid UTF-8 without NUL, at most 4 KiB), and ErrInvalid for a since that the cluster has not reached; ErrClosed, ErrRemoved, the error of
+// a failed disk or of files that were removed; ErrCorrupt if the rows are damaged and there is no other member to mend them. Watching again from the last Revision is safe after any error, and loses nothing if the
 // history reaches back to it.
 //
 // A watch costs its caller's goroutine and a few hundred bytes. A slow consumer holds up neither writes nor other watchers:
@@ -206,7 +206,7 @@ func (w *watcher) fit() error {
 
 // mends tells whether what makes this member refuse reads may pass without a restart.
 func (s *Service) mends() bool {
-	if s.faults.first(faultClosed, faultRemoved, faultLog, faultApply) != nil {
+	if s.faults.first(faultClosed, faultRemoved, faultLog, faultApply, faultGone) != nil {
 		return false
 	}
 	if s.faults.first(faultState) == nil {

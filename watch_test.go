@@ -1318,3 +1318,28 @@ func TestHubTakesWhatIsNext(t *testing.T) {
 	}
 	h.leave(c)
 }
+
+// A member that may not serve reads any more ends a list of entries where it is. It begins anew once that has passed, and ends the watch
+// where only a restart helps.
+func TestEntriesOfAMemberThatRefusesReads(t *testing.T) {
+	t.Parallel()
+	s := newLone(t, "a", "1", "b", "2", "c", "3")
+	stranger := errors.New("a stranger")
+	var kinds []EventKind
+	for e, err := range s.Watch(ctxFor(t, patience), "", 0) {
+		if err != nil {
+			is(t, err, errGone)
+			break
+		}
+		switch kinds = append(kinds, e.Kind); len(kinds) {
+		case 2:
+			s.faults.set(faultStranger, stranger)
+			time.AfterFunc(20*time.Millisecond, func() { s.faults.set(faultStranger, nil) })
+		case 4:
+			s.faults.set(faultGone, errGone)
+		}
+	}
+	if want := []EventKind{EventReset, EventSet, EventReset, EventSet}; !slices.Equal(kinds, want) {
+		t.Errorf("the events are %v, want %v", kinds, want)
+	}
+}
