@@ -502,18 +502,13 @@ func TestRemoveMember(t *testing.T) {
 	})
 	t.Run("an answer that leaves it open", func(t *testing.T) {
 		l := c.leader(t)
-		l.behind(func(h http.Handler) http.Handler {
-			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if r.URL.Path != "/raft/remove" {
-					h.ServeHTTP(w, r)
-					return
-				}
-				w.Header().Set(headerProtocol, "1")
-				w.Header().Set(headerFrom, r.Header.Get(headerTo))
-				w.WriteHeader(http.StatusInternalServerError)
-				fmt.Fprintf(w, `{"code":%q}`, codeUncertain)
-			})
-		})
+		var tries atomic.Int64
+		l.behind(refusesAll("/raft/remove", func() refusal {
+			if tries.Add(1) == 1 {
+				return refusal{Status: http.StatusInternalServerError, Code: codeUncertain}
+			}
+			return refusal{Status: http.StatusConflict, Code: codeConflict} // the first one may have taken it out
+		}))
 		defer l.behind(nil)
 		short, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
 		defer cancel()
@@ -562,6 +557,50 @@ func TestRemoveMember(t *testing.T) {
 		alone := newCluster(t, 1)
 		is(t, alone[0].s.RemoveMember(ctx, alone[0].conf.Addr), ErrNotApplied, "only voter")
 		must(t, alone[0].s.Set(ctx, "k", nil))
+	})
+}
+
+// refusesAll answers every request to a path with a refusal.
+func refusesAll(path string, with func() refusal) func(http.Handler) http.Handler {
+	return func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != path {
+				h.ServeHTTP(w, r)
+				return
+			}
+			io.Copy(io.Discard, r.Body)
+			answer := with()
+			w.Header().Set(headerProtocol, "1")
+			w.Header().Set(headerFrom, r.Header.Get(headerTo))
+			w.WriteHeader(answer.Status)
+			json.NewEncoder(w).Encode(answer)
+		})
+	}
+}
+
+// A refusal that holds for further tries too ends a write as not applied, unless this try may be in the log.
+func TestFinalRefusalOfAWrite(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	l, f := c.leader(t), c.follower(t)
+	var code atomic.Value
+	code.Store(codeUncertain)
+	l.behind(refusesAll("/raft/propose", func() refusal {
+		return refusal{Status: http.StatusServiceUnavailable, Code: code.Load().(string), Final: true}
+	}))
+	must(t, f.s.Ready(ctxFor(t, patience)))
+	eventually(t, patience, "a try that may be in the log", func() error {
+		if err := f.s.Set(ctxFor(t, 500*time.Millisecond), "k", nil); !errors.Is(err, ErrUncertain) {
+			return fmt.Errorf("%v is not uncertain", err)
+		}
+		return nil
+	})
+	code.Store(codeNotApplied)
+	eventually(t, patience, "the refusal ends the write", func() error {
+		if err := f.s.Set(ctxFor(t, patience), "k", nil); !errors.Is(err, ErrNotApplied) || errors.Is(err, context.DeadlineExceeded) {
+			return fmt.Errorf("%v is not the refusal", err)
+		}
+		return nil
 	})
 }
 
