@@ -212,10 +212,22 @@ func (b *safeBuffer) Write(p []byte) (int, error) {
 	return b.b.Write(p)
 }
 
-func (b *safeBuffer) lines(words ...string) (n int) {
+func (b *safeBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for line := range strings.Lines(b.b.String()) {
+	return b.b.String()
+}
+
+func (b *safeBuffer) Len() int { return len(b.String()) }
+
+func (b *safeBuffer) Reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.b.Reset()
+}
+
+func (b *safeBuffer) lines(words ...string) (n int) {
+	for line := range strings.Lines(b.String()) {
 		all := true
 		for _, w := range words {
 			all = all && strings.Contains(line, w)

@@ -63,12 +63,14 @@ func freeAddr(t testing.TB) string {
 	t.Helper()
 	var err error
 	for range 100 {
+		addr := fmt.Sprint("127.0.0.1:", firstPort()+1+rand.IntN(portBlock-1))
+		if _, given := addrsGiven.LoadOrStore(addr, true); given { // and may be listened on again just now
+			continue
+		}
 		var l net.Listener
-		if l, err = net.Listen("tcp", fmt.Sprint("127.0.0.1:", firstPort()+1+rand.IntN(portBlock-1))); err == nil {
+		if l, err = net.Listen("tcp", addr); err == nil {
 			l.Close()
-			if _, given := addrsGiven.LoadOrStore(l.Addr().String(), true); !given {
-				return l.Addr().String()
-			}
+			return addr
 		}
 	}
 	t.Fatal(err)

@@ -1,7 +1,6 @@
 package quorate
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -47,7 +46,7 @@ func TestReadsBeforeTheLoad(t *testing.T) {
 }
 
 func TestMemoryOverBudgetIsDropped(t *testing.T) {
-	var said bytes.Buffer
+	var said safeBuffer
 	path := filepath.Join(t.TempDir(), "snap")
 	open := func(budget int64) *store {
 		s, err := openStore(storeOptions{path: path, memory: budget, log: slog.New(slog.NewTextHandler(&said, nil))})

@@ -1,7 +1,6 @@
 package quorate
 
 import (
-	"bytes"
 	"errors"
 	"log"
 	"log/slog"
@@ -19,9 +18,9 @@ import (
 )
 
 // logTo returns a logger from this level on and the bytes that it writes, one line per record, without the time.
-func logTo(level slog.Level, source bool) (*slog.Logger, *bytes.Buffer) {
-	var buf bytes.Buffer
-	return slog.New(slog.NewTextHandler(&buf, &slog.HandlerOptions{
+func logTo(level slog.Level, source bool) (*slog.Logger, *safeBuffer) {
+	buf := new(safeBuffer)
+	return slog.New(slog.NewTextHandler(buf, &slog.HandlerOptions{
 		Level:     level,
 		AddSource: source,
 		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
@@ -30,7 +29,7 @@ func logTo(level slog.Level, source bool) (*slog.Logger, *bytes.Buffer) {
 			}
 			return a
 		},
-	})), &buf
+	})), buf
 }
 
 var stderr = os.Stderr // go test -json puts another file in its place
