@@ -21,7 +21,7 @@ type aheadPair struct {
 	t       *testing.T
 	host    *door
 	tr      *transport
-	reached *atomic.Int64 // appends that b's raft was given
+	reached atomic.Int64 // appends that b's raft was given, and answers as was set then
 
 	mu     sync.Mutex
 	refuse bool
@@ -33,10 +33,11 @@ func newAheadPair(t *testing.T) *aheadPair {
 	a := &aheadPair{t: t, host: doorHost()}
 	follower := doorHost()
 	follower.self = func() (string, string, string) { return "b", "c", "127.0.0.1:2" }
-	p, reached := follower.peer(t, false, func(rpc raft.RPC) {
+	p, _ := follower.peer(t, false, func(rpc raft.RPC) {
 		a.mu.Lock()
 		refuse, hang := a.refuse, a.hang
 		a.mu.Unlock()
+		a.reached.Add(1)
 		go func() {
 			if hang != nil {
 				<-hang
@@ -44,7 +45,6 @@ func newAheadPair(t *testing.T) *aheadPair {
 			rpc.Respond(&raft.AppendEntriesResponse{Term: 7, Success: !refuse}, nil)
 		}()
 	})
-	a.reached = reached
 	srv := httptest.NewServer(p)
 	t.Cleanup(srv.Close)
 	a.host.announced = func(string) string { return srv.Listener.Addr().String() }
