@@ -312,6 +312,9 @@ func vacant(dir string) error {
 		return errHeld
 	}
 	temp, err := os.MkdirTemp("", "quorate")
+	if err != nil { // a container's image may have no directory for temporary files
+		temp, err = os.MkdirTemp(dir, ".quorate-")
+	}
 	if err != nil {
 		return err
 	}

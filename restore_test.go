@@ -643,6 +643,18 @@ func TestFailedRestoreLeavesEveryByte(t *testing.T) {
 	}
 }
 
+// An image with nothing but a program has no directory for temporary files.
+func TestRestoreWithoutTemporaryFiles(t *testing.T) {
+	from, dir := filepath.Join(t.TempDir(), "d"), filepath.Join(t.TempDir(), "new")
+	must(t, fullDir(t, from).Close())
+	mustUnlock(t, mustLock(t, dir))
+	seed(t, dir, 1)
+	t.Setenv("TMPDIR", filepath.Join(from, "missing"))
+	must(t, restore(dir, filepath.Join(from, "snap"), time.Now))
+	t.Setenv("TMPDIR", "")
+	wantRestored(t, dir)
+}
+
 func bytesIn(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	all := make(map[string]string)
