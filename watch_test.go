@@ -1343,3 +1343,29 @@ func TestEntriesOfAMemberThatRefusesReads(t *testing.T) {
 		t.Errorf("the events are %v, want %v", kinds, want)
 	}
 }
+
+// The same for a stretch of the history that is read from the disk.
+func TestHistoryOfAMemberThatRefusesReads(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	var first uint64
+	for i := range 5 {
+		revision, err := c[0].s.Exec(ctxFor(t, patience), Set(fmt.Sprint("k", i), nil))
+		must(t, err)
+		first = cmp.Or(first, revision)
+	}
+	c[0].stop()
+	s := c[0].start()
+	var seen []uint64
+	for e, err := range s.Watch(ctxFor(t, patience), "", first) {
+		if err != nil {
+			is(t, err, errGone)
+			break
+		}
+		seen = append(seen, e.Revision)
+		s.faults.set(faultGone, errGone)
+	}
+	if len(seen) != 1 || seen[0] != first+1 {
+		t.Errorf("after the fault came revisions %v, the first is %d", seen, first+1)
+	}
+}
