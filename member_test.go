@@ -1547,3 +1547,24 @@ func TestRemovedIDDoesNotJoin(t *testing.T) {
 		}
 	})
 }
+
+// Where nobody leads, each tells the others its address again: they may have been told another one, and a majority that has moved must find
+// each other.
+func TestAnnouncesWhereNobodyLeads(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	l, f := c.leader(t), c.follower(t)
+	says := func(want bool) {
+		t.Helper()
+		eventually(t, patience, fmt.Sprint("announced: ", want), func() error {
+			if got := f.s.announced(); got != want {
+				return fmt.Errorf("it is %v", got)
+			}
+			return nil
+		})
+	}
+	says(true)
+	l.stop()
+	f.isolate() // so that the one that handed over to it is not needed for a lead of its own
+	says(false)
+}
