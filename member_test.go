@@ -1292,6 +1292,25 @@ func TestReadyOfAContextThatHasEnded(t *testing.T) {
 	c[0].stop()
 }
 
+// answersStatus has a member say of itself what change makes of the truth.
+func (c *script) answersStatus(m *scriptMember, change func(a *statusAnswer)) {
+	c.net.serve(m.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		rec := httptest.NewRecorder()
+		m.s.ServeHTTP(rec, req)
+		body := rec.Body.Bytes()
+		if req.URL.Path == "/raft/status" {
+			var a statusAnswer
+			must(c.t, json.Unmarshal(body, &a))
+			change(&a)
+			body, _ = json.Marshal(a)
+		}
+		rec.Header().Del("Content-Length")
+		maps.Copy(w.Header(), rec.Header())
+		w.WriteHeader(rec.Code)
+		w.Write(body)
+	}))
+}
+
 // A member that is in another term than the leader does not keep up, whatever its log has: it follows somebody else, or nobody.
 func TestProbeAsksForTheTerm(t *testing.T) {
 	t.Parallel()
@@ -1301,21 +1320,7 @@ func TestProbeAsksForTheTerm(t *testing.T) {
 		for _, err := range l.s.probe(t.Context(), list, 0) {
 			must(t, err)
 		}
-		c.net.serve(f.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-			rec := httptest.NewRecorder()
-			f.s.ServeHTTP(rec, req)
-			body := rec.Body.Bytes()
-			if req.URL.Path == "/raft/status" {
-				var a statusAnswer
-				must(t, json.Unmarshal(body, &a))
-				a.Term++
-				body, _ = json.Marshal(a)
-			}
-			rec.Header().Del("Content-Length")
-			maps.Copy(w.Header(), rec.Header())
-			w.WriteHeader(rec.Code)
-			w.Write(body)
-		}))
+		c.answersStatus(f, func(a *statusAnswer) { a.Term++ })
 		for i, err := range l.s.probe(t.Context(), list, 0) {
 			if is := err != nil; is != (string(list[i].ID) == f.s.ident().id) || is && !strings.Contains(err.Error(), "is in term") {
 				t.Errorf("%s: %v", list[i].Address, err)
@@ -1331,21 +1336,7 @@ func TestProbeOfWhoDoesNotKeepUp(t *testing.T) {
 		list := l.s.raft.Load().GetConfiguration().Configuration().Servers
 		c.obey("await equal")
 		wrong := func(a *statusAnswer) {}
-		c.net.serve(f.conf.Addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-			rec := httptest.NewRecorder()
-			f.s.ServeHTTP(rec, req)
-			body := rec.Body.Bytes()
-			if req.URL.Path == "/raft/status" {
-				var a statusAnswer
-				must(t, json.Unmarshal(body, &a))
-				wrong(&a)
-				body, _ = json.Marshal(a)
-			}
-			rec.Header().Del("Content-Length")
-			maps.Copy(w.Header(), rec.Header())
-			w.WriteHeader(rec.Code)
-			w.Write(body)
-		}))
+		c.answersStatus(f, func(a *statusAnswer) { wrong(a) })
 		last, _ := l.s.wal.last()
 		for _, is := range []struct {
 			change func(a *statusAnswer)
