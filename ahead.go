@@ -51,9 +51,30 @@ var errSentAhead = errors.New("the entries were sent to others before")
 
 // An aheadTable is what the leader of one term knows of its peers' logs.
 type aheadTable struct {
-	mu    sync.Mutex // guards the fields below and those of the peers; never held across I/O
+	mu sync.Mutex // guards the fields below and those of the peers; never held across I/O
+	termPeers[aheadPeer]
+}
+
+// termPeers are a leader's peers in the newest of its terms. A later one begins with none. The lock is that of the type which holds it.
+type termPeers[P any] struct {
 	term  uint64
-	peers map[raft.ServerID]*aheadPeer
+	peers map[raft.ServerID]*P
+}
+
+// peerLocked is nil in a term that is over.
+func (t *termPeers[P]) peerLocked(id raft.ServerID, term uint64) *P {
+	if term < t.term {
+		return nil
+	}
+	if term > t.term || t.peers == nil {
+		t.term, t.peers = term, make(map[raft.ServerID]*P)
+	}
+	p := t.peers[id]
+	if p == nil {
+		p = new(P)
+		t.peers[id] = p
+	}
+	return p
 }
 
 type aheadPeer struct {
@@ -181,22 +202,6 @@ func (t *transport) sentAhead(id raft.ServerID, args *raft.AppendEntriesRequest,
 	args.Entries = args.Entries[:e.last-e.prev]
 	*resp = e.resp
 	return true
-}
-
-// peerLocked is nil in a term that is over.
-func (a *aheadTable) peerLocked(id raft.ServerID, term uint64) *aheadPeer {
-	if term < a.term {
-		return nil
-	}
-	if term > a.term {
-		a.term, a.peers = term, make(map[raft.ServerID]*aheadPeer)
-	}
-	p := a.peers[id]
-	if p == nil {
-		p = &aheadPeer{}
-		a.peers[id] = p
-	}
-	return p
 }
 
 // begin is nil if the peer is not known to take these entries next, or if it is slow.

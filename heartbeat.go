@@ -26,9 +26,8 @@ const (
 
 // pulses are the heartbeats of the leader of one term. The zero value is ready.
 type pulses struct {
-	mu    sync.Mutex // guards the fields below
-	term  uint64
-	peers map[raft.ServerID]*pulse
+	mu sync.Mutex // guards the fields below
+	termPeers[pulse]
 }
 
 // A pulse is the heartbeats to one peer.
@@ -54,16 +53,14 @@ type beat struct {
 func (ps *pulses) of(id raft.ServerID, term uint64) *pulse {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	if term < ps.term {
+	p := ps.peerLocked(id, term)
+	if p == nil {
 		return nil
 	}
-	if term > ps.term || ps.peers == nil {
-		ps.term, ps.peers = term, make(map[raft.ServerID]*pulse)
-	}
-	p := ps.peers[id]
-	if p == nil {
-		p = &pulse{heard: time.Now()}
-		ps.peers[id] = p
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.heard.IsZero() {
+		p.heard = time.Now()
 	}
 	return p
 }
