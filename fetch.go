@@ -9,8 +9,8 @@ package quorate
 //	state?piece=ID&at=N         what follows its first N bytes, fetchPiece at most; Quorate-Size says how long the whole is
 //
 // ID names one fetch, and with it one copy: what comes later is of the same moment, however much is written meanwhile. The answer that may
-// have been lost is kept in memory until the next piece is asked for. A member that is started again, or that has dropped the copy, refuses
-// any piece but the first, and the fetch begins anew.
+// have been lost is kept in memory until the next piece is asked for. A leader that was started again, or has dropped the copy, refuses
+// every piece after the first. Then the reader begins a new fetch.
 
 import (
 	"context"
@@ -210,7 +210,8 @@ func (f *fetch) end() {
 	f.copy.Close()
 }
 
-// from is what follows the first at bytes: the rest of the newest piece, or the next one, as the reader has the newest then.
+// from returns the state from byte at on. Within the newest piece that is the rest of it, which the reader asks for again; at its end it is
+// the next piece, for the reader has all of the newest one.
 func (f *fetch) from(at int64) ([]byte, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -947,8 +947,8 @@ func (s *store) openCheckpointer() (*conn, error) {
 	return c, c.keepWAL(true)
 }
 
-// checkpointOnce opens the connection if there is none, or one to a file that had the name before. A checkpoint without the names could be cut short by a crash, and leave half of
-// it in the database and nothing beside it.
+// checkpointOnce opens the connection if there is none, or one to a file that had the name before. A checkpoint without the names could be
+// cut short by a crash, and leave half of it in the database and nothing beside it.
 func (s *store) checkpointOnce(c **conn) (err error) {
 	if s.seated() != nil {
 		return nil

@@ -297,8 +297,12 @@ func (s *Service) checkStall() {
 
 func (s *Service) checkHang() {
 	kind, err := s.hangs()
+	other := faultStall
+	if kind == faultStall {
+		other = faultStallOfAll
+	}
 	s.faults.set(kind, err)
-	s.faults.set(faultStall+faultStallOfAll-kind, nil)
+	s.faults.set(other, nil)
 }
 
 // checkNames finds files that were removed or replaced. That is for good: what has been written to them since is in no file that has a

@@ -60,7 +60,9 @@ type logOptions struct {
 	// ahead is called with a leader's new entries, and the term of the one before them, just before they are written. It must
 	// not wait. True: other members may hold them from now on. nil = never.
 	ahead func(entries []*raft.Log, prevTerm uint64) bool
-	fault func(error) // called once with the sticky fault, with a passing one when it begins or becomes one of another kind, and with nil when it has passed; may be nil
+	// fault is called once with the sticky fault, with a passing one when it begins or becomes one of another kind, and with nil when it
+	// has passed; nil = nobody is told.
+	fault func(error)
 
 	// What a full disk, or another passing error, means for an append. A follower's is answered if resent is set: its leader sends it
 	// again, and meanwhile raft can vote. A leader's waits as long as stays says that no other voter could lead, for an error makes
